@@ -1,0 +1,59 @@
+//! What can go wrong with data, as one lower-case sentence each.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error of a task, loader or generator.
+#[derive(Debug)]
+pub enum Error {
+    /// The request itself is wrong: an unknown task, column or split. Exit code 2.
+    Usage(String),
+    /// A file is missing or unreadable.
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A row is malformed.
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// Line of the file, or the row's number for formats without lines; from 1.
+        line: usize,
+        /// What is wrong with it and what to do.
+        message: String,
+    },
+}
+
+impl Error {
+    /// A mistake in the request itself.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Error::Usage(message.into())
+    }
+
+    /// The process exit code: 2 for usage, 1 otherwise.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage(_) => 2,
+            _ => 1,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Usage(message) => f.write_str(message),
+            Error::Io { path, source } => write!(f, "{}: {source}", path.display()),
+            Error::Row { path, line, message } => {
+                write!(f, "{}:{line}: {message}", path.display())
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,1 @@
+//! Graders with typed outcomes.

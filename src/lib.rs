@@ -1,0 +1,5 @@
+//! Post-training of language models by steering them.
+
+pub mod error;
+
+pub use error::{Error, Result};
