@@ -1,0 +1,201 @@
+//! LoRA (Hu et al. 2021): y = W x + scale * B A x on any of a block's seven matrices, with PEFT's
+//! names, initial values and files.
+//!
+//! scale = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`. A [r, in] starts
+//! Kaiming-uniform(a = sqrt 5), B [out, r] at 0.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use candle_core::{Device, Tensor};
+
+use super::folder::{self, BaseModel, LORA_CONFIG, LORA_WEIGHTS};
+use super::{Adapter, check_layers, init};
+use crate::model::{Batch, Matrix, ModelConfig};
+use crate::ops::{self, Activation, LowRank, Tape, Value};
+use crate::{Error, Result};
+
+/// The configuration of a [`Lora`] adapter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraConfig {
+    /// Rank of the update.
+    pub r: usize,
+    /// Numerator of the update's factor.
+    pub lora_alpha: f64,
+    /// Probability that an input of A is dropped while training.
+    pub lora_dropout: f64,
+    /// Divide by sqrt(r) instead of r.
+    pub use_rslora: bool,
+    /// The matrices that are adapted, in every layer.
+    pub target_modules: BTreeSet<Matrix>,
+}
+
+impl LoraConfig {
+    /// Rank 8, alpha 16 on all seven matrices.
+    pub fn all_linear() -> Self {
+        LoraConfig {
+            r: 8,
+            lora_alpha: 16.0,
+            lora_dropout: 0.0,
+            use_rslora: false,
+            target_modules: Matrix::ALL.into(),
+        }
+    }
+
+    /// Number of trainable parameters: r (in + out) per matrix.
+    pub fn parameter_count(&self, model: &ModelConfig) -> usize {
+        let widths = self.target_modules.iter().map(|matrix| {
+            let (inputs, outputs) = model.linear_shape(*matrix);
+            inputs + outputs
+        });
+        model.layers.len() * self.r * widths.sum::<usize>()
+    }
+
+    fn scale(&self, r: usize, lora_alpha: f64) -> f32 {
+        (lora_alpha / if self.use_rslora { (r as f64).sqrt() } else { r as f64 }) as f32
+    }
+}
+
+/// A low-rank update of some matrices.
+#[derive(Clone, Debug)]
+pub struct Lora {
+    config: LoraConfig,
+    parameters: BTreeMap<String, Tensor>,
+    scales: BTreeMap<(usize, Matrix), f32>,
+    dropout: Option<Dropout>,
+}
+
+/// The key of the masks that are drawn while training.
+#[derive(Clone, Copy, Debug)]
+struct Dropout {
+    seed: u64,
+    step: u64,
+}
+
+/// PEFT's key of one of the two factors.
+pub(super) fn key(layer: usize, matrix: Matrix, factor: &str) -> String {
+    format!("base_model.model.model.layers.{layer}.{}.lora_{factor}.weight", matrix.module())
+}
+
+impl Lora {
+    /// A fresh adapter, which changes no logit.
+    ///
+    /// # Errors
+    /// If the rank is 0, no matrix is named or the dropout is not in [0, 1).
+    pub fn new(config: LoraConfig, model: &ModelConfig, seed: u64, device: &Device) -> Result<Self> {
+        if config.r == 0 || config.target_modules.is_empty() {
+            return Err(Error::usage("lora_r must be at least 1 and lora_target_modules not empty"));
+        }
+        let mut parameters = BTreeMap::new();
+        for layer in 0..model.layers.len() {
+            for matrix in &config.target_modules {
+                let (inputs, outputs) = model.linear_shape(*matrix);
+                let (a, b) = (key(layer, *matrix, "A"), key(layer, *matrix, "B"));
+                let bound = 1.0 / (inputs as f64).sqrt();
+                let start = init::uniform(seed, &a, (config.r, inputs), bound, device)?;
+                parameters.insert(a, start);
+                parameters.insert(b, init::zeros((outputs, config.r), device)?);
+            }
+        }
+        Self::with_parameters(config, model, parameters, &BTreeMap::new(), "lora")
+    }
+
+    /// An adapter with given parameters; `alphas` overrides `lora_alpha` for some modules.
+    ///
+    /// The rank of each matrix is that of its tensors.
+    pub(super) fn with_parameters(
+        config: LoraConfig,
+        model: &ModelConfig,
+        parameters: BTreeMap<String, Tensor>,
+        alphas: &BTreeMap<String, f64>,
+        origin: &str,
+    ) -> Result<Self> {
+        if !(0.0..1.0).contains(&config.lora_dropout) {
+            return Err(Error::usage("lora_dropout must be at least 0 and below 1"));
+        }
+        let (mut shapes, mut scales, mut layers) = (BTreeMap::new(), BTreeMap::new(), vec![]);
+        for layer in 0..model.layers.len() {
+            for matrix in Matrix::ALL {
+                let (inputs, outputs) = model.linear_shape(matrix);
+                let (a, b) = (key(layer, matrix, "A"), key(layer, matrix, "B"));
+                let Some(start) = parameters.get(&a).or_else(|| parameters.get(&b)) else { continue };
+                let r = start.dims().iter().copied().min().unwrap_or(0);
+                let module = format!("model.layers.{layer}.{}", matrix.module());
+                let named = |name: &String| module == *name || module.ends_with(&format!(".{name}"));
+                let alpha = alphas.iter().find(|(name, _)| named(name)).map(|(_, alpha)| *alpha);
+                scales.insert((layer, matrix), config.scale(r, alpha.unwrap_or(config.lora_alpha)));
+                shapes.insert(a, vec![r, inputs]);
+                shapes.insert(b, vec![outputs, r]);
+                layers.push(layer);
+            }
+        }
+        check_layers(&layers, model)?;
+        folder::check_shapes(&shapes, &parameters, origin)?;
+        Ok(Lora { config, parameters, scales, dropout: None })
+    }
+
+    /// The adapter's configuration.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// Draws dropout masks from (seed, step, position of the token) from now on, for training;
+    /// without it nothing is dropped.
+    pub fn train(&mut self, seed: u64, step: u64) {
+        self.dropout = (self.config.lora_dropout > 0.0).then_some(Dropout { seed, step });
+    }
+
+    /// Stops dropping inputs.
+    pub fn evaluate(&mut self) {
+        self.dropout = None;
+    }
+}
+
+impl Adapter for Lora {
+    fn parameters(&self) -> &BTreeMap<String, Tensor> {
+        &self.parameters
+    }
+
+    fn set_parameters(&mut self, parameters: BTreeMap<String, Tensor>) {
+        self.parameters = parameters;
+    }
+
+    fn lowest_layer(&self) -> Option<usize> {
+        self.scales.keys().map(|(layer, _)| *layer).min()
+    }
+
+    fn update(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        matrix: Matrix,
+        x: &Value,
+        y: Value,
+        batch: &Batch,
+    ) -> Result<Value> {
+        let Some(alpha) = self.scales.get(&(layer, matrix)).copied() else { return Ok(y) };
+        let (a, b) = (key(layer, matrix, "A"), key(layer, matrix, "B"));
+        let (a, b) = (
+            tape.param(&a, &self.parameters[&a]),
+            tape.param(&b, &self.parameters[&b]),
+        );
+        let form = LowRank { alpha, activation: Activation::Linear };
+        let dropped = match self.dropout {
+            None => x.clone(),
+            Some(Dropout { seed, step }) => {
+                let key = [seed, step, layer as u64, matrix as u64];
+                ops::dropout(tape, x, self.config.lora_dropout, &key, &batch.token_keys)?
+            }
+        };
+        ops::low_rank_add(tape, &y, &dropped, (&a, &b), form)
+    }
+
+    fn group(&self) -> &'static str {
+        "lora"
+    }
+
+    fn files(&self, base: &BaseModel) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        let config = folder::lora_json(&self.config, base)?;
+        let weights = folder::to_safetensors(&self.parameters)?;
+        Ok(vec![(LORA_CONFIG, config), (LORA_WEIGHTS, weights)])
+    }
+}

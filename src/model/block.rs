@@ -1,0 +1,198 @@
+//! One transformer block with its steering sites.
+//!
+//! Pre-norm:        h' = h + Attn(Norm(h)),         out = h' + MLP(Norm(h'))
+//! Sandwich norms:  h' = h + Norm(Attn(Norm(h))),   out = h' + Norm(MLP(Norm(h')))
+//!
+//! A site is a place in this graph: `post_attention` and `post_mlp` are what is added to the residual
+//! stream, `pre_mlp` the normed input of the MLP, `post_block` the stream after the second addition.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
+use super::config::{Activation, Matrix, ModelConfig};
+use super::weights::Weights;
+use super::{Batch, matrix_name};
+use crate::Result;
+use crate::adapter::{Adapter, Site};
+use crate::ops::{self, AttentionShape, Engine, GluActivation, KvCache, Rotary, Segment, SlotId};
+use crate::ops::{Tape, Value, Weight, WeightDtype};
+
+/// A frozen linear map and its bias.
+struct Linear {
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+/// The frozen weights of one block.
+pub(super) struct Block {
+    linears: Vec<Linear>,
+    input_norm: Tensor,
+    mlp_norm: Tensor,
+    post_attention_norm: Option<Tensor>,
+    post_mlp_norm: Option<Tensor>,
+    head_norms: Option<(Tensor, Tensor)>,
+    shape: AttentionShape,
+    rope: usize,
+    act: GluActivation,
+    eps: f64,
+    plus_one: bool,
+}
+
+/// What the blocks of one forward pass share.
+pub(super) struct Pass<'a> {
+    pub(super) batch: &'a Batch,
+    pub(super) segments: Arc<[Segment]>,
+    pub(super) rotaries: Vec<Rotary>,
+    pub(super) adapters: &'a [Box<dyn Adapter>],
+    pub(super) cache: Option<(&'a mut KvCache, &'a [SlotId])>,
+}
+
+impl Block {
+    /// Loads layer `layer`, its matrices stored as `dtype`.
+    pub(super) fn load(
+        config: &ModelConfig,
+        weights: &Weights,
+        engine: &Engine,
+        dtype: WeightDtype,
+        layer: usize,
+    ) -> Result<Self> {
+        let small = |name: &str, len: usize| -> Result<Tensor> {
+            let tensor = weights.get(&format!("model.layers.{layer}.{name}"), &[len])?;
+            Ok(tensor.to_dtype(DType::F32)?.to_device(engine.device())?)
+        };
+        let linears = Matrix::ALL.map(|matrix| -> Result<Linear> {
+            let (inputs, outputs) = config.linear_shape(matrix);
+            let weight = weights.get(&matrix_name(layer, matrix), &[outputs, inputs])?;
+            let weight = Weight::new(engine, &weight, dtype)?;
+            let bias = config
+                .has_bias(matrix)
+                .then(|| small(&format!("{}.bias", matrix.module()), outputs))
+                .transpose()?;
+            Ok(Linear { weight, bias })
+        });
+        let norm = |name: &str| small(&format!("{name}.weight"), config.hidden_size);
+        let sandwich = |name: &str| config.sandwich_norms.then(|| norm(name)).transpose();
+        let (mlp, post) = match config.sandwich_norms {
+            true => ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            false => ("post_attention_layernorm", "post_feedforward_layernorm"),
+        };
+        let head = |name: &str| small(&format!("self_attn.{name}.weight"), config.head_dim);
+        let head_norms = match config.qk_norm {
+            true => Some((head("q_norm")?, head("k_norm")?)),
+            false => None,
+        };
+        Ok(Block {
+            linears: linears.into_iter().collect::<Result<_>>()?,
+            input_norm: norm("input_layernorm")?,
+            mlp_norm: norm(mlp)?,
+            post_attention_norm: sandwich("post_attention_layernorm")?,
+            post_mlp_norm: sandwich(post)?,
+            head_norms,
+            shape: AttentionShape {
+                heads: config.num_attention_heads,
+                kv_heads: config.num_key_value_heads,
+                head_dim: config.head_dim,
+                scale: config.attention_scale as f32,
+                window: config.layers[layer].window,
+                softcap: None,
+            },
+            rope: config.layers[layer].rope,
+            act: match config.hidden_act {
+                Activation::Silu => GluActivation::Silu,
+                Activation::GeluTanh => GluActivation::GeluTanh,
+                Activation::Gelu => GluActivation::Gelu,
+            },
+            eps: config.rms_norm_eps,
+            plus_one: config.norm_plus_one,
+        })
+    }
+
+    /// Bytes of the block's matrices.
+    pub(super) fn bytes(&self) -> usize {
+        self.linears.iter().map(|linear| linear.weight.bytes()).sum()
+    }
+
+    /// The block's output [N, D] for its input h [N, D].
+    pub(super) fn forward(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        h: &Value,
+        pass: &mut Pass,
+    ) -> Result<Value> {
+        let attended = self.attend(tape, layer, h, pass)?;
+        let attended = pass.shift(tape, layer, Site::PostAttention, attended)?;
+        let h = ops::add(tape, h, &attended)?;
+        let x = self.norm(tape, &h, &self.mlp_norm)?;
+        let x = pass.shift(tape, layer, Site::PreMlp, x)?;
+        let y = self.mlp(tape, layer, &x, pass)?;
+        let y = pass.shift(tape, layer, Site::PostMlp, y)?;
+        let out = ops::add(tape, &h, &y)?;
+        pass.shift(tape, layer, Site::PostBlock, out)
+    }
+
+    fn attend(&self, tape: &Tape, layer: usize, h: &Value, pass: &mut Pass) -> Result<Value> {
+        let x = self.norm(tape, h, &self.input_norm)?;
+        let mut q = self.linear(tape, layer, Matrix::Q, &x, pass)?;
+        let mut k = self.linear(tape, layer, Matrix::K, &x, pass)?;
+        let v = self.linear(tape, layer, Matrix::V, &x, pass)?;
+        if let Some((q_norm, k_norm)) = &self.head_norms {
+            q = self.norm(tape, &q, q_norm)?;
+            k = self.norm(tape, &k, k_norm)?;
+        }
+        let q = ops::rotate(tape, &q, &pass.rotaries[self.rope])?;
+        let k = ops::rotate(tape, &k, &pass.rotaries[self.rope])?;
+        let mixed = match &mut pass.cache {
+            None => ops::attention(tape, (&q, &k, &v), &pass.segments, &self.shape)?,
+            Some((cache, slots)) => Value::constant(ops::attention_cached(
+                tape.engine(),
+                (q.tensor(), k.tensor(), v.tensor()),
+                &pass.segments,
+                (cache, slots, layer),
+                &self.shape,
+            )?),
+        };
+        let y = self.linear(tape, layer, Matrix::O, &mixed, pass)?;
+        self.sandwich(tape, y, &self.post_attention_norm)
+    }
+
+    fn mlp(&self, tape: &Tape, layer: usize, x: &Value, pass: &Pass) -> Result<Value> {
+        let gate = self.linear(tape, layer, Matrix::Gate, x, pass)?;
+        let up = self.linear(tape, layer, Matrix::Up, x, pass)?;
+        let inner = ops::glu(tape, &gate, &up, self.act)?;
+        let y = self.linear(tape, layer, Matrix::Down, &inner, pass)?;
+        self.sandwich(tape, y, &self.post_mlp_norm)
+    }
+
+    fn linear(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        matrix: Matrix,
+        x: &Value,
+        pass: &Pass,
+    ) -> Result<Value> {
+        let linear = &self.linears[matrix as usize];
+        let y = ops::linear(tape, x, &linear.weight, linear.bias.as_ref())?;
+        pass.adapters
+            .iter()
+            .try_fold(y, |y, adapter| adapter.update(tape, layer, matrix, x, y, pass.batch))
+    }
+
+    fn norm(&self, tape: &Tape, x: &Value, weight: &Tensor) -> Result<Value> {
+        ops::rms_norm(tape, x, weight, self.eps, self.plus_one)
+    }
+
+    fn sandwich(&self, tape: &Tape, y: Value, weight: &Option<Tensor>) -> Result<Value> {
+        weight.as_ref().map_or(Ok(y.clone()), |weight| self.norm(tape, &y, weight))
+    }
+}
+
+impl Pass<'_> {
+    fn shift(&self, tape: &Tape, layer: usize, site: Site, h: Value) -> Result<Value> {
+        self.adapters
+            .iter()
+            .try_fold(h, |h, adapter| adapter.shift(tape, layer, site, h, self.batch))
+    }
+}

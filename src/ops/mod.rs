@@ -1,0 +1,36 @@
+//! Differentiable operations over the kernels: the only place that knows of CPU features, devices
+//! and automatic differentiation.
+//!
+//! Each operation is one function with two paths behind it: a fused kernel with a hand-written
+//! backward pass (CPU), and its composed twin made of plain tensor operations, which is the oracle in
+//! tests and the road on devices without a kernel.
+//!
+//! Shapes: N packed tokens, D hidden size, F feed-forward size, V vocabulary, R rank.
+
+mod attention;
+mod engine;
+mod glu;
+mod head;
+mod kv_cache;
+mod linear;
+mod low_rank;
+mod norm;
+mod rotary;
+mod rows;
+mod tape;
+
+pub use crate::kernels::attention::{AttentionShape, Segment};
+pub use crate::kernels::glu::GluActivation;
+pub use crate::kernels::low_rank::Activation;
+pub use crate::kernels::matmul::MatmulPrecision;
+pub use attention::{attention, attention_cached};
+pub use engine::{Engine, composed};
+pub use glu::glu;
+pub use head::{Logps, Target, logits, token_logps, weighted_logps};
+pub use kv_cache::{KvCache, SlotId};
+pub use linear::{Weight, WeightDtype, linear};
+pub use low_rank::{LowRank, low_rank_add};
+pub use norm::rms_norm;
+pub use rotary::{Rotary, rotate};
+pub use rows::{add, add_vector, dropout, gather_rows, replace_rows};
+pub use tape::{Gradients, Sink, Tape, Value, accumulate};

@@ -1,0 +1,38 @@
+//! Root-mean-square normalisation with a frozen weight.
+
+use candle_core::{D, Tensor};
+
+use super::engine::{composed, host};
+use super::tape::{Tape, Value};
+use crate::Result;
+use crate::kernels::norm::{rms_norm as forward, rms_norm_backward};
+
+/// y = x / sqrt(mean(x²) + eps) * w over the last axis, or * (1 + w) with `plus_one` (Gemma).
+///
+/// x is [N, D] or [N, heads * D] and w [D]: with several heads each is normalised by itself. Mean and
+/// product are taken in f32.
+pub fn rms_norm(tape: &Tape, x: &Value, w: &Tensor, eps: f64, plus_one: bool) -> Result<Value> {
+    if !tape.engine().fused() {
+        return composed(tape, &[x], |xs| twin(&xs[0], w, eps, plus_one));
+    }
+    let (eps, shape) = (eps as f32, x.tensor().dims().to_vec());
+    let mut y = vec![0f32; x.tensor().elem_count()];
+    forward(&host(x.tensor())?, &host(w)?, eps, plus_one, &mut y);
+    let y = tape.engine().tensor(y, &shape)?;
+    Ok(tape.push(y, &[x], || {
+        let (x, w, engine) = (x.tensor().clone(), w.clone(), tape.engine().clone());
+        move |dy, sink| {
+            let mut dx = vec![0f32; x.elem_count()];
+            rms_norm_backward(&host(&x)?, &host(&w)?, eps, plus_one, &host(&dy)?, &mut dx);
+            sink.give(0, engine.tensor(dx, x.dims())?)
+        }
+    }))
+}
+
+fn twin(x: &Tensor, w: &Tensor, eps: f64, plus_one: bool) -> candle_core::Result<Tensor> {
+    let shape = x.shape();
+    let x = x.reshape(((), w.elem_count()))?;
+    let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+    let w = if plus_one { (w + 1.0)? } else { w.clone() };
+    x.broadcast_mul(&scale)?.broadcast_mul(&w)?.reshape(shape)
+}

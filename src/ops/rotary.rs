@@ -1,0 +1,59 @@
+//! Rotary position embedding in the half-split form of Hugging Face's models.
+
+use std::sync::Arc;
+
+use candle_core::{D, Tensor};
+
+use super::engine::{composed, host};
+use super::tape::{Tape, Value};
+use crate::Result;
+use crate::kernels::rope::{RopeTable, rope, rope_backward};
+
+/// The rotation of each packed token: cosines and sines, [N, head_dim / 2].
+#[derive(Clone, Debug)]
+pub struct Rotary {
+    table: Arc<RopeTable>,
+    rows: Arc<[u32]>,
+}
+
+impl Rotary {
+    /// The rotation of tokens at `positions` by `position * inv_freq`, cosine and sine scaled by
+    /// `attention_factor`; the angle is the f32 product of two f32 numbers, as in transformers.
+    pub fn new(positions: &[u32], inv_freq: &[f32], attention_factor: f32) -> Self {
+        let angles = || positions.iter().flat_map(|p| inv_freq.iter().map(move |f| *p as f32 * f));
+        let cos = angles().map(|angle| angle.cos() * attention_factor).collect();
+        let sin = angles().map(|angle| angle.sin() * attention_factor).collect();
+        let table = Arc::new(RopeTable { half: inv_freq.len(), cos, sin });
+        Rotary { table, rows: (0..positions.len() as u32).collect() }
+    }
+}
+
+/// Rotates each head of x [N, heads * head_dim] by its token's angles.
+pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
+    if !tape.engine().fused() {
+        return composed(tape, &[x], |xs| twin(&xs[0], rotary));
+    }
+    let mut y = host(x.tensor())?.to_vec();
+    rope(&mut y, &rotary.rows, &rotary.table);
+    let y = tape.engine().tensor(y, x.tensor().dims())?;
+    Ok(tape.push(y, &[x], || {
+        let (rotary, engine) = (rotary.clone(), tape.engine().clone());
+        move |dy, sink| {
+            let mut dx = host(&dy)?.to_vec();
+            rope_backward(&mut dx, &rotary.rows, &rotary.table);
+            sink.give(0, engine.tensor(dx, dy.dims())?)
+        }
+    }))
+}
+
+fn twin(x: &Tensor, rotary: &Rotary) -> candle_core::Result<Tensor> {
+    let ((tokens, width), half) = (x.dims2()?, rotary.table.half);
+    let heads = x.reshape((tokens, width / (2 * half), 2 * half))?;
+    let first = heads.narrow(D::Minus1, 0, half)?;
+    let second = heads.narrow(D::Minus1, half, half)?;
+    let table = |values: &Vec<f32>| Tensor::from_slice(values, (tokens, 1, half), x.device());
+    let (cos, sin) = (table(&rotary.table.cos)?, table(&rotary.table.sin)?);
+    let low = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
+    let high = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[low, high], D::Minus1)?.reshape((tokens, width))
+}
