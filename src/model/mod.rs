@@ -4,15 +4,25 @@
 mod batch;
 mod block;
 pub mod config;
+mod config_fields;
+mod config_json;
+mod config_layers;
 mod config_rope;
+pub mod gguf;
 mod policy;
+pub mod source;
 mod trace;
+pub mod weights;
+mod weights_safetensors;
 
 pub use batch::Batch;
 pub use config::{Activation, Family, LayerConfig, Matrix, ModelConfig};
-pub use config_rope::{Rope, RopeScaling};
+pub use config_rope::{Llama3, Rope, RopeScaling, Yarn};
+pub use gguf::Gguf;
 pub use policy::Policy;
+pub use source::ModelSource;
 pub use trace::Trace;
+pub use weights::{StoredDtype, Weights};
 
 /// The name of a layer's matrix in a Hugging Face checkpoint.
 fn matrix_name(layer: usize, matrix: Matrix) -> String {
