@@ -2,6 +2,8 @@
 
 pub mod config;
 mod config_fields;
+mod config_generation;
+mod config_gguf;
 mod config_json;
 mod config_layers;
 mod config_rope;
@@ -11,6 +13,7 @@ pub mod weights;
 mod weights_safetensors;
 
 pub use config::{Activation, Family, LayerConfig, Matrix, ModelConfig};
+pub use config_generation::GenerationConfig;
 pub use config_rope::{Llama3, Rope, RopeScaling, Yarn};
 pub use gguf::Gguf;
 pub use source::ModelSource;
