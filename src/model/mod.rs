@@ -5,6 +5,8 @@ mod batch;
 mod block;
 pub mod config;
 mod config_fields;
+mod config_generation;
+mod config_gguf;
 mod config_json;
 mod config_layers;
 mod config_rope;
@@ -17,6 +19,7 @@ mod weights_safetensors;
 
 pub use batch::Batch;
 pub use config::{Activation, Family, LayerConfig, Matrix, ModelConfig};
+pub use config_generation::GenerationConfig;
 pub use config_rope::{Llama3, Rope, RopeScaling, Yarn};
 pub use gguf::Gguf;
 pub use policy::Policy;
