@@ -1,6 +1,11 @@
 //! Post-training of language models by steering them.
 
+pub mod adapter;
 pub mod error;
+pub mod kernels;
 pub mod model;
+pub mod ops;
+pub mod rollout;
+pub mod train;
 
 pub use error::{Error, Result};

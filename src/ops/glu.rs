@@ -22,7 +22,7 @@ pub fn glu(tape: &Tape, gate: &Value, up: &Value, act: GluActivation) -> Result<
             let mut dgate = vec![0f32; gate.elem_count()];
             let mut dup = vec![0f32; gate.elem_count()];
             let (gate_values, up_values) = (host(&gate)?, host(&up)?);
-            glu_backward(&gate_values, &up_values, act, &host(&dy)?, &mut dgate, &mut dup);
+            glu_backward(&gate_values, &up_values, &host(&dy)?, act, &mut dgate, &mut dup);
             sink.give(0, engine.tensor(dgate, gate.dims())?)?;
             sink.give(1, engine.tensor(dup, gate.dims())?)
         }

@@ -6,9 +6,8 @@ use super::engine::{composed, host};
 use super::linear::{Weight, linear};
 use super::tape::{Tape, Value};
 use crate::Result;
-use crate::kernels::logp::{self, LogpForward, LogpOptions};
+use crate::kernels::logp::{self, LogpForward, LogpOptions, Target};
 
-pub use crate::kernels::logp::Target;
 
 /// What the head says about a list of targets.
 #[derive(Clone, Debug)]

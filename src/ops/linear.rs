@@ -1,5 +1,6 @@
 //! Frozen linear maps: y = x Wᵀ + b, with the gradient of x only.
 
+use std::fmt;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
@@ -7,7 +8,8 @@ use half::bf16;
 
 use super::engine::{Engine, host};
 use super::tape::{Tape, Value};
-use crate::kernels::matmul::{PackedMatrix, matmul, matmul_input_grad};
+use crate::kernels::matmul::{matmul, matmul_input_grad};
+use crate::kernels::pack::PackedMatrix;
 use crate::{Error, Result};
 
 /// How the entries of a frozen matrix are stored.
@@ -19,7 +21,6 @@ pub enum WeightDtype {
     Bf16,
 }
 
-#[derive(Debug)]
 enum Storage {
     /// One packed copy in host memory, in the layout that the kernels want.
     Packed(PackedMatrix),
@@ -28,7 +29,7 @@ enum Storage {
 }
 
 /// A frozen weight matrix [out, in], stored once.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Weight(Arc<Storage>);
 
 impl Weight {
@@ -161,6 +162,12 @@ impl Weight {
             }
             None => Ok(dy.matmul(&self.dense(engine)?)?),
         }
+    }
+}
+
+impl fmt::Debug for Weight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Weight [{}, {}]", self.out_features(), self.in_features())
     }
 }
 

@@ -21,12 +21,13 @@ mod tape;
 
 pub use crate::kernels::attention::{AttentionShape, Segment};
 pub use crate::kernels::glu::GluActivation;
+pub use crate::kernels::logp::Target;
 pub use crate::kernels::low_rank::Activation;
 pub use crate::kernels::matmul::MatmulPrecision;
 pub use attention::{attention, attention_cached};
 pub use engine::{Engine, composed};
 pub use glu::glu;
-pub use head::{Logps, Target, logits, token_logps, weighted_logps};
+pub use head::{Logps, logits, token_logps, weighted_logps};
 pub use kv_cache::{KvCache, SlotId};
 pub use linear::{Weight, WeightDtype, linear};
 pub use low_rank::{LowRank, low_rank_add};

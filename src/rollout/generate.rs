@@ -1,0 +1,245 @@
+//! Continuous batching: a finished sequence makes room for the next prompt.
+
+use std::collections::VecDeque;
+
+use crate::adapter::Adapter;
+use crate::model::{Batch, Policy};
+use crate::ops::{KvCache, SlotId};
+use crate::{Error, Result};
+
+use super::sampling::{RandomKey, Sampled, SamplingParams, sample};
+
+/// A prompt that wants a completion.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Token ids of the prompt; not empty.
+    pub prompt: Vec<u32>,
+    /// Number of the prompt, for its random numbers.
+    pub prompt_id: u64,
+    /// Number of the sample of that prompt.
+    pub sample: u64,
+}
+
+/// Why a completion ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StopReason {
+    /// An end-of-sequence token was drawn.
+    Eos,
+    /// `max_new_tokens` were drawn, or the model's context is full.
+    Length,
+    /// The text so far holds a stop string.
+    StopString,
+}
+
+impl StopReason {
+    /// The reason's name in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            StopReason::Eos => "eos",
+            StopReason::Length => "length",
+            StopReason::StopString => "stop_string",
+        }
+    }
+}
+
+/// What was generated for a request.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    /// The new tokens, an ending EOS included.
+    pub tokens: Vec<u32>,
+    /// Log-probability of each under the distribution that it was drawn from; 0 when greedy.
+    pub logps: Vec<f32>,
+    /// Why it ended.
+    pub stop: StopReason,
+}
+
+/// Settings of a generation.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// At most this many new tokens.
+    pub max_new_tokens: usize,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// Tokens that end a completion.
+    pub eos_token_ids: Vec<u32>,
+    /// Sequences that are decoded at once.
+    pub max_batch: usize,
+    /// Prompt tokens that are taken up in one pass.
+    pub prefill_tokens: usize,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Optimizer step, for the random numbers.
+    pub step: u64,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        GenerateOptions {
+            max_new_tokens: 256,
+            sampling: SamplingParams::greedy(),
+            eos_token_ids: Vec::new(),
+            max_batch: 64,
+            prefill_tokens: 2048,
+            seed: 0,
+            step: 0,
+        }
+    }
+}
+
+/// Tells from the new tokens whether their text holds a stop string.
+pub type StopCheck<'a> = &'a dyn Fn(&[u32]) -> bool;
+
+/// Generates with a policy and adapters, active at every position that they steer.
+pub struct Generator<'a> {
+    policy: &'a Policy,
+    adapters: &'a [Box<dyn Adapter>],
+    options: &'a GenerateOptions,
+    stop_check: Option<StopCheck<'a>>,
+}
+
+/// A sequence that is being decoded.
+struct Active<'r> {
+    index: usize,
+    request: &'r Request,
+    slot: SlotId,
+    tokens: Vec<u32>,
+    logps: Vec<f32>,
+}
+
+impl<'a> Generator<'a> {
+    /// A generator; `stop_check` ends a completion when its text holds a stop string.
+    pub fn new(
+        policy: &'a Policy,
+        adapters: &'a [Box<dyn Adapter>],
+        options: &'a GenerateOptions,
+        stop_check: Option<StopCheck<'a>>,
+    ) -> Self {
+        Generator { policy, adapters, options, stop_check }
+    }
+
+    /// Completes every request; `on_token` sees (request, token) as they are drawn.
+    ///
+    /// # Errors
+    /// If a prompt is empty or longer than the context, or the logits are not finite.
+    pub fn run(
+        &self,
+        requests: &[Request],
+        on_token: &mut dyn FnMut(usize, u32),
+    ) -> Result<Vec<Completion>> {
+        self.options.sampling.validate()?;
+        self.check(requests)?;
+        let mut cache = KvCache::new(self.policy.config().layers.len());
+        let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
+        let mut active: Vec<Active> = Vec::new();
+        let mut done: Vec<Option<Completion>> = vec![None; requests.len()];
+        while !(waiting.is_empty() && active.is_empty()) {
+            let old = active.len();
+            self.admit(requests, &mut waiting, &mut active, &mut cache);
+            let drawn = self.advance(&mut active, old, &mut cache)?;
+            let mut still = Vec::with_capacity(active.len());
+            for (mut sequence, drawn) in active.into_iter().zip(drawn) {
+                sequence.tokens.push(drawn.token);
+                sequence.logps.push(drawn.logp);
+                on_token(sequence.index, drawn.token);
+                match self.stopped(&sequence) {
+                    None => still.push(sequence),
+                    Some(stop) => {
+                        cache.close(sequence.slot);
+                        let Active { index, tokens, logps, .. } = sequence;
+                        done[index] = Some(Completion { tokens, logps, stop });
+                    }
+                }
+            }
+            active = still;
+        }
+        Ok(done.into_iter().flatten().collect())
+    }
+
+    fn check(&self, requests: &[Request]) -> Result<()> {
+        let context = self.policy.config().max_position_embeddings;
+        for request in requests {
+            let (id, len) = (request.prompt_id, request.prompt.len());
+            if len == 0 {
+                return Err(Error::failure(format!("prompt {id} is empty")));
+            }
+            if len >= context {
+                let what = format!("prompt {id} has {len} tokens");
+                return Err(Error::failure(format!("{what}, the model's context is {context}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes up waiting requests while there is room in the batch and in the pass.
+    fn admit<'r>(
+        &self,
+        requests: &'r [Request],
+        waiting: &mut VecDeque<usize>,
+        active: &mut Vec<Active<'r>>,
+        cache: &mut KvCache,
+    ) {
+        let mut room = self.options.prefill_tokens;
+        while active.len() < self.options.max_batch.max(1) {
+            let Some(index) = waiting.front().copied() else { return };
+            let request = &requests[index];
+            if request.prompt.len() > room && room < self.options.prefill_tokens {
+                return;
+            }
+            room = room.saturating_sub(request.prompt.len());
+            waiting.pop_front();
+            let slot = cache.open(None);
+            active.push(Active { index, request, slot, tokens: Vec::new(), logps: Vec::new() });
+        }
+    }
+
+    /// One pass: the first `old` sequences go on by a token, the others take up their prompt.
+    fn advance(
+        &self,
+        active: &mut [Active],
+        old: usize,
+        cache: &mut KvCache,
+    ) -> Result<Vec<Sampled>> {
+        let mut batch = Batch::new();
+        for (i, sequence) in active.iter().enumerate() {
+            let prompt = &sequence.request.prompt;
+            match sequence.tokens.last().filter(|_| i < old) {
+                None => batch.push_cached(prompt, prompt.len(), 0),
+                Some(last) => batch.push_cached(&[*last], prompt.len(), cache.len(sequence.slot)),
+            };
+        }
+        let slots: Vec<SlotId> = active.iter().map(|sequence| sequence.slot).collect();
+        let h = self.policy.hidden_cached(&batch, self.adapters, cache, &slots)?;
+        let logits = self.policy.logits(&h, &batch.last_rows())?;
+        let mut logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+        let width = self.policy.config().vocab_size;
+        let rows = logits.chunks_exact_mut(width).zip(active.iter());
+        rows.map(|(row, sequence)| self.draw(row, sequence)).collect()
+    }
+
+    fn draw(&self, logits: &mut [f32], sequence: &Active) -> Result<Sampled> {
+        let request = sequence.request;
+        let position = (request.prompt.len() + sequence.tokens.len()) as u64;
+        let GenerateOptions { seed, step, sampling, .. } = self.options;
+        let (seed, step) = (*seed, *step);
+        let (prompt, sample_id) = (request.prompt_id, request.sample);
+        let key = RandomKey { seed, step, prompt, sample: sample_id, position };
+        let seen = match sampling.repetition_penalty == 1.0 {
+            true => Vec::new(),
+            false => [request.prompt.as_slice(), &sequence.tokens].concat(),
+        };
+        sample(logits, &seen, sampling, &key)
+    }
+
+    fn stopped(&self, sequence: &Active) -> Option<StopReason> {
+        let last = sequence.tokens.last()?;
+        if self.options.eos_token_ids.contains(last) {
+            return Some(StopReason::Eos);
+        }
+        if self.stop_check.is_some_and(|check| check(&sequence.tokens)) {
+            return Some(StopReason::StopString);
+        }
+        let length = sequence.request.prompt.len() + sequence.tokens.len();
+        let full = length >= self.policy.config().max_position_embeddings;
+        (full || sequence.tokens.len() >= self.options.max_new_tokens).then_some(StopReason::Length)
+    }
+}

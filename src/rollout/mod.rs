@@ -1,0 +1,9 @@
+//! Generation: prefill and decode over the segment structure, continuous batching, sampling.
+//!
+//! Token ids in, token ids and log-probs out; text is the caller's business.
+
+mod generate;
+mod sampling;
+
+pub use generate::{Completion, GenerateOptions, Generator, Request, StopReason};
+pub use sampling::{RandomKey, Sampled, SamplingParams, argmax, sample};

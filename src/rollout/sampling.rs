@@ -1,0 +1,253 @@
+//! The chain of logits processors and the draw of one token.
+//!
+//! Order as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Random numbers are
+//! a function of (seed, step, prompt, sample, position), never of call order.
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use sha2::{Digest, Sha256};
+
+use crate::{Error, Result};
+
+/// How the next token is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// Divides the logits; 0 takes the most likely token.
+    pub temperature: f64,
+    /// Keeps the k most likely tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keeps the smallest set of most likely tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f64,
+    /// Keeps tokens at least this fraction as likely as the most likely one; 0 keeps all.
+    pub min_p: f64,
+    /// Divides positive and multiplies negative logits of tokens already seen; 1 does nothing.
+    pub repetition_penalty: f64,
+}
+
+impl SamplingParams {
+    /// The most likely token, always.
+    pub fn greedy() -> Self {
+        SamplingParams { temperature: 0.0, ..Self::default() }
+    }
+
+    /// Refuses values outside their range.
+    ///
+    /// # Errors
+    /// Names the value and its range.
+    pub fn validate(&self) -> Result<()> {
+        let ranges = [
+            ("temperature", self.temperature, 0.0, f64::MAX),
+            ("top_p", self.top_p, f64::MIN_POSITIVE, 1.0),
+            ("min_p", self.min_p, 0.0, 1.0),
+            ("repetition_penalty", self.repetition_penalty, f64::MIN_POSITIVE, f64::MAX),
+        ];
+        match ranges.iter().find(|(_, value, low, high)| !(*low..=*high).contains(value)) {
+            None => Ok(()),
+            Some((name, value, _, _)) => {
+                Err(Error::usage(format!("{name} = {value} is out of range")))
+            }
+        }
+    }
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        SamplingParams {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+        }
+    }
+}
+
+/// The address of one random number.
+#[derive(Clone, Copy, Debug)]
+pub struct RandomKey {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Optimizer step.
+    pub step: u64,
+    /// Number of the prompt.
+    pub prompt: u64,
+    /// Number of the sample of that prompt.
+    pub sample: u64,
+    /// Position of the token in its sequence.
+    pub position: u64,
+}
+
+impl RandomKey {
+    /// A number in [0, 1) with 53 random bits.
+    pub fn uniform(&self) -> f64 {
+        let mut hash = Sha256::new();
+        for part in [self.seed, self.step, self.prompt, self.sample, self.position] {
+            hash.update(part.to_le_bytes());
+        }
+        let mut rng = ChaCha8Rng::from_seed(hash.finalize().into());
+        (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// A drawn token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+    /// Its log-probability under the distribution that it was drawn from.
+    pub logp: f32,
+}
+
+/// The most likely token; of equals the first, as torch.argmax.
+pub fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+/// Draws the next token from logits [V], which the processors change in place; `seen` are the tokens
+/// of the sequence so far.
+///
+/// # Errors
+/// If the logits hold a NaN or no finite number.
+pub fn sample(
+    logits: &mut [f32],
+    seen: &[u32],
+    params: &SamplingParams,
+    key: &RandomKey,
+) -> Result<Sampled> {
+    penalise(logits, seen, params.repetition_penalty as f32);
+    let top = argmax(logits);
+    let max = logits[top as usize];
+    if !max.is_finite() || logits.iter().any(|logit| logit.is_nan()) {
+        let place = format!("prompt {} sample {}", key.prompt, key.sample);
+        return Err(Error::failure(format!("{place}: the model's logits are not finite")));
+    }
+    if params.temperature == 0.0 {
+        return Ok(Sampled { token: top, logp: 0.0 });
+    }
+    let inverse = 1.0 / params.temperature;
+    let weight = |logit: f32| ((logit - max) as f64 * inverse).exp();
+    let kept = keep(logits, params, weight);
+    let total: f64 = kept.iter().map(|token| weight(logits[*token as usize])).sum();
+    let mut left = key.uniform() * total;
+    let mut chosen = kept[kept.len() - 1];
+    for token in &kept {
+        left -= weight(logits[*token as usize]);
+        if left < 0.0 {
+            chosen = *token;
+            break;
+        }
+    }
+    let logp = (logits[chosen as usize] - max) as f64 * inverse - total.ln();
+    Ok(Sampled { token: chosen, logp: logp as f32 })
+}
+
+fn penalise(logits: &mut [f32], seen: &[u32], penalty: f32) {
+    if penalty == 1.0 {
+        return;
+    }
+    let mut tokens: Vec<u32> = seen.to_vec();
+    tokens.sort_unstable();
+    tokens.dedup();
+    for token in tokens {
+        let logit = &mut logits[token as usize];
+        *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
+    }
+}
+
+/// The tokens that survive the filters, in order of their ids; never empty.
+fn keep(logits: &[f32], params: &SamplingParams, weight: impl Fn(f32) -> f64) -> Vec<u32> {
+    let mut tokens: Vec<u32> = (0..logits.len() as u32).collect();
+    if params.top_k == 0 && params.top_p >= 1.0 && params.min_p <= 0.0 {
+        return tokens;
+    }
+    let likely_first = |a: &u32, b: &u32| {
+        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
+    };
+    if params.top_k > 0 && params.top_k < tokens.len() {
+        tokens.select_nth_unstable_by(params.top_k - 1, likely_first);
+        tokens.truncate(params.top_k);
+    }
+    tokens.sort_unstable_by(likely_first);
+    if params.top_p < 1.0 {
+        let total: f64 = tokens.iter().map(|token| weight(logits[*token as usize])).sum();
+        let mut before = 0.0;
+        let enough = tokens.iter().position(|token| {
+            let reached = before >= params.top_p * total;
+            before += weight(logits[*token as usize]);
+            reached
+        });
+        tokens.truncate(enough.unwrap_or(tokens.len()));
+    }
+    let floor = params.min_p * weight(logits[tokens[0] as usize]);
+    tokens.retain(|token| weight(logits[*token as usize]) >= floor);
+    tokens.sort_unstable();
+    tokens
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(position: u64) -> RandomKey {
+        RandomKey { seed: 1, step: 2, prompt: 3, sample: 4, position }
+    }
+
+    fn kept(logits: &[f32], params: SamplingParams) -> Vec<u32> {
+        let max = logits[argmax(logits) as usize];
+        keep(logits, &params, |logit| ((logit - max) as f64).exp())
+    }
+
+    #[test]
+    fn top_p_keeps_the_smallest_set_that_reaches_it() {
+        let logits: Vec<f32> = [0.5f32, 0.3, 0.15, 0.05].iter().map(|p| p.ln()).collect();
+        let with = |top_p| kept(&logits, SamplingParams { top_p, ..Default::default() });
+        assert_eq!(with(0.49), [0]);
+        assert_eq!(with(0.6), [0, 1]);
+        assert_eq!(with(0.81), [0, 1, 2]);
+        assert_eq!(with(1.0), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn top_k_and_min_p_drop_unlikely_tokens() {
+        let logits: Vec<f32> = [0.1f32, 0.6, 0.2, 0.1].iter().map(|p| p.ln()).collect();
+        assert_eq!(kept(&logits, SamplingParams { top_k: 2, ..Default::default() }), [1, 2]);
+        assert_eq!(kept(&logits, SamplingParams { min_p: 0.3, ..Default::default() }), [1, 2]);
+        assert_eq!(kept(&logits, SamplingParams { min_p: 0.5, ..Default::default() }), [1]);
+    }
+
+    #[test]
+    fn repetition_penalty_divides_positive_and_multiplies_negative_logits_once() {
+        let mut logits = [2.0, -2.0, 1.0];
+        penalise(&mut logits, &[0, 1, 0], 2.0);
+        assert_eq!(logits, [1.0, -4.0, 1.0]);
+    }
+
+    #[test]
+    fn draws_follow_the_distribution_and_report_its_log_probs() -> Result<()> {
+        let logits: Vec<f32> = [0.7f32, 0.2, 0.1].iter().map(|p| p.ln()).collect();
+        let mut counts = [0usize; 3];
+        for position in 0..20_000 {
+            let params = SamplingParams::default();
+            let drawn = sample(&mut logits.clone(), &[], &params, &key(position))?;
+            assert!((drawn.logp - logits[drawn.token as usize]).abs() < 1e-6);
+            counts[drawn.token as usize] += 1;
+        }
+        for (count, p) in counts.iter().zip([0.7, 0.2, 0.1]) {
+            assert!((*count as f64 / 20_000.0 - p).abs() < 0.015, "{counts:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_refused() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            assert!(sample(&mut [0.0, bad], &[], &SamplingParams::greedy(), &key(0)).is_err());
+        }
+    }
+}

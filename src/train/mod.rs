@@ -1,0 +1,9 @@
+//! x
+/// x
+pub mod files {
+    use crate::*;
+    /// x
+    pub fn write_atomic(path: &std::path::Path, bytes: &[u8]) -> Result<()> {
+        std::fs::write(path, bytes).map_err(Error::io(path))
+    }
+}

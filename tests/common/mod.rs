@@ -1,0 +1,48 @@
+//! What several test files need: the shared fixtures, and comparisons of tensors.
+#![allow(dead_code)]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use steersman::model::{ModelConfig, ModelSource, Policy, Weights};
+use steersman::ops::{Engine, WeightDtype};
+
+/// The folder with reference models and numbers, or nothing (with a visible line) where it is missing.
+pub fn shared(path: &str) -> Option<PathBuf> {
+    let full = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(path);
+    if full.exists() {
+        return Some(full);
+    }
+    eprintln!("SKIPPED: {} is missing", full.display());
+    None
+}
+
+/// The reference families.
+pub const FAMILIES: [&str; 5] = ["llama-tied", "llama3-scaled-rope", "qwen2", "qwen3", "gemma3"];
+
+/// Loads the f32 policy of a Hugging Face folder.
+pub fn policy(folder: &Path, engine: &Engine) -> Policy {
+    let json = std::fs::read(folder.join("config.json")).unwrap();
+    let config = ModelConfig::from_json(&serde_json::from_slice(&json).unwrap()).unwrap();
+    let weights = Weights::open(&ModelSource::Folder(folder.to_path_buf())).unwrap();
+    Policy::load(&config, &weights, engine, WeightDtype::F32).unwrap()
+}
+
+/// The numbers that transformers and PEFT computed for a family.
+pub fn reference(folder: &Path) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(folder.join("reference.safetensors"), &Device::Cpu).unwrap()
+}
+
+/// max |a - b|.
+pub fn max_diff(a: &Tensor, b: &Tensor) -> f32 {
+    let diff = (a.flatten_all().unwrap() - b.flatten_all().unwrap()).unwrap().abs().unwrap();
+    diff.max_all().unwrap().to_scalar().unwrap()
+}
+
+/// |a - b| / |b| in the Euclidean norm.
+pub fn relative(a: &Tensor, b: &Tensor) -> f32 {
+    let norm = |t: Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+    let diff = (a.flatten_all().unwrap() - b.flatten_all().unwrap()).unwrap();
+    norm(diff) / norm(b.flatten_all().unwrap()).max(f32::MIN_POSITIVE)
+}
