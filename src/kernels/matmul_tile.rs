@@ -144,6 +144,7 @@ impl<B: Element> Strip<B> {
     /// # Safety
     /// As [`multiply`].
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // the indices are also offsets of the pointers
     unsafe fn tile<S: Simd, const ROWS: usize, const PANELS: usize>(self) {
         // SAFETY: all offsets are inside the shapes stated by the fields.
         unsafe {

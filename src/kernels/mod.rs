@@ -14,3 +14,8 @@ mod simd;
 #[cfg(target_arch = "x86_64")]
 mod simd_x86;
 pub mod vexp;
+
+#[cfg(test)]
+mod matmul_tests;
+#[cfg(test)]
+mod testing;
