@@ -1,6 +1,26 @@
-//! CPU kernels on plain slices: no tensors, no devices, the same bits on every machine.
+//! CPU kernels on plain slices, with run-time dispatch over the machine's vector extensions: no
+//! tensors, no devices, no dependence on the batch.
 
 pub mod attention;
+pub mod dispatch;
 pub mod glu;
+pub mod logp;
+mod logp_row;
+pub mod low_rank;
+mod low_rank_activation;
+pub mod matmul;
+mod matmul_fill;
+mod matmul_tile;
 pub mod norm;
+pub mod pack;
+pub mod parallel;
 pub mod rope;
+mod simd;
+#[cfg(target_arch = "x86_64")]
+mod simd_x86;
+pub mod vexp;
+
+#[cfg(test)]
+mod matmul_tests;
+#[cfg(test)]
+mod testing;

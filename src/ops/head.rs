@@ -55,8 +55,8 @@ pub fn weighted_logps(
     let tracked = tape.is_recording() && h.is_tracked();
     let mut dh = vec![0f32; if tracked { rows.len() } else { 0 }];
     let forward = match tracked {
-        true => logp::forward_backward(&rows, packed, targets, weights, &options, &mut dh),
-        false => logp::forward(&rows, packed, targets, &options),
+        true => logp::forward_backward(&rows, packed, targets, weights, options, &mut dh),
+        false => logp::forward(&rows, packed, targets, options),
     };
     let sum: f64 = forward.logp.iter().zip(weights).map(|(l, w)| *l as f64 * *w as f64).sum();
     let sum = tape.engine().tensor(vec![sum as f32], &[1])?;
@@ -80,7 +80,7 @@ pub fn token_logps(
         return composed_logps(tape, h, head, targets, softcap);
     };
     let options = options(tape, softcap);
-    let forward = logp::forward(&host(h.tensor())?, packed, targets, &options);
+    let forward = logp::forward(&host(h.tensor())?, packed, targets, options);
     let logps = tape.engine().tensor(forward.logp.clone(), &[targets.len()])?;
     let lse = forward.lse.clone();
     let value = tape.push(logps, &[h], || {
@@ -90,7 +90,7 @@ pub fn token_logps(
             let mut dh = vec![0f32; h.elem_count()];
             if let Some(packed) = head.packed() {
                 let (rows, dlogp) = (host(&h)?, host(&dy)?);
-                logp::backward(&rows, packed, &targets, &lse, &dlogp, None, &options, &mut dh);
+                logp::backward(&rows, packed, &targets, &lse, &dlogp, None, options, &mut dh);
             }
             sink.give(0, engine.tensor(dh, h.dims())?)
         }

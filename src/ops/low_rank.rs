@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::engine::{composed, host};
 use super::tape::{Tape, Value};
 use crate::Result;
-use crate::kernels::low_rank::{self, Activation};
+use crate::kernels::low_rank::{self, Activation, Gradients, Saved};
 
 /// The form of a low-rank shift, alpha * phi(x Wdownᵀ) Wupᵀ.
 #[derive(Clone, Copy, Debug)]
@@ -34,10 +34,8 @@ pub fn low_rank_add(
     let (o, r) = up.tensor().dims2()?;
     let mut z = vec![0f32; m * r];
     let mut out = host(y.tensor())?.to_vec();
-    low_rank::down(&host(x.tensor())?, &host(down.tensor())?, m, d, r, &mut z);
-    let wup = host(up.tensor())?;
-    low_rank::up_add(&z, &wup, form.alpha, form.activation, m, o, r, &mut out);
-    drop(wup);
+    low_rank::down(&host(x.tensor())?, &host(down.tensor())?, d, r, &mut z);
+    low_rank::up_add(&z, &host(up.tensor())?, r, form.alpha, form.activation, &mut out);
     let out = tape.engine().tensor(out, y.tensor().dims())?;
     Ok(tape.push(out, &[y, x, down, up], || {
         let (x, down, up) = (x.tensor().clone(), down.tensor().clone(), up.tensor().clone());
@@ -46,13 +44,14 @@ pub fn low_rank_add(
             let mut dx = vec![0f32; m * d];
             let mut ddown = vec![0f32; r * d];
             let mut dup = vec![0f32; o * r];
-            low_rank::backward(
-                (&host(&dy)?, &host(&x)?, &z),
-                (&host(&down)?, &host(&up)?),
-                (form.alpha, form.activation),
-                (m, d, o, r),
-                (&mut dx, &mut ddown, &mut dup),
-            );
+            {
+                let (x, wdown, wup) = (host(&x)?, host(&down)?, host(&up)?);
+                let LowRank { alpha, activation } = form;
+                let (x, z, wdown, wup) = (&*x, &*z, &*wdown, &*wup);
+                let saved = Saved { x, z, wdown, wup, r, alpha, activation };
+                let (dx, dwdown, dwup) = (&mut dx[..], &mut ddown[..], &mut dup[..]);
+                low_rank::backward(&host(&dy)?, saved, Gradients { dx, dwdown, dwup });
+            }
             sink.give(0, dy)?;
             sink.give(1, engine.tensor(dx, &[m, d])?)?;
             sink.give(2, engine.tensor(ddown, &[r, d])?)?;

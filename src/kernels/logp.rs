@@ -1,0 +1,241 @@
+//! Log-probabilities of chosen tokens under a linear head, and their gradients, without ever
+//! holding the logits of more than a few rows.
+//!
+//! `l = inv_temperature cap(h W^T)`, `cap(z) = c tanh(z / c)`, `logp = l[token] - lse(l)`. Rows
+//! are batch-invariant: neither the chunks nor the threads change a bit.
+
+use rayon::prelude::*;
+
+use super::dispatch::CpuLevel;
+pub use super::logp_row::RowStats;
+use super::logp_row::{Pull, gradient_row, squash};
+use super::matmul::{MatmulPrecision, matmul, matmul_input_grad};
+use super::pack::PackedMatrix;
+
+/// Bytes of logits held at a time.
+const SCRATCH_BYTES: usize = 32 << 20;
+
+/// A token whose log-probability is wanted at a row. Lists are sorted by row; several targets may
+/// share one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Row of `h`.
+    pub row: u32,
+    /// Token id below V.
+    pub token: u32,
+}
+
+/// How logits become a distribution.
+#[derive(Clone, Copy, Debug)]
+pub struct LogpOptions {
+    /// One over the sampling temperature; positive.
+    pub inv_temperature: f32,
+    /// `c` of `c tanh(z / c)`, applied before the temperature.
+    pub softcap: Option<f32>,
+    /// Whether the entropy of each row is wanted.
+    pub entropy: bool,
+    /// How the products with the head are computed.
+    pub precision: MatmulPrecision,
+}
+
+impl Default for LogpOptions {
+    fn default() -> Self {
+        let precision = MatmulPrecision::Highest;
+        Self { inv_temperature: 1.0, softcap: None, entropy: false, precision }
+    }
+}
+
+/// Results of the forward pass.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogpForward {
+    /// Natural log-probability of each target.
+    pub logp: Vec<f32>,
+    /// Log of the sum of exponentials, of each row.
+    pub lse: Vec<f32>,
+    /// Entropy in nats of each row, where it was asked for.
+    pub entropy: Option<Vec<f32>>,
+    /// The likeliest token of each row, the first of equals.
+    pub argmax: Vec<u32>,
+}
+
+/// Log-probabilities of `targets` at the rows `h [N, D]` under `head [V, D]`. Panics if lengths
+/// disagree or a target is out of range or out of order.
+pub fn forward(
+    h: &[f32],
+    head: &PackedMatrix,
+    targets: &[Target],
+    options: LogpOptions,
+) -> LogpForward {
+    let job = Job::new(h, head, targets, options);
+    let mut result = job.empty_result();
+    job.chunks(|job, chunk, logits| job.read_chunk(chunk, logits, &mut result));
+    result
+}
+
+/// [`forward`], and in the same pass `dh [N, D]`, the gradient of `sum of weights * logp`
+/// (overwritten): two products instead of three.
+pub fn forward_backward(
+    h: &[f32],
+    head: &PackedMatrix,
+    targets: &[Target],
+    weights: &[f32],
+    options: LogpOptions,
+    dh: &mut [f32],
+) -> LogpForward {
+    assert!(weights.len() == targets.len() && dh.len() == h.len(), "log-prob lengths disagree");
+    let job = Job::new(h, head, targets, options);
+    let mut result = job.empty_result();
+    job.chunks(|job, chunk, logits| {
+        job.read_chunk(chunk.clone(), logits, &mut result);
+        let entropy = vec![0.0; chunk.len()];
+        let pulls = Pulls { lse: &result.lse, weights, dentropy: None, entropy };
+        job.pull_chunk(chunk, logits, &pulls, dh);
+    });
+    result
+}
+
+/// `dh [N, D]` (overwritten) of a loss whose gradients are `dlogp` at each target and, if it
+/// holds entropies, `dentropy` at each row; `lse` is that of [`forward`] with the same arguments.
+/// Recomputes the logits.
+#[allow(clippy::too_many_arguments)] // the forward pass's four, its result, two gradients in, one out
+pub fn backward(
+    h: &[f32],
+    head: &PackedMatrix,
+    targets: &[Target],
+    lse: &[f32],
+    dlogp: &[f32],
+    dentropy: Option<&[f32]>,
+    options: LogpOptions,
+    dh: &mut [f32],
+) {
+    assert!(dlogp.len() == targets.len() && dh.len() == h.len(), "log-prob lengths disagree");
+    let job = Job::new(h, head, targets, options);
+    assert!(lse.len() == job.rows && dentropy.is_none_or(|d| d.len() == job.rows));
+    job.chunks(|job, chunk, logits| {
+        let entropy = job.for_rows(logits, |_, row| match dentropy {
+            Some(_) => RowStats::of(row, &options).entropy as f32,
+            None => {
+                squash(CpuLevel::detect(), row, &options);
+                0.0
+            }
+        });
+        let pulls = Pulls { lse, weights: dlogp, dentropy, entropy };
+        job.pull_chunk(chunk, logits, &pulls, dh);
+    });
+}
+
+/// A checked call.
+struct Job<'a> {
+    h: &'a [f32],
+    head: &'a PackedMatrix,
+    targets: &'a [Target],
+    options: LogpOptions,
+    rows: usize,
+}
+
+/// What the gradient of the logits is made of.
+struct Pulls<'a> {
+    /// Of all rows.
+    lse: &'a [f32],
+    /// Of all targets.
+    weights: &'a [f32],
+    /// Of all rows.
+    dentropy: Option<&'a [f32]>,
+    /// Of the chunk's rows.
+    entropy: Vec<f32>,
+}
+
+/// A range of rows, or of targets.
+type Rows = std::ops::Range<usize>;
+
+impl<'a> Job<'a> {
+    fn new(
+        h: &'a [f32],
+        head: &'a PackedMatrix,
+        targets: &'a [Target],
+        options: LogpOptions,
+    ) -> Self {
+        let rows = h.len() / head.in_features();
+        assert!(h.len() == rows * head.in_features(), "hidden states are not [N, D]");
+        assert!(targets.is_sorted_by_key(|t| t.row), "targets are not sorted by row");
+        assert!(targets.last().is_none_or(|t| (t.row as usize) < rows), "target row too large");
+        let tokens = head.out_features();
+        assert!(targets.iter().all(|t| (t.token as usize) < tokens), "target token too large");
+        assert!(options.inv_temperature > 0.0, "temperature is not positive");
+        Self { h, head, targets, options, rows }
+    }
+
+    fn empty_result(&self) -> LogpForward {
+        LogpForward {
+            logp: vec![0.0; self.targets.len()],
+            lse: vec![0.0; self.rows],
+            entropy: self.options.entropy.then(|| vec![0.0; self.rows]),
+            argmax: vec![0; self.rows],
+        }
+    }
+
+    /// Calls `work` with each chunk of rows and its raw logits.
+    fn chunks(&self, mut work: impl FnMut(&Self, Rows, &mut [f32])) {
+        let (d, v) = (self.head.in_features(), self.head.out_features());
+        let most = (SCRATCH_BYTES / (v * size_of::<f32>())).clamp(1, self.rows.max(1));
+        let mut logits = vec![0.0; most * v];
+        for start in (0..self.rows).step_by(most) {
+            let chunk = start..(start + most).min(self.rows);
+            let logits = &mut logits[..chunk.len() * v];
+            let h = &self.h[chunk.start * d..chunk.end * d];
+            matmul(h, self.head, None, self.options.precision, logits);
+            work(self, chunk, logits);
+        }
+    }
+
+    /// The targets of rows `chunk`, as a range of the list.
+    fn targets_of(&self, chunk: Rows) -> Rows {
+        let before = |row: usize| self.targets.partition_point(|t| (t.row as usize) < row);
+        before(chunk.start)..before(chunk.end)
+    }
+
+    /// Turns raw logits into `l` and fills in the chunk's part of `result`.
+    fn read_chunk(&self, chunk: Rows, logits: &mut [f32], result: &mut LogpForward) {
+        let v = self.head.out_features();
+        let stats = self.for_rows(logits, |_, row| RowStats::of(row, &self.options));
+        for (row, stats) in chunk.clone().zip(&stats) {
+            result.lse[row] = stats.lse();
+            result.argmax[row] = stats.argmax;
+            if let Some(entropy) = &mut result.entropy {
+                entropy[row] = stats.entropy as f32;
+            }
+        }
+        for i in self.targets_of(chunk.clone()) {
+            let (row, token) = (self.targets[i].row as usize - chunk.start, self.targets[i].token);
+            result.logp[i] = stats[row].logp(logits[row * v + token as usize]);
+        }
+    }
+
+    /// Turns the chunk's `l` into the gradient of the raw logits, and that into rows of `dh`.
+    fn pull_chunk(&self, chunk: Rows, logits: &mut [f32], pulls: &Pulls, dh: &mut [f32]) {
+        self.for_rows(logits, |i, row| {
+            let at = chunk.start + i;
+            let of_row = self.targets_of(at..at + 1);
+            let pull = Pull {
+                lse: pulls.lse[at],
+                weight: pulls.weights[of_row.clone()].iter().sum(),
+                dentropy: pulls.dentropy.map_or(0.0, |d| d[at]),
+                entropy: pulls.entropy[i],
+            };
+            let targets = of_row.map(|i| (self.targets[i].token as usize, pulls.weights[i]));
+            gradient_row(CpuLevel::detect(), row, &self.options, pull, targets);
+        });
+        let d = self.head.in_features();
+        let dh = &mut dh[chunk.start * d..chunk.end * d];
+        matmul_input_grad(logits, self.head, self.options.precision, dh);
+    }
+
+    fn for_rows<R: Send>(
+        &self,
+        logits: &mut [f32],
+        work: impl Fn(usize, &mut [f32]) -> R + Sync + Send,
+    ) -> Vec<R> {
+        let rows = logits.par_chunks_mut(self.head.out_features()).enumerate();
+        rows.map(|(i, row)| work(i, row)).collect()
+    }
+}

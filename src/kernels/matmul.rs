@@ -1,0 +1,250 @@
+//! Products with a frozen packed weight: the layer's output and the gradient of its input.
+//!
+//! **Batch-invariant**: the bits of a row of the result depend only on that row of the input and
+//! on the weight, never on the number of rows, the row's place, the threads or the CPU level.
+//! Every element is the bias (or zero) plus, in order, the sums over 256 k at a time, each of them
+//! one chain of fused multiply-adds in ascending k.
+
+use super::dispatch::CpuLevel;
+use super::matmul_fill::{copy_rows, fill_panel};
+use super::matmul_tile::{Element, Join, Strip, best_panels, multiply};
+use super::pack::{PackedMatrix, Storage};
+use super::parallel::{SharedMut, for_each, part, task_count};
+use super::simd::LANES;
+
+/// How products are computed; the names are PyTorch's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MatmulPrecision {
+    /// `f32` products, `f32` sums.
+    #[default]
+    Highest,
+    /// At least the accuracy of operands split in bf16 halves; here the same as `Highest`.
+    High,
+    /// Both operands rounded to bf16, `f32` sums.
+    Medium,
+}
+
+/// Links of a chain, part of the definition of the result (short chains round less). A panel of
+/// them lies in the first-level cache.
+const K_BLOCK: usize = 256;
+/// Rows of a task at most: one block of k of them lies in the second-level cache.
+const ROW_BLOCK: usize = 384;
+/// Rows below which a weight is read straight from its storage.
+const STREAM_ROWS: usize = 6;
+
+/// `y = x W^T + bias`: `x [M, in]`, `y [M, out]`, `bias [out]`. Panics if the lengths disagree.
+pub fn matmul(
+    x: &[f32],
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
+    precision: MatmulPrecision,
+    y: &mut [f32],
+) {
+    product(CpuLevel::detect(), Axis::Output, x, w, bias, precision, y);
+}
+
+/// `dx = dy W`: `dy [M, out]`, `dx [M, in]`. Panics if the lengths disagree.
+pub fn matmul_input_grad(dy: &[f32], w: &PackedMatrix, precision: MatmulPrecision, dx: &mut [f32]) {
+    product(CpuLevel::detect(), Axis::Input, dy, w, None, precision, dx);
+}
+
+/// Which axis of the weight the result has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Axis {
+    /// `x W^T`.
+    Output,
+    /// `dy W`.
+    Input,
+}
+
+/// Either product on the threads of the pool.
+pub(crate) fn product(
+    level: CpuLevel,
+    axis: Axis,
+    x: &[f32],
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
+    precision: MatmulPrecision,
+    y: &mut [f32],
+) {
+    let Some(job) = Product::new(level, axis, x, w, bias, precision, y) else { return };
+    let panels = job.columns.div_ceil(LANES);
+    let tasks = task_count(job.rows * job.k * panels * LANES, 3);
+    let row_parts = job.rows.div_ceil(ROW_BLOCK);
+    let panel_parts = tasks.div_ceil(row_parts).min(panels);
+    for_each(row_parts * panel_parts, |i| {
+        let rows = part(job.rows, 12, row_parts, i / panel_parts);
+        let panels = part(panels, 2, panel_parts, i % panel_parts);
+        job.block(rows, panels);
+    });
+}
+
+/// Either product on this thread.
+pub(crate) fn product_serial(
+    level: CpuLevel,
+    axis: Axis,
+    x: &[f32],
+    w: &PackedMatrix,
+    precision: MatmulPrecision,
+    y: &mut [f32],
+) {
+    if let Some(job) = Product::new(level, axis, x, w, None, precision, y) {
+        job.block(0..job.rows, 0..job.columns.div_ceil(LANES));
+    }
+}
+
+/// A checked product.
+struct Product<'a> {
+    level: CpuLevel,
+    axis: Axis,
+    rows: usize,
+    k: usize,
+    columns: usize,
+    x: &'a [f32],
+    w: &'a PackedMatrix,
+    /// The bias or zeros, padded to whole panels.
+    start: Vec<f32>,
+    round: bool,
+    y: SharedMut<'a>,
+}
+
+/// One block of k of a panel group, ready to multiply.
+struct Step<'a> {
+    rows: std::ops::Range<usize>,
+    a: *const f32,
+    lda: usize,
+    panel: usize,
+    panels: usize,
+    k0: usize,
+    kc: usize,
+    scratch: &'a mut [f32],
+}
+
+impl<'a> Product<'a> {
+    /// Checks the lengths; `None` where there is no row.
+    fn new(
+        level: CpuLevel,
+        axis: Axis,
+        x: &'a [f32],
+        w: &'a PackedMatrix,
+        bias: Option<&[f32]>,
+        precision: MatmulPrecision,
+        y: &'a mut [f32],
+    ) -> Option<Self> {
+        let (k, columns) = match axis {
+            Axis::Output => (w.in_features(), w.out_features()),
+            Axis::Input => (w.out_features(), w.in_features()),
+        };
+        let rows = x.len() / k;
+        assert!(x.len() == rows * k, "input is not [M, {k}]");
+        assert!(y.len() == rows * columns, "output is not [{rows}, {columns}]");
+        let mut start = vec![0.0; columns.next_multiple_of(LANES)];
+        if let Some(bias) = bias {
+            start[..columns].copy_from_slice(bias);
+        }
+        let round = precision == MatmulPrecision::Medium;
+        let y = SharedMut::new(y);
+        (rows > 0).then_some(Self { level, axis, rows, k, columns, x, w, start, round, y })
+    }
+
+    /// Computes the columns of `panels` of `rows`.
+    fn block(&self, rows: std::ops::Range<usize>, panels: std::ops::Range<usize>) {
+        let group = best_panels(self.level, rows.len());
+        let k_block = K_BLOCK.min(self.k);
+        let copy = self.round || rows.len() > STREAM_ROWS;
+        let mut a = vec![0.0; if copy { rows.len() * k_block } else { 0 }];
+        let mut scratch = vec![0.0; group * k_block.next_multiple_of(LANES) * LANES];
+        for k0 in (0..self.k).step_by(k_block) {
+            let kc = k_block.min(self.k - k0);
+            let x = &self.x[rows.start * self.k + k0..];
+            let (a, lda) = if copy {
+                copy_rows(self.level, x, self.k, kc, self.round, &mut a[..rows.len() * kc]);
+                (a.as_ptr(), kc)
+            } else {
+                (x.as_ptr(), self.k)
+            };
+            for panel in panels.clone().step_by(group) {
+                let panels = group.min(panels.end - panel);
+                let (rows, scratch) = (rows.clone(), scratch.as_mut_slice());
+                self.step(Step { rows, a, lda, panel, panels, k0, kc, scratch });
+            }
+        }
+    }
+
+    /// Whether panels can be multiplied out of the storage.
+    fn direct(&self) -> bool {
+        let exact = !self.round || self.w.is_bf16();
+        self.axis == Axis::Output && exact
+    }
+
+    /// Multiplies one block of k of a panel group, widened or transposed into scratch if need be.
+    fn step(&self, step: Step) {
+        let few = step.rows.len() <= STREAM_ROWS;
+        let offset = step.panel * self.k + step.k0;
+        let stride = self.k * LANES;
+        match &self.w.storage {
+            Storage::F32(w) if self.direct() => {
+                self.columns_of(&step, w[offset..].as_ptr().cast::<f32>(), stride);
+            }
+            Storage::Bf16(w) if self.direct() && few => {
+                self.columns_of(&step, w[offset..].as_ptr().cast::<u16>(), stride);
+            }
+            _ => {
+                let stride = step.kc.next_multiple_of(LANES) * LANES;
+                for (i, into) in step.scratch.chunks_mut(stride).take(step.panels).enumerate() {
+                    let (k, panel) = (step.k0..step.k0 + step.kc, step.panel + i);
+                    fill_panel(self.level, self.w, self.axis, panel, k, self.round, into);
+                }
+                self.columns_of(&step, step.scratch.as_ptr(), stride);
+            }
+        }
+    }
+
+    /// Runs the strip of a panel group; a last, partial panel goes through a buffer.
+    fn columns_of<B: Element>(&self, step: &Step, b: *const B, panel_stride: usize) {
+        let (rows, column) = (step.rows.len(), step.panel * LANES);
+        let first = step.k0 == 0;
+        let mut strip = Strip {
+            rows,
+            k: step.kc,
+            a: step.a,
+            lda: step.lda,
+            b,
+            ldb: LANES,
+            panels: step.panels,
+            panel_stride,
+            init: self.start[column..].as_ptr(),
+            ldi: 0,
+            join: Join::Sum,
+            y: std::ptr::null_mut(),
+            ldy: self.columns,
+        };
+        let width = (self.columns - column).min(step.panels * LANES);
+        // SAFETY: tasks own disjoint rows and panels; a and b hold kc links of these rows and
+        // panels; the buffer has whole panels.
+        unsafe {
+            let y = self.y.at(step.rows.start * self.columns + column);
+            if width == step.panels * LANES {
+                strip.y = y;
+                if !first {
+                    (strip.init, strip.ldi) = (y, self.columns);
+                }
+                multiply(self.level, strip);
+                return;
+            }
+            let padded = step.panels * LANES;
+            let mut buffer = vec![0.0f32; rows * padded];
+            (strip.y, strip.ldy) = (buffer.as_mut_ptr(), padded);
+            if !first {
+                for (i, row) in buffer.chunks_mut(padded).enumerate() {
+                    y.add(i * self.columns).copy_to(row.as_mut_ptr(), width);
+                }
+                (strip.init, strip.ldi) = (strip.y, padded);
+            }
+            multiply(self.level, strip);
+            for (i, row) in buffer.chunks(padded).enumerate() {
+                y.add(i * self.columns).copy_from(row.as_ptr(), width);
+            }
+        }
+    }
+}

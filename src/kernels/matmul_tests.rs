@@ -1,0 +1,144 @@
+//! The promises of the matmul: batch invariance to the bit, same bits on every level, accuracy.
+
+use half::bf16;
+
+use super::dispatch::CpuLevel;
+use super::matmul::{Axis, MatmulPrecision, matmul, matmul_input_grad, product};
+use super::pack::PackedMatrix;
+use super::testing::{noise, relative_error, with_threads};
+
+const MS: [usize; 8] = [1, 2, 15, 16, 63, 64, 65, 2048];
+const OUTS: [usize; 6] = [1, 8, 64, 192, 576, 1536];
+use MatmulPrecision::{Highest, Medium};
+
+fn storages(out: usize, in_: usize) -> [PackedMatrix; 2] {
+    let w = noise(7, out * in_);
+    [PackedMatrix::from_f32(&w, out, in_), PackedMatrix::from_f32_as_bf16(&w, out, in_)]
+}
+
+fn run(axis: Axis, x: &[f32], w: &PackedMatrix, precision: MatmulPrecision) -> Vec<f32> {
+    let (k, columns) = sides(axis, w);
+    let mut y = vec![f32::NAN; x.len() / k * columns];
+    match axis {
+        Axis::Output => matmul(x, w, None, precision, &mut y),
+        Axis::Input => matmul_input_grad(x, w, precision, &mut y),
+    }
+    y
+}
+
+fn sides(axis: Axis, w: &PackedMatrix) -> (usize, usize) {
+    match axis {
+        Axis::Output => (w.in_features(), w.out_features()),
+        Axis::Input => (w.out_features(), w.in_features()),
+    }
+}
+
+/// Rows of `x` in batches of M give the bits that they give among 2048.
+fn check_batches(axis: Axis, w: &PackedMatrix, precision: MatmulPrecision) {
+    let (k, columns) = sides(axis, w);
+    let x = noise(3, 2048 * k);
+    let all = with_threads(1, || run(axis, &x, w, precision));
+    for m in MS {
+        for first in [0, 2048 - m] {
+            let part = &x[first * k..(first + m) * k];
+            let y = with_threads(2, || run(axis, part, w, precision));
+            let same = y == all[first * columns..(first + m) * columns];
+            assert!(same, "M {m} at row {first}, {k} to {columns}, {precision:?}");
+        }
+    }
+}
+
+#[test]
+fn rows_do_not_depend_on_the_batch_or_the_threads() {
+    for out in OUTS {
+        for w in storages(out, 270) {
+            for axis in [Axis::Output, Axis::Input] {
+                check_batches(axis, &w, Highest);
+            }
+            check_batches(Axis::Output, &w, Medium);
+        }
+    }
+    for w in storages(576, 1536) {
+        check_batches(Axis::Output, &w, Highest);
+        check_batches(Axis::Input, &w, Medium);
+    }
+}
+
+#[test]
+fn every_level_gives_the_same_bits() {
+    for (m, out, in_) in [(1, 40, 300), (3, 17, 33), (7, 576, 96), (70, 100, 513)] {
+        for w in storages(out, in_) {
+            for (axis, precision) in [(Axis::Output, Highest), (Axis::Input, Medium)] {
+                let (k, columns) = sides(axis, &w);
+                let x = noise(5, m * k);
+                let (mut best, mut plain) = (vec![0.0; m * columns], vec![0.0; m * columns]);
+                product(CpuLevel::detect(), axis, &x, &w, None, precision, &mut best);
+                product(CpuLevel::Portable, axis, &x, &w, None, precision, &mut plain);
+                assert!(best == plain, "{m} x {k} x {columns}");
+            }
+        }
+    }
+}
+
+/// `x [m, k]` times `w [k, n]` seen through `at`, in f64.
+fn exact(x: &[f32], k: usize, n: usize, at: impl Fn(usize, usize) -> f32) -> Vec<f64> {
+    let dot = |row: &[f32], j| (0..k).map(|i| f64::from(row[i]) * f64::from(at(i, j))).sum();
+    x.chunks(k).flat_map(|row| (0..n).map(move |j| (row, j))).map(|(row, j)| dot(row, j)).collect()
+}
+
+#[test]
+fn products_agree_with_f64() {
+    for (m, out, in_) in [(1, 1, 1), (1, 576, 1536), (5, 49, 31), (70, 200, 576), (33, 1536, 40)] {
+        for w in storages(out, in_) {
+            let plain = w.unpack();
+            let (x, dy, bias) = (noise(1, m * in_), noise(2, m * out), noise(3, out));
+            let mut want = exact(&x, in_, out, |k, o| plain[o * in_ + k]);
+            want.iter_mut().enumerate().for_each(|(i, y)| *y += f64::from(bias[i % out]));
+            let mut y = vec![0.0; m * out];
+            matmul(&x, &w, Some(&bias), Highest, &mut y);
+            assert!(relative_error(&y, &want) < 1e-6);
+            matmul(&x, &w, Some(&bias), MatmulPrecision::High, &mut y);
+            assert!(relative_error(&y, &want) < 4e-6);
+            let want = exact(&dy, out, in_, |o, k| plain[o * in_ + k]);
+            assert!(relative_error(&run(Axis::Input, &dy, &w, Highest), &want) < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn medium_is_the_product_of_rounded_operands() {
+    let (m, out, in_) = (9, 50, 600);
+    let round = |x: &[f32]| x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect::<Vec<_>>();
+    for w in storages(out, in_) {
+        let plain = round(&w.unpack());
+        for axis in [Axis::Output, Axis::Input] {
+            let (k, n) = sides(axis, &w);
+            let x = noise(4, m * k);
+            let at = |i: usize, j: usize| match axis {
+                Axis::Output => plain[j * in_ + i],
+                Axis::Input => plain[i * in_ + j],
+            };
+            let want = exact(&round(&x), k, n, at);
+            assert!(relative_error(&run(axis, &x, &w, Medium), &want) < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn nan_and_infinity_pass_through() {
+    let w = PackedMatrix::from_f32(&noise(1, 20 * 40), 20, 40);
+    for (bad, precision) in [(f32::NAN, Highest), (f32::NAN, Medium), (f32::INFINITY, Highest)] {
+        let mut x = noise(2, 3 * 40);
+        x[47] = bad;
+        let y = run(Axis::Output, &x, &w, precision);
+        assert!(y[20..40].iter().all(|y| !y.is_finite()));
+        assert!(y[..20].iter().chain(&y[40..]).all(|y| y.is_finite()));
+    }
+}
+
+#[test]
+fn no_rows_give_no_rows() {
+    let w = PackedMatrix::from_f32(&[1.0; 6], 2, 3);
+    matmul(&[], &w, None, Highest, &mut []);
+    matmul_input_grad(&[], &w, Highest, &mut []);
+}

@@ -1,0 +1,163 @@
+//! A frozen weight matrix, kept once, in the layout that the matmul reads.
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::simd::LANES;
+
+/// One input feature of a panel: its weights to sixteen output features.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct RowF32(pub(crate) [f32; LANES]);
+
+/// As [`RowF32`], in bf16 bits.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+pub(crate) struct RowBf16(pub(crate) [u16; LANES]);
+
+/// The panels, `[out / 16][in][16]`.
+#[derive(Clone)]
+pub(crate) enum Storage {
+    F32(Vec<RowF32>),
+    Bf16(Vec<RowBf16>),
+}
+
+/// A frozen weight `W [out, in]` in panels of sixteen output rows, `[out / 16][in][16]`, the last
+/// panel padded with zeros, stored as `f32` or bf16.
+#[derive(Clone)]
+pub struct PackedMatrix {
+    out_features: usize,
+    in_features: usize,
+    pub(crate) storage: Storage,
+}
+
+impl PackedMatrix {
+    /// Packs row-major `w [out, in]` and keeps it in `f32`. Panics unless `w` has that many
+    /// elements and at least one.
+    pub fn from_f32(w: &[f32], out: usize, in_: usize) -> Self {
+        let rows = pack(w, out, in_, RowF32([0.0; LANES]), |row, lane, x| row.0[lane] = x);
+        Self { out_features: out, in_features: in_, storage: Storage::F32(rows) }
+    }
+
+    /// Packs row-major `w [out, in]`, rounded to the nearest bf16 (ties to even).
+    pub fn from_f32_as_bf16(w: &[f32], out: usize, in_: usize) -> Self {
+        let put = |row: &mut RowBf16, lane: usize, x| row.0[lane] = bf16::from_f32(x).to_bits();
+        Self::bf16(out, in_, pack(w, out, in_, RowBf16([0; LANES]), put))
+    }
+
+    /// Packs row-major `w [out, in]` of bf16 as it is.
+    pub fn from_bf16(w: &[bf16], out: usize, in_: usize) -> Self {
+        let put = |row: &mut RowBf16, lane: usize, x: bf16| row.0[lane] = x.to_bits();
+        Self::bf16(out, in_, pack(w, out, in_, RowBf16([0; LANES]), put))
+    }
+
+    fn bf16(out: usize, in_: usize, rows: Vec<RowBf16>) -> Self {
+        Self { out_features: out, in_features: in_, storage: Storage::Bf16(rows) }
+    }
+
+    /// Rows of W.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Columns of W.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// Memory held, padding included.
+    pub fn bytes(&self) -> usize {
+        match &self.storage {
+            Storage::F32(rows) => size_of_val(rows.as_slice()),
+            Storage::Bf16(rows) => size_of_val(rows.as_slice()),
+        }
+    }
+
+    /// Whether the storage is bf16.
+    pub fn is_bf16(&self) -> bool {
+        matches!(self.storage, Storage::Bf16(_))
+    }
+
+    /// Copies row `i` of W (an embedding, where the matrix is a tied head) into `into [in]`.
+    pub fn row(&self, i: usize, into: &mut [f32]) {
+        assert!(i < self.out_features && into.len() == self.in_features);
+        let first = i / LANES * self.in_features;
+        let panel = first..first + self.in_features;
+        let lane = i % LANES;
+        match &self.storage {
+            Storage::F32(rows) => {
+                into.iter_mut().zip(&rows[panel]).for_each(|(to, row)| *to = row.0[lane]);
+            }
+            Storage::Bf16(rows) => into.iter_mut().zip(&rows[panel]).for_each(|(to, row)| {
+                *to = bf16::from_bits(row.0[lane]).to_f32();
+            }),
+        }
+    }
+
+    /// W again, row-major `[out, in]`.
+    pub fn unpack(&self) -> Vec<f32> {
+        let mut w = vec![0.0; self.out_features * self.in_features];
+        let rows = w.par_chunks_mut(self.in_features).enumerate();
+        rows.for_each(|(i, row)| self.row(i, row));
+        w
+    }
+}
+
+/// Elements below which packing is not worth a second thread.
+const SMALL: usize = 1 << 16;
+
+/// Lays `w [out, in]` out in panels of `zero`-padded rows, `put` setting one lane.
+fn pack<T: Copy + Sync, R: Copy + Send + Sync>(
+    w: &[T],
+    out: usize,
+    in_: usize,
+    zero: R,
+    put: impl Fn(&mut R, usize, T) + Sync,
+) -> Vec<R> {
+    assert!(out > 0 && in_ > 0 && w.len() == out * in_, "weight is not a matrix [out, in]");
+    let mut rows = vec![zero; out.div_ceil(LANES) * in_];
+    let fill = |(panel, w): (&mut [R], &[T])| {
+        for (lane, w) in w.chunks(in_).enumerate() {
+            panel.iter_mut().zip(w).for_each(|(row, &x)| put(row, lane, x));
+        }
+    };
+    if w.len() < SMALL {
+        rows.chunks_mut(in_).zip(w.chunks(LANES * in_)).for_each(fill);
+    } else {
+        rows.par_chunks_mut(in_).zip(w.par_chunks(LANES * in_)).for_each(fill);
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn unpack_gives_back_what_was_packed(out in 1usize..40, in_ in 1usize..20, seed: u32) {
+            let w: Vec<f32> = (0..out * in_).map(|i| (i as f32 + seed as f32).sin()).collect();
+            prop_assert_eq!(PackedMatrix::from_f32(&w, out, in_).unpack(), w.clone());
+            let rounded: Vec<bf16> = w.iter().map(|&x| bf16::from_f32(x)).collect();
+            let wide: Vec<f32> = rounded.iter().map(|x| x.to_f32()).collect();
+            prop_assert_eq!(PackedMatrix::from_f32_as_bf16(&w, out, in_).unpack(), wide.clone());
+            prop_assert_eq!(PackedMatrix::from_bf16(&rounded, out, in_).unpack(), wide);
+        }
+    }
+
+    #[test]
+    fn bytes_count_the_padded_panels() {
+        let w = vec![1.0; 17 * 5];
+        assert_eq!(PackedMatrix::from_f32(&w, 17, 5).bytes(), 2 * 16 * 5 * 4);
+        assert_eq!(PackedMatrix::from_f32_as_bf16(&w, 17, 5).bytes(), 2 * 16 * 5 * 2);
+    }
+
+    #[test]
+    fn row_is_the_row_of_the_matrix() {
+        let w: Vec<f32> = (0..18 * 3).map(|i| i as f32).collect();
+        let mut row = [0.0; 3];
+        PackedMatrix::from_f32(&w, 18, 3).row(17, &mut row);
+        assert_eq!(row, [51.0, 52.0, 53.0]);
+    }
+}

@@ -1,0 +1,96 @@
+//! Splits a kernel's work over the threads of the current rayon pool. Where the cuts fall never
+//! changes a result: tasks write disjoint outputs and each output is computed by one task.
+
+use std::marker::PhantomData;
+
+use rayon::prelude::*;
+
+/// Multiply-adds below which a task is not worth a thread's wake-up (about 5 microseconds).
+const MIN_TASK: usize = 1 << 18;
+
+/// How many tasks to cut `work` multiply-adds into: 1 for small work, otherwise up to
+/// `per_thread` for each thread of the pool.
+pub fn task_count(work: usize, per_thread: usize) -> usize {
+    (work / MIN_TASK).clamp(1, per_thread * rayon::current_num_threads())
+}
+
+/// Calls `work` with every index below `tasks`, in parallel where there is more than one.
+pub fn for_each(tasks: usize, work: impl Fn(usize) + Sync + Send) {
+    if tasks == 1 {
+        work(0);
+    } else {
+        (0..tasks).into_par_iter().with_max_len(1).for_each(work);
+    }
+}
+
+/// Part `i` of `0..n` cut into `parts` ranges whose lengths are multiples of `unit` (the last
+/// one excepted) and differ by at most one unit. Ranges may be empty.
+pub fn part(n: usize, unit: usize, parts: usize, i: usize) -> std::ops::Range<usize> {
+    let units = n.div_ceil(unit);
+    let edge = |i: usize| (units * i / parts * unit).min(n);
+    edge(i)..edge(i + 1)
+}
+
+/// A mutable slice that several tasks write, each its own part.
+#[derive(Clone, Copy)]
+pub struct SharedMut<'a> {
+    start: *mut f32,
+    len: usize,
+    life: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: handing out parts is unsafe and the caller's promise is that they do not overlap.
+unsafe impl Send for SharedMut<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMut<'_> {}
+
+impl<'a> SharedMut<'a> {
+    /// Takes hold of `slice` for the lifetime of the borrow.
+    pub fn new(slice: &'a mut [f32]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), life: PhantomData }
+    }
+
+    /// Pointer to element `i`.
+    ///
+    /// # Safety
+    /// Nobody else accesses what is written through the pointer, and it stays in the slice.
+    pub unsafe fn at(&self, i: usize) -> *mut f32 {
+        debug_assert!(i <= self.len);
+        // SAFETY: the caller keeps `i` inside the slice.
+        unsafe { self.start.add(i) }
+    }
+
+    /// The part `range` as a slice.
+    ///
+    /// # Safety
+    /// No other live part overlaps `range`.
+    pub unsafe fn part(&self, range: std::ops::Range<usize>) -> &'a mut [f32] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside the slice by the assertion, not aliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_the_range_in_order_and_in_whole_units() {
+        for (n, unit, parts) in [(0, 6, 3), (1, 6, 4), (64, 6, 4), (2048, 6, 7), (5, 1, 9)] {
+            let mut next = 0;
+            for i in 0..parts {
+                let range = part(n, unit, parts, i);
+                assert_eq!(range.start, next);
+                assert!(range.end == n || range.len() % unit == 0);
+                next = range.end;
+            }
+            assert_eq!(next, n);
+        }
+    }
+
+    #[test]
+    fn small_work_is_one_task() {
+        assert_eq!(task_count(1000, 4), 1);
+    }
+}
