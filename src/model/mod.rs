@@ -7,8 +7,12 @@ mod config_gguf;
 mod config_json;
 mod config_layers;
 mod config_rope;
+pub mod fetch;
+mod fetch_wheel;
 pub mod gguf;
+pub mod hub;
 pub mod source;
+mod transfer;
 pub mod weights;
 mod weights_safetensors;
 
