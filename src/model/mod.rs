@@ -10,10 +10,14 @@ mod config_gguf;
 mod config_json;
 mod config_layers;
 mod config_rope;
+pub mod fetch;
+mod fetch_wheel;
 pub mod gguf;
+pub mod hub;
 mod policy;
 pub mod source;
 mod trace;
+mod transfer;
 pub mod weights;
 mod weights_safetensors;
 
