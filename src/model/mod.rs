@@ -3,6 +3,10 @@
 
 mod batch;
 mod block;
+pub mod chat_template;
+mod chat_template_env;
+mod chat_template_json;
+mod chat_template_spans;
 pub mod config;
 mod config_fields;
 mod config_generation;
@@ -16,18 +20,26 @@ pub mod gguf;
 pub mod hub;
 mod policy;
 pub mod source;
+pub mod tokenizer;
+mod tokenizer_bpe;
+mod tokenizer_folder;
+mod tokenizer_gguf;
+mod tokenizer_spm;
+mod tokenizer_stream;
 mod trace;
 mod transfer;
 pub mod weights;
 mod weights_safetensors;
 
 pub use batch::Batch;
+pub use chat_template::{ChatTemplate, Message};
 pub use config::{Activation, Family, LayerConfig, Matrix, ModelConfig};
 pub use config_generation::GenerationConfig;
 pub use config_rope::{Llama3, Rope, RopeScaling, Yarn};
 pub use gguf::Gguf;
 pub use policy::Policy;
 pub use source::ModelSource;
+pub use tokenizer::Tokenizer;
 pub use trace::Trace;
 pub use weights::{StoredDtype, Weights};
 
