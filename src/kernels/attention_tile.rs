@@ -1,0 +1,270 @@
+//! The parts that both passes of attention are made of: products of tiles, gathering of rows.
+
+use super::attention::{AttentionShape, KeySpan};
+use super::simd::{Job, LANES, Simd};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Keys in a tile; tiles start at multiples of it in the chain.
+pub const KEYS: usize = 64;
+
+/// Rows that a product works on together.
+pub const ROWS: usize = 6;
+
+/// `head_dim` rounded up to whole vectors: the length of a row in scratch, zeros at its end.
+pub fn padded(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(LANES)
+}
+
+/// `c += a b`, or `c = a b` unless `add`. Each element sums over `depth` in ascending order by
+/// fused multiply-adds, whatever the other sizes are.
+pub struct Product<'a> {
+    /// Element (row, k) of the left matrix is `a[row * a_row + k * a_step]`.
+    pub a: &'a [f32],
+    /// Distance of the rows of `a`.
+    pub a_row: usize,
+    /// Distance of the columns of `a`.
+    pub a_step: usize,
+    /// The right matrix, `[depth, b_row]`, of which `cols` columns are used.
+    pub b: &'a [f32],
+    /// Distance of the rows of `b`.
+    pub b_row: usize,
+    /// The result, `[rows, c_row]`, of which `cols` columns are used.
+    pub c: &'a mut [f32],
+    /// Distance of the rows of `c`.
+    pub c_row: usize,
+    /// Rows of `a` and `c`.
+    pub rows: usize,
+    /// Columns of `b` and `c`, a multiple of sixteen.
+    pub cols: usize,
+    /// Terms of each sum.
+    pub depth: usize,
+    /// Whether to add to `c`.
+    pub add: bool,
+}
+
+impl Product<'_> {
+    fn check(&self) {
+        let (rows, depth, cols) = (self.rows - 1, self.depth - 1, self.cols);
+        assert!(cols % LANES == 0);
+        assert!(rows * self.a_row + depth * self.a_step < self.a.len());
+        assert!(depth * self.b_row + cols <= self.b.len());
+        assert!(rows * self.c_row + cols <= self.c.len());
+    }
+
+    /// Multiplies the rows from `row` on by the columns from `col` on.
+    ///
+    /// # Safety
+    /// `check` has passed, `row + R <= rows` and `col + 16 <= cols`.
+    #[inline(always)]
+    unsafe fn block<S: Simd, const R: usize>(&mut self, s: S, row: usize, col: usize) {
+        // SAFETY: by `check`, every offset below lies inside its slice.
+        unsafe {
+            let c = self.c.as_mut_ptr().add(row * self.c_row + col);
+            let mut sums = [s.splat(0.0); R];
+            if self.add {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = s.load(&*c.add(i * self.c_row).cast());
+                }
+            }
+            let mut a = self.a.as_ptr().add(row * self.a_row);
+            let mut b = self.b.as_ptr().add(col);
+            for _ in 0..self.depth {
+                let right = s.load(&*b.cast());
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = s.fma(s.splat(*a.add(i * self.a_row)), right, *sum);
+                }
+                a = a.wrapping_add(self.a_step);
+                b = b.wrapping_add(self.b_row);
+            }
+            for (i, sum) in sums.iter().enumerate() {
+                s.store(&mut *c.add(i * self.c_row).cast(), *sum);
+            }
+        }
+    }
+}
+
+impl Job for Product<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        if self.rows == 0 || self.depth == 0 {
+            return;
+        }
+        self.check();
+        for row in (0..self.rows).step_by(ROWS) {
+            for col in (0..self.cols).step_by(LANES) {
+                // SAFETY: checked above; the rows left and the columns are inside.
+                unsafe {
+                    match self.rows - row {
+                        1 => self.block::<S, 1>(s, row, col),
+                        2 => self.block::<S, 2>(s, row, col),
+                        3 => self.block::<S, 3>(s, row, col),
+                        4 => self.block::<S, 4>(s, row, col),
+                        5 => self.block::<S, 5>(s, row, col),
+                        _ => self.block::<S, ROWS>(s, row, col),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Transposes a tile `[KEYS, width]` to `[width, KEYS]`; `width` is a multiple of eight.
+#[inline(always)]
+pub fn transpose<S: Simd>(s: S, tile: &[f32], width: usize, to: &mut [f32]) {
+    for row in (0..KEYS).step_by(8) {
+        for col in (0..width).step_by(8) {
+            s.transpose8(&tile[row * width + col..], width, &mut to[col * KEYS + row..], KEYS);
+        }
+    }
+}
+
+/// Which of the two matrices of a span to read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Keys.
+    K,
+    /// Values.
+    V,
+}
+
+/// Copies the rows of one head at the positions `first..first + KEYS` into `tile`, `[KEYS,
+/// padded]`; rows past the end of the chain become zeros.
+pub fn gather_keys(
+    spans: &[KeySpan],
+    side: Side,
+    shape: &AttentionShape,
+    kv_head: usize,
+    first: usize,
+    tile: &mut [f32],
+) {
+    let (d, width) = (shape.head_dim, shape.kv_width());
+    let stride = padded(d);
+    let mut filled = 0;
+    let from = spans.partition_point(|span| span.position0 + span.len <= first);
+    for span in &spans[from..] {
+        let start = (first + filled).saturating_sub(span.position0);
+        let stop = span.len.min((first + KEYS).saturating_sub(span.position0));
+        let source = if side == Side::K { span.k } else { span.v };
+        for row in start..stop {
+            let at = row * width + kv_head * d;
+            tile[filled * stride..filled * stride + d].copy_from_slice(&source[at..at + d]);
+            filled += 1;
+        }
+        if filled == KEYS {
+            return;
+        }
+    }
+    tile[filled * stride..].fill(0.0);
+}
+
+/// Consecutive queries and the query heads of one key head: scratch holds one row for each
+/// (query, head), heads fastest.
+#[derive(Clone, Copy, Debug)]
+pub struct QueryBlock {
+    /// Row of the first query in the packed batch.
+    pub start: usize,
+    /// Number of queries.
+    pub len: usize,
+    /// Position of the first query.
+    pub position0: usize,
+    /// The key head.
+    pub kv_head: usize,
+}
+
+impl QueryBlock {
+    /// Number of rows in scratch.
+    pub fn rows(&self, shape: &AttentionShape) -> usize {
+        self.len * shape.group()
+    }
+
+    /// The positions that a row sees.
+    pub fn visible(&self, shape: &AttentionShape, row: usize) -> Range<usize> {
+        shape.visible(self.position0 + row / shape.group())
+    }
+
+    /// The positions that any of some rows see.
+    pub fn seen(&self, shape: &AttentionShape, rows: Range<usize>) -> Range<usize> {
+        self.visible(shape, rows.start).start..self.visible(shape, rows.end - 1).end
+    }
+
+    /// Where a query's heads lie in a row of queries.
+    pub fn source(&self, shape: &AttentionShape, query: usize) -> Range<usize> {
+        let width = shape.group() * shape.head_dim;
+        let at = ((self.start + query) * shape.kv_heads + self.kv_head) * width;
+        at..at + width
+    }
+
+    /// Copies the block's part of `x`, `[N, heads * head_dim]`, to rows in scratch.
+    pub fn gather(&self, shape: &AttentionShape, x: &[f32], rows: &mut [f32]) {
+        let (d, stride) = (shape.head_dim, padded(shape.head_dim));
+        let mut rows = rows.chunks_exact_mut(stride);
+        for query in 0..self.len {
+            let heads = x[self.source(shape, query)].chunks_exact(d);
+            heads.zip(&mut rows).for_each(|(head, row)| row[..d].copy_from_slice(head));
+        }
+    }
+}
+
+/// The part of a tile that some rows see, from the tile's first key on; empty if none.
+pub fn within_tile(seen: &Range<usize>, tile: usize) -> Range<usize> {
+    let start = seen.start.saturating_sub(tile).min(KEYS);
+    start..seen.end.saturating_sub(tile).min(KEYS).max(start)
+}
+
+/// Widens a part of a tile to whole vectors.
+pub fn whole_vectors(part: &Range<usize>) -> Range<usize> {
+    part.start / LANES * LANES..part.end.next_multiple_of(LANES)
+}
+
+/// Overwrites what a row does not see in the columns `cols` of a tile.
+pub fn fill_hidden(x: &mut [f32], cols: &Range<usize>, visible: &Range<usize>, value: f32) {
+    let from = visible.start.clamp(cols.start, cols.end) - cols.start;
+    let to = visible.end.clamp(cols.start, cols.end) - cols.start;
+    x[..from].fill(value);
+    x[to..].fill(value);
+}
+
+/// A result that many tasks write, each its own elements.
+pub struct Shared<'a> {
+    data: *mut f32,
+    len: usize,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: `write` and `add` ask their callers to keep to disjoint elements.
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    /// Borrows the result for as long as tasks write it.
+    pub fn new(x: &'a mut [f32]) -> Self {
+        Self { data: x.as_mut_ptr(), len: x.len(), borrow: PhantomData }
+    }
+
+    /// # Safety
+    /// No other task touches these elements.
+    unsafe fn part(&self, at: usize, len: usize) -> *mut [f32] {
+        assert!(at + len <= self.len, "a write past the end of a result");
+        // SAFETY: inside the slice by the assertion.
+        std::ptr::slice_from_raw_parts_mut(unsafe { self.data.add(at) }, len)
+    }
+
+    /// Writes `x` to the elements from `at` on.
+    ///
+    /// # Safety
+    /// No other task touches these elements at the same time.
+    pub unsafe fn write(&self, at: usize, x: &[f32]) {
+        // SAFETY: the caller's promise.
+        unsafe { &mut *self.part(at, x.len()) }.copy_from_slice(x);
+    }
+
+    /// Adds `x` to the elements from `at` on.
+    ///
+    /// # Safety
+    /// No other task touches these elements at the same time.
+    pub unsafe fn add(&self, at: usize, x: &[f32]) {
+        // SAFETY: the caller's promise.
+        let part = unsafe { &mut *self.part(at, x.len()) };
+        part.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+    }
+}
