@@ -7,7 +7,7 @@
 use super::attention::{AttentionShape, Chain, Segment, chains};
 use super::attention_forward::capped;
 use super::attention_tile::{
-    KEYS, Product, QueryBlock, ROWS, Shared, Side, fill_hidden, gather_keys, padded, transpose,
+    KEYS, KeyHead, Product, QueryBlock, ROWS, Shared, Side, fill_hidden, padded, transpose,
     whole_vectors, within_tile,
 };
 use super::simd::{Job, LANES, Level, Simd};
@@ -217,11 +217,11 @@ impl Job for Backward<'_> {
         }
         let scratch = &mut self.gather(s);
         let part = (PART_ROWS / shape.group()).max(1) * shape.group();
+        let head = KeyHead { spans: &self.chain.spans, shape, index: block.kv_head };
         let seen = block.seen(shape, 0..rows);
         for tile in (seen.start / KEYS * KEYS..seen.end).step_by(KEYS) {
-            let spans = &self.chain.spans;
-            gather_keys(spans, Side::K, shape, block.kv_head, tile, &mut scratch.k);
-            gather_keys(spans, Side::V, shape, block.kv_head, tile, &mut scratch.v);
+            head.gather(Side::K, tile..tile + KEYS, &mut scratch.k);
+            head.gather(Side::V, tile..tile + KEYS, &mut scratch.v);
             transpose(s, &scratch.k, width, &mut scratch.kt);
             transpose(s, &scratch.v, width, &mut scratch.vt);
             scratch.dk.fill(0.0);

@@ -2,7 +2,7 @@
 
 use super::attention::{AttentionShape, Chain};
 use super::attention_tile::{
-    KEYS, Product, QueryBlock, ROWS, Shared, Side, fill_hidden, gather_keys, padded, transpose,
+    KEYS, KeyHead, Product, QueryBlock, ROWS, Run, Shared, Side, fill_hidden, padded,
     whole_vectors, within_tile,
 };
 use super::simd::{Job, LANES, Level, Simd};
@@ -42,8 +42,10 @@ pub(super) fn forward_at(
     check(chains);
     assert!(q.len() == out.len(), "queries and result differ in size");
     let (out, lse) = (Shared::new(out), lse.map(Shared::new));
-    let make = || Scratch::new(shape);
-    blocks(chains, shape).into_par_iter().for_each_init(make, |scratch, (chain, block)| {
+    let blocks = blocks(chains, shape);
+    let rows = blocks.iter().map(|(_, block)| block.rows(shape)).max().unwrap_or(0);
+    let make = || Scratch::new(shape, rows);
+    blocks.into_par_iter().for_each_init(make, |scratch, (chain, block)| {
         let (out, lse) = (&out, lse.as_ref());
         level.run(Forward { q, chain, block, shape, scratch, out, lse });
     });
@@ -82,9 +84,11 @@ fn blocks<'a>(chains: &'a [Chain<'a>], shape: &AttentionShape) -> Vec<(&'a Chain
 /// The buffers of one thread.
 struct Scratch {
     q: Vec<f32>,
-    k: Vec<f32>,
     kt: Vec<f32>,
+    /// Eight rows of keys.
+    eight: Vec<f32>,
     v: Vec<f32>,
+    /// Scores of `ROWS` rows in a tile, then their weights.
     scores: Vec<f32>,
     state: Vec<Running>,
     sums: Vec<f32>,
@@ -98,14 +102,14 @@ struct Running {
 }
 
 impl Scratch {
-    fn new(shape: &AttentionShape) -> Self {
-        let (width, rows) = (padded(shape.head_dim), BLOCK_ROWS.max(shape.group()));
+    fn new(shape: &AttentionShape, rows: usize) -> Self {
+        let width = padded(shape.head_dim);
         let tile = vec![0.0; KEYS * width];
         let running = Running { top: f32::NEG_INFINITY, total: [0.0; LANES] };
         Self {
             q: vec![0.0; rows * width],
-            k: tile.clone(),
             kt: tile.clone(),
+            eight: vec![0.0; 8 * width],
             v: tile,
             scores: vec![0.0; ROWS * KEYS],
             state: vec![running; rows],
@@ -130,16 +134,13 @@ impl Job for Forward<'_> {
         let (shape, block) = (self.shape, self.block);
         let (rows, width) = (block.rows(shape), padded(shape.head_dim));
         block.gather(shape, self.q, &mut self.scratch.q);
-        self.scratch.sums.fill(0.0);
+        self.scratch.sums[..rows * width].fill(0.0);
         for row in &mut self.scratch.state[..rows] {
             *row = Running { top: f32::NEG_INFINITY, total: [0.0; LANES] };
         }
         let seen = block.seen(shape, 0..rows);
         for tile in (seen.start / KEYS * KEYS..seen.end).step_by(KEYS) {
-            let (spans, scratch) = (&self.chain.spans, &mut *self.scratch);
-            gather_keys(spans, Side::K, shape, block.kv_head, tile, &mut scratch.k);
-            gather_keys(spans, Side::V, shape, block.kv_head, tile, &mut scratch.v);
-            transpose(s, &scratch.k, width, &mut scratch.kt);
+            self.load(s, tile, within_tile(&seen, tile));
             for first in (0..rows).step_by(ROWS) {
                 self.rows(s, tile, first..rows.min(first + ROWS));
             }
@@ -148,11 +149,33 @@ impl Job for Forward<'_> {
     }
 }
 
-impl Forward<'_> {
+impl<'a> Forward<'a> {
+    fn head(&self) -> KeyHead<'a> {
+        KeyHead { spans: &self.chain.spans, shape: self.shape, index: self.block.kv_head }
+    }
+
+    /// Whether values are read in place: copying them pays from a few rows on.
+    fn in_place(&self) -> bool {
+        let (rows, d) = (self.block.rows(self.shape), self.shape.head_dim);
+        rows <= 2 * ROWS && d.is_multiple_of(LANES)
+    }
+
+    /// Brings the part `seen` of a tile to scratch.
+    #[inline(always)]
+    fn load<S: Simd>(&mut self, s: S, tile: usize, seen: Range<usize>) {
+        let (head, in_place) = (self.head(), self.in_place());
+        let Scratch { kt, eight, v, .. } = &mut *self.scratch;
+        head.transpose(s, tile, whole_vectors(&seen), kt, eight);
+        if !in_place {
+            head.gather(Side::V, tile..tile + seen.end, v);
+        }
+    }
+
     /// Takes the keys of a tile into the running softmax of a few rows.
     #[inline(always)]
     fn rows<S: Simd>(&mut self, s: S, tile: usize, rows: Range<usize>) {
-        let (shape, scratch, width) = (self.shape, &mut *self.scratch, padded(self.shape.head_dim));
+        let (head, in_place, shape) = (self.head(), self.in_place(), self.shape);
+        let (scratch, width) = (&mut *self.scratch, padded(self.shape.head_dim));
         let seen = within_tile(&self.block.seen(shape, rows.clone()), tile);
         if seen.is_empty() {
             return;
@@ -176,19 +199,28 @@ impl Forward<'_> {
             let sums = &mut scratch.sums[row * width..(row + 1) * width];
             weigh(s, shape, scores, &cols, &visible, &mut scratch.state[row], sums);
         }
-        s.run(Product {
-            a: &scratch.scores[seen.start..],
-            a_row: KEYS,
-            a_step: 1,
-            b: &scratch.v[seen.start * width..],
-            b_row: width,
-            c: &mut scratch.sums[rows.start * width..],
-            c_row: width,
-            rows: rows.len(),
-            cols: width,
-            depth: seen.len(),
-            add: true,
-        });
+        let mut add_values = |run: Run| {
+            s.run(Product {
+                a: &scratch.scores[run.position - tile..],
+                a_row: KEYS,
+                a_step: 1,
+                b: run.x,
+                b_row: run.stride,
+                c: &mut scratch.sums[rows.start * width..],
+                c_row: width,
+                rows: rows.len(),
+                cols: width,
+                depth: run.len,
+                add: true,
+            });
+        };
+        let position = tile + seen.start;
+        if in_place {
+            head.runs(Side::V, position..tile + seen.end).for_each(add_values);
+        } else {
+            let (x, len) = (&scratch.v[seen.start * width..], seen.len());
+            add_values(Run { x, stride: width, position, len });
+        }
     }
 
     /// Divides the sums by the denominators and writes the results. Adding 0 makes the sign of a

@@ -52,33 +52,63 @@ impl Product<'_> {
         assert!(rows * self.c_row + cols <= self.c.len());
     }
 
-    /// Multiplies the rows from `row` on by the columns from `col` on.
+    /// Multiplies `R` rows from `row` on by all columns, `C` vectors of them at a time.
     ///
     /// # Safety
-    /// `check` has passed, `row + R <= rows` and `col + 16 <= cols`.
+    /// `check` has passed, and `row + R <= rows`.
     #[inline(always)]
-    unsafe fn block<S: Simd, const R: usize>(&mut self, s: S, row: usize, col: usize) {
+    unsafe fn rows<S: Simd, const R: usize, const C: usize>(&mut self, s: S, row: usize) {
+        let wide = self.cols / (C * LANES) * (C * LANES);
+        for col in (0..wide).step_by(C * LANES) {
+            // SAFETY: the caller's promise; the columns end at or before `wide`.
+            unsafe { self.block::<S, R, C>(s, row, col) };
+        }
+        for col in (wide..self.cols).step_by(LANES) {
+            // SAFETY: the caller's promise; the columns end at or before `cols`.
+            unsafe { self.block::<S, R, 1>(s, row, col) };
+        }
+    }
+
+    /// Multiplies `R` rows from `row` on by `C` vectors of columns from `col` on.
+    ///
+    /// # Safety
+    /// `check` has passed, `row + R <= rows` and `col + C * 16 <= cols`.
+    #[inline(always)]
+    unsafe fn block<S: Simd, const R: usize, const C: usize>(
+        &mut self,
+        s: S,
+        row: usize,
+        col: usize,
+    ) {
         // SAFETY: by `check`, every offset below lies inside its slice.
         unsafe {
             let c = self.c.as_mut_ptr().add(row * self.c_row + col);
-            let mut sums = [s.splat(0.0); R];
+            let at = |i: usize, j: usize| c.add(i * self.c_row + j * LANES);
+            let mut sums = [[s.splat(0.0); C]; R];
             if self.add {
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    *sum = s.load(&*c.add(i * self.c_row).cast());
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    for (j, sum) in sums.iter_mut().enumerate() {
+                        *sum = s.load(&*at(i, j).cast());
+                    }
                 }
             }
             let mut a = self.a.as_ptr().add(row * self.a_row);
             let mut b = self.b.as_ptr().add(col);
             for _ in 0..self.depth {
-                let right = s.load(&*b.cast());
-                for (i, sum) in sums.iter_mut().enumerate() {
-                    *sum = s.fma(s.splat(*a.add(i * self.a_row)), right, *sum);
+                let right: [S::V; C] = std::array::from_fn(|j| s.load(&*b.add(j * LANES).cast()));
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let left = s.splat(*a.add(i * self.a_row));
+                    for (sum, right) in sums.iter_mut().zip(right) {
+                        *sum = s.fma(left, right, *sum);
+                    }
                 }
                 a = a.wrapping_add(self.a_step);
                 b = b.wrapping_add(self.b_row);
             }
-            for (i, sum) in sums.iter().enumerate() {
-                s.store(&mut *c.add(i * self.c_row).cast(), *sum);
+            for (i, sums) in sums.iter().enumerate() {
+                for (j, sum) in sums.iter().enumerate() {
+                    s.store(&mut *at(i, j).cast(), *sum);
+                }
             }
         }
     }
@@ -92,17 +122,15 @@ impl Job for Product<'_> {
         }
         self.check();
         for row in (0..self.rows).step_by(ROWS) {
-            for col in (0..self.cols).step_by(LANES) {
-                // SAFETY: checked above; the rows left and the columns are inside.
-                unsafe {
-                    match self.rows - row {
-                        1 => self.block::<S, 1>(s, row, col),
-                        2 => self.block::<S, 2>(s, row, col),
-                        3 => self.block::<S, 3>(s, row, col),
-                        4 => self.block::<S, 4>(s, row, col),
-                        5 => self.block::<S, 5>(s, row, col),
-                        _ => self.block::<S, ROWS>(s, row, col),
-                    }
+            // SAFETY: checked above; as many rows are left as are taken.
+            unsafe {
+                match self.rows - row {
+                    1 => self.rows::<S, 1, 4>(s, row),
+                    2 => self.rows::<S, 2, 2>(s, row),
+                    3 => self.rows::<S, 3, 2>(s, row),
+                    4 => self.rows::<S, 4, 1>(s, row),
+                    5 => self.rows::<S, 5, 1>(s, row),
+                    _ => self.rows::<S, ROWS, 1>(s, row),
                 }
             }
         }
@@ -128,34 +156,83 @@ pub enum Side {
     V,
 }
 
-/// Copies the rows of one head at the positions `first..first + KEYS` into `tile`, `[KEYS,
-/// padded]`; rows past the end of the chain become zeros.
-pub fn gather_keys(
-    spans: &[KeySpan],
-    side: Side,
-    shape: &AttentionShape,
-    kv_head: usize,
-    first: usize,
-    tile: &mut [f32],
-) {
-    let (d, width) = (shape.head_dim, shape.kv_width());
-    let stride = padded(d);
-    let mut filled = 0;
-    let from = spans.partition_point(|span| span.position0 + span.len <= first);
-    for span in &spans[from..] {
-        let start = (first + filled).saturating_sub(span.position0);
-        let stop = span.len.min((first + KEYS).saturating_sub(span.position0));
-        let source = if side == Side::K { span.k } else { span.v };
-        for row in start..stop {
-            let at = row * width + kv_head * d;
-            tile[filled * stride..filled * stride + d].copy_from_slice(&source[at..at + d]);
-            filled += 1;
-        }
-        if filled == KEYS {
-            return;
+/// The rows of one head at consecutive positions of one span.
+pub struct Run<'a> {
+    /// Starts with the first row.
+    pub x: &'a [f32],
+    /// Distance of the rows.
+    pub stride: usize,
+    /// Position of the first row.
+    pub position: usize,
+    /// Number of rows.
+    pub len: usize,
+}
+
+/// The keys and values of one head along a chain.
+#[derive(Clone, Copy)]
+pub struct KeyHead<'a> {
+    /// Spans of the chain.
+    pub spans: &'a [KeySpan<'a>],
+    /// Sizes of the layer.
+    pub shape: &'a AttentionShape,
+    /// The key head.
+    pub index: usize,
+}
+
+impl<'a> KeyHead<'a> {
+    /// The runs that make up some positions, as far as the chain goes.
+    pub fn runs(self, side: Side, positions: Range<usize>) -> impl Iterator<Item = Run<'a>> {
+        let (stride, offset) = (self.shape.kv_width(), self.index * self.shape.head_dim);
+        let from = self.spans.partition_point(|s| s.position0 + s.len <= positions.start);
+        let spans = self.spans[from..].iter().take_while(move |s| s.position0 < positions.end);
+        spans.filter(|span| span.len > 0).map(move |span| {
+            let position = span.position0.max(positions.start);
+            let len = (span.position0 + span.len).min(positions.end) - position;
+            let source = if side == Side::K { span.k } else { span.v };
+            let x = &source[(position - span.position0) * stride + offset..];
+            Run { x, stride, position, len }
+        })
+    }
+
+    /// Copies rows to `tile`, `[rows, padded]`, the first being the one of `positions.start`.
+    pub fn gather(self, side: Side, positions: Range<usize>, tile: &mut [f32]) {
+        let (d, width) = (self.shape.head_dim, padded(self.shape.head_dim));
+        for run in self.runs(side, positions.clone()) {
+            for i in 0..run.len {
+                let to = (run.position - positions.start + i) * width;
+                tile[to..to + d].copy_from_slice(&run.x[i * run.stride..i * run.stride + d]);
+            }
         }
     }
-    tile[filled * stride..].fill(0.0);
+
+    /// Writes the keys from position `tile` on as columns of `kt`, `[padded, KEYS]`: the columns
+    /// `cols`, whole vectors. `eight` is scratch for eight rows.
+    #[inline(always)]
+    pub fn transpose<S: Simd>(
+        self,
+        s: S,
+        tile: usize,
+        cols: Range<usize>,
+        kt: &mut [f32],
+        eight: &mut [f32],
+    ) {
+        let d = self.shape.head_dim;
+        for col in cols.step_by(8) {
+            let positions = tile + col..tile + col + 8;
+            let run = self.runs(Side::K, positions.clone()).next();
+            let whole = run.filter(|run| run.len == 8 && d.is_multiple_of(8));
+            let (x, stride) = match whole {
+                Some(run) => (run.x, run.stride),
+                None => {
+                    self.gather(Side::K, positions, eight);
+                    (&*eight, padded(d))
+                }
+            };
+            for i in (0..d).step_by(8) {
+                s.transpose8(&x[i..], stride, &mut kt[i * KEYS + col..], KEYS);
+            }
+        }
+    }
 }
 
 /// Consecutive queries and the query heads of one key head: scratch holds one row for each
