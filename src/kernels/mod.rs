@@ -13,3 +13,4 @@ pub mod simd;
 #[cfg(target_arch = "x86_64")]
 mod simd_avx2;
 pub mod simd_math;
+mod simd_tasks;

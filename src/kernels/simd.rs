@@ -52,6 +52,9 @@ pub trait Simd: Copy {
     /// The first `x.len()` lanes, the others 0; at most sixteen.
     #[inline(always)]
     fn load_part(self, x: &[f32]) -> Self::V {
+        if let Some(all) = x.first_chunk() {
+            return self.load(all);
+        }
         let mut lanes = [0.0; LANES];
         lanes[..x.len()].copy_from_slice(x);
         self.load(&lanes)
@@ -60,6 +63,9 @@ pub trait Simd: Copy {
     /// Writes the first `y.len()` lanes; at most sixteen.
     #[inline(always)]
     fn store_part(self, y: &mut [f32], v: Self::V) {
+        if let Some(all) = y.first_chunk_mut() {
+            return self.store(all, v);
+        }
         let mut lanes = [0.0; LANES];
         self.store(&mut lanes, v);
         y.copy_from_slice(&lanes[..y.len()]);

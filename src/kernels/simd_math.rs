@@ -39,11 +39,14 @@ pub fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.select_lt(high, x, s.splat(f32::INFINITY), value)
 }
 
-/// `1 / (1 + exp(-x))` within 3e-7 relative.
+/// `1 / (1 + exp(-x))` and `1 / (1 + exp(x))`, which add up to 1, both within 3e-7 relative.
 #[inline(always)]
-pub fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
-    let one = s.splat(1.0);
-    s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), x))))
+pub fn sigmoid<S: Simd>(s: S, x: S::V) -> (S::V, S::V) {
+    let (zero, one) = (s.splat(0.0), s.splat(1.0));
+    let e = exp(s, s.min(x, s.sub(zero, x)));
+    let large = s.div(one, s.add(one, e));
+    let small = s.mul(e, large);
+    (s.select_lt(x, zero, small, large), s.select_lt(x, zero, large, small))
 }
 
 /// `tanh(x)` within 3e-7 relative.
@@ -97,6 +100,7 @@ mod tests {
     enum Function {
         Exp,
         Sigmoid,
+        Against,
         Tanh,
         Below,
         Density,
@@ -110,7 +114,8 @@ mod tests {
             let x = s.load(self.1);
             let y = match self.0 {
                 Function::Exp => exp(s, x),
-                Function::Sigmoid => sigmoid(s, x),
+                Function::Sigmoid => sigmoid(s, x).0,
+                Function::Against => sigmoid(s, x).1,
                 Function::Tanh => tanh(s, x),
                 Function::Below => normal(s, x).0,
                 Function::Density => normal(s, x).1,
@@ -161,6 +166,7 @@ mod tests {
         let report = [
             ("exp", error(Function::Exp, 87.3, f64::exp), 1.2e-7),
             ("sigmoid", error(Function::Sigmoid, 87.0, |x| 1.0 / (1.0 + (-x).exp())), 3e-7),
+            ("against", error(Function::Against, 87.0, |x| 1.0 / (1.0 + x.exp())), 3e-7),
             ("tanh", error(Function::Tanh, 12.0, f64::tanh), 3e-7),
             ("below", error(Function::Below, 13.0, below), 4e-7),
             (
