@@ -114,8 +114,9 @@ fn check(segments: &[Segment]) {
     }
 }
 
-/// Cuts long segments into pieces, each the parent of the next: an eighth of it or 256 rows,
-/// whichever is more, so that the parts kept apart stay below four times the keys.
+/// Cuts long segments into pieces, each the parent of the next: of 256 rows, or of an eighth of
+/// the segment if that is more, so that what the pieces keep apart for each other stays below four
+/// times the segment's keys.
 fn pieces(segments: &[Segment]) -> Vec<Segment> {
     let mut all: Vec<Segment> = Vec::with_capacity(segments.len());
     let mut last = Vec::with_capacity(segments.len());
