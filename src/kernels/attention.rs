@@ -1,4 +1,19 @@
 //! Causal attention over chains of segments, for grouped query heads, without padding.
+//!
+//! A query at position `p` sees the keys of its chain at positions `j <= p`, in a windowed layer
+//! those with `p - j < window`. The softmax runs over tiles of keys as in FlashAttention
+//! (arXiv:2205.14135, arXiv:2307.08691) and is never materialised.
+//!
+//! The bits of a query's result depend on the query and on its chain's keys and values by
+//! position, and on nothing else: neither on its row in the batch, nor on other queries, the cuts
+//! between spans, the instruction set or the number of threads. For that, tiles start at multiples
+//! of a fixed number of positions, each sum runs in the order of positions, and a masked key adds
+//! an exact zero. Keys and values must be finite.
+
+pub use super::attention_backward::{BackwardInput, Gradients, backward};
+pub use super::attention_forward::forward;
+
+use std::ops::Range;
 
 /// One contiguous run of the keys and values of a chain.
 #[derive(Clone, Copy, Debug)]
@@ -37,10 +52,35 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Factor on the dot products of queries and keys.
     pub scale: f32,
-    /// A query sees only keys less than this many positions back.
+    /// A query sees only keys less than this many positions back; at least 1.
     pub window: Option<usize>,
     /// Bounds a score `s` to `softcap * tanh(s / softcap)`.
     pub softcap: Option<f32>,
+}
+
+impl AttentionShape {
+    /// Query heads that share a key head.
+    pub(super) fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Floats in a row of keys.
+    pub(super) fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// The positions that a query at `position` sees.
+    pub(super) fn visible(&self, position: usize) -> Range<usize> {
+        let first = self.window.map_or(0, |w| (position + 1).saturating_sub(w));
+        first..position + 1
+    }
+
+    /// Checks the sizes that every loop relies on.
+    pub(super) fn check(&self) {
+        assert!(self.kv_heads > 0 && self.head_dim > 0, "attention without heads");
+        assert!(self.heads.is_multiple_of(self.kv_heads), "heads must be a multiple of kv_heads");
+        assert!(self.window != Some(0), "a window of 0 sees no key");
+    }
 }
 
 /// A run of rows of a packed batch and the segment it continues.
@@ -54,34 +94,6 @@ pub struct Segment {
     pub position0: usize,
     /// Index of the segment that this one continues, smaller than its own.
     pub parent: Option<usize>,
-}
-
-/// What the backward pass reads: the forward pass's inputs and results, and `dout`.
-#[derive(Clone, Copy, Debug)]
-pub struct BackwardInput<'a> {
-    /// Queries, `[N, heads * head_dim]`.
-    pub q: &'a [f32],
-    /// Keys, `[N, kv_heads * head_dim]`.
-    pub k: &'a [f32],
-    /// Values, `[N, kv_heads * head_dim]`.
-    pub v: &'a [f32],
-    /// Result of the forward pass, `[N, heads * head_dim]`.
-    pub out: &'a [f32],
-    /// Logarithm of each softmax's denominator, `[N, heads]`.
-    pub lse: &'a [f32],
-    /// Gradient of the loss to `out`, `[N, heads * head_dim]`.
-    pub dout: &'a [f32],
-}
-
-/// Where the backward pass writes; the buffers' old contents do not matter.
-#[derive(Debug)]
-pub struct Gradients<'a> {
-    /// Gradient to the queries, `[N, heads * head_dim]`.
-    pub dq: &'a mut [f32],
-    /// Gradient to the keys, `[N, kv_heads * head_dim]`.
-    pub dk: &'a mut [f32],
-    /// Gradient to the values, `[N, kv_heads * head_dim]`.
-    pub dv: &'a mut [f32],
 }
 
 /// The chain of each segment of a packed batch whose keys and values are rows of `k` and `v`,
@@ -103,115 +115,4 @@ pub fn chains<'a>(
         all.push(Chain { start: s.start, len: s.len, position0: s.position0, spans });
     }
     all
-}
-
-/// Softmax attention of the packed queries `q` to the keys of their chains, into `out`, both
-/// `[N, heads * head_dim]`; `lse`, `[N, heads]`, is what the backward pass needs.
-pub fn forward(
-    q: &[f32],
-    chains: &[Chain],
-    shape: &AttentionShape,
-    out: &mut [f32],
-    mut lse: Option<&mut [f32]>,
-) {
-    let (d, width) = (shape.head_dim, shape.heads * shape.head_dim);
-    for chain in chains {
-        for i in 0..chain.len * shape.heads {
-            let (row, head) = (chain.start + i / shape.heads, i % shape.heads);
-            let at = row * width + head * d;
-            let query = &q[at..at + d];
-            let position = chain.position0 + i / shape.heads;
-            let kept = scores(query, chain, shape, position, head / (shape.heads / shape.kv_heads));
-            let top = kept.iter().fold(f32::NEG_INFINITY, |m, (s, _)| m.max(*s));
-            let total: f32 = kept.iter().map(|(s, _)| (s - top).exp()).sum();
-            let target = &mut out[at..at + d];
-            target.fill(0.0);
-            for (s, value) in &kept {
-                let p = (s - top).exp() / total;
-                target.iter_mut().zip(*value).for_each(|(o, x)| *o += p * x);
-            }
-            if let Some(lse) = lse.as_deref_mut() {
-                lse[row * shape.heads + head] = top + total.ln();
-            }
-        }
-    }
-}
-
-fn scores<'a>(
-    query: &[f32],
-    chain: &Chain<'a>,
-    shape: &AttentionShape,
-    position: usize,
-    kv_head: usize,
-) -> Vec<(f32, &'a [f32])> {
-    let (d, width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
-    let first = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
-    let mut kept = Vec::new();
-    for span in &chain.spans {
-        for j in 0..span.len {
-            if (first..=position).contains(&(span.position0 + j)) {
-                let at = j * width + kv_head * d;
-                let dot: f32 = query.iter().zip(&span.k[at..at + d]).map(|(a, b)| a * b).sum();
-                let s = dot * shape.scale;
-                let s = shape.softcap.map_or(s, |cap| cap * (s / cap).tanh());
-                kept.push((s, &span.v[at..at + d]));
-            }
-        }
-    }
-    kept
-}
-
-/// Gradients of [`forward`] over a packed batch, to queries, keys and values. A parent's keys
-/// gather the gradients of all segments that continue it, in the order of their indices.
-pub fn backward(
-    input: &BackwardInput,
-    segments: &[Segment],
-    shape: &AttentionShape,
-    grads: &mut Gradients,
-) {
-    let (d, group) = (shape.head_dim, shape.heads / shape.kv_heads);
-    let (width, kv_width) = (shape.heads * d, shape.kv_heads * d);
-    grads.dq.fill(0.0);
-    grads.dk.fill(0.0);
-    grads.dv.fill(0.0);
-    for segment in segments {
-        let mut rows: Vec<usize> = (segment.start..segment.start + segment.len).rev().collect();
-        let mut parent = segment.parent;
-        while let Some(p) = parent {
-            rows.extend((segments[p].start..segments[p].start + segments[p].len).rev());
-            parent = segments[p].parent;
-        }
-        rows.reverse();
-        for i in 0..segment.len * shape.heads {
-            let (row, head) = (segment.start + i / shape.heads, i % shape.heads);
-            let position = segment.position0 + i / shape.heads;
-            let at = row * width + head * d..row * width + head * d + d;
-            let delta = dot(&input.dout[at.clone()], &input.out[at.clone()]);
-            let first = shape.window.map_or(0, |w| (position + 1).saturating_sub(w));
-            for &key in &rows[first..=position] {
-                let kv = key * kv_width + head / group * d;
-                let kv = kv..kv + d;
-                let mut s = dot(&input.q[at.clone()], &input.k[kv.clone()]) * shape.scale;
-                let mut slope = shape.scale;
-                if let Some(cap) = shape.softcap {
-                    let t = (s / cap).tanh();
-                    s = cap * t;
-                    slope *= 1.0 - t * t;
-                }
-                let p = (s - input.lse[row * shape.heads + head]).exp();
-                let ds = p * (dot(&input.dout[at.clone()], &input.v[kv.clone()]) - delta) * slope;
-                add(&mut grads.dv[kv.clone()], p, &input.dout[at.clone()]);
-                add(&mut grads.dk[kv.clone()], ds, &input.q[at.clone()]);
-                add(&mut grads.dq[at.clone()], ds, &input.k[kv]);
-            }
-        }
-    }
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(x, y)| x * y).sum()
-}
-
-fn add(y: &mut [f32], a: f32, x: &[f32]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y += a * x);
 }

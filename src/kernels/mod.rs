@@ -2,8 +2,18 @@
 //! tensors, no devices, no dependence on the batch.
 
 pub mod attention;
+mod attention_backward;
+mod attention_forward;
+#[cfg(test)]
+mod attention_tests;
+mod attention_tile;
 pub mod dispatch;
 pub mod glu;
+pub mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod lanes_avx2;
+pub mod lanes_math;
+mod lanes_tasks;
 pub mod logp;
 mod logp_row;
 pub mod low_rank;

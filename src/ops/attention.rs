@@ -48,8 +48,8 @@ pub fn attention(
             let (outs, douts) = (host(&out)?, host(&dout)?);
             let (q, k, v, out, dout) = (&*qs, &*ks, &*vs, &*outs, &*douts);
             let input = BackwardInput { q, k, v, out, lse: &lse, dout };
-            let mut grads = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
-            backward(&input, &segments, &shape, &mut grads);
+            let grads = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+            backward(&input, &segments, &shape, grads);
             let width = shape.kv_heads * shape.head_dim;
             sink.give(0, engine.tensor(dq, dout_shape.as_slice())?)?;
             sink.give(1, engine.tensor(dk, &[tokens, width])?)?;

@@ -20,10 +20,7 @@ impl Rotary {
     /// The rotation of tokens at `positions` by `position * inv_freq`, cosine and sine scaled by
     /// `attention_factor`; the angle is the f32 product of two f32 numbers, as in transformers.
     pub fn new(positions: &[u32], inv_freq: &[f32], attention_factor: f32) -> Self {
-        let angles = || positions.iter().flat_map(|p| inv_freq.iter().map(move |f| *p as f32 * f));
-        let cos = angles().map(|angle| angle.cos() * attention_factor).collect();
-        let sin = angles().map(|angle| angle.sin() * attention_factor).collect();
-        let table = Arc::new(RopeTable { half: inv_freq.len(), cos, sin });
+        let table = Arc::new(RopeTable::at(inv_freq, positions, attention_factor));
         Rotary { table, rows: (0..positions.len() as u32).collect() }
     }
 }
@@ -47,12 +44,12 @@ pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
 }
 
 fn twin(x: &Tensor, rotary: &Rotary) -> candle_core::Result<Tensor> {
-    let ((tokens, width), half) = (x.dims2()?, rotary.table.half);
+    let ((tokens, width), half) = (x.dims2()?, rotary.table.head_dim() / 2);
     let heads = x.reshape((tokens, width / (2 * half), 2 * half))?;
     let first = heads.narrow(D::Minus1, 0, half)?;
     let second = heads.narrow(D::Minus1, half, half)?;
-    let table = |values: &Vec<f32>| Tensor::from_slice(values, (tokens, 1, half), x.device());
-    let (cos, sin) = (table(&rotary.table.cos)?, table(&rotary.table.sin)?);
+    let table = |values: &[f32]| Tensor::from_slice(values, (tokens, 1, half), x.device());
+    let (cos, sin) = (table(rotary.table.cos())?, table(rotary.table.sin())?);
     let low = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
     let high = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
     Tensor::cat(&[low, high], D::Minus1)?.reshape((tokens, width))

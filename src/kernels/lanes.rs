@@ -1,0 +1,262 @@
+//! Vectors of sixteen f32 lanes with the same bits on every instruction set.
+//!
+//! A kernel is a [`Job`] written once over [`Simd`]; [`Level::run`] compiles it for the best
+//! instruction set that the machine has. Every operation rounds each lane as IEEE 754 says and
+//! sums over lanes take a fixed tree, so the instruction set changes the speed and nothing else.
+
+#[cfg(target_arch = "x86_64")]
+use super::lanes_avx2::Avx2;
+
+/// Number of lanes of a vector.
+pub const LANES: usize = 16;
+
+/// An instruction set; holding a value proves that the machine has it.
+pub trait Simd: Copy {
+    /// Sixteen f32 lanes.
+    type V: Copy;
+
+    /// Runs a job compiled for this instruction set, as a function of its own.
+    fn run<J: Job>(self, job: J);
+    /// The same number in every lane.
+    fn splat(self, x: f32) -> Self::V;
+    /// Reads the lanes.
+    fn load(self, x: &[f32; LANES]) -> Self::V;
+    /// Writes the lanes.
+    fn store(self, y: &mut [f32; LANES], v: Self::V);
+    /// `a + b`.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The smaller; `b` where either is not a number.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The larger; `b` where either is not a number.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `x` where `a < b`, else `y`.
+    fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
+    /// `x * 2^n` for normal `x` and result, `n` being the integer in the low bits of `t`.
+    fn add_exponent(self, x: Self::V, t: Self::V) -> Self::V;
+    /// Sum of the lanes: halves are added to halves four times.
+    fn sum(self, v: Self::V) -> f32;
+    /// Largest lane.
+    fn top(self, v: Self::V) -> f32;
+    /// Transposes eight rows of `x` into eight columns of `y`: `y[i * y_stride + j] = x[j *
+    /// x_stride + i]` for `i, j < 8`.
+    fn transpose8(self, x: &[f32], x_stride: usize, y: &mut [f32], y_stride: usize);
+
+    /// The first `x.len()` lanes, the others 0; at most sixteen.
+    #[inline(always)]
+    fn load_part(self, x: &[f32]) -> Self::V {
+        if let Some(all) = x.first_chunk() {
+            return self.load(all);
+        }
+        let mut lanes = [0.0; LANES];
+        lanes[..x.len()].copy_from_slice(x);
+        self.load(&lanes)
+    }
+
+    /// Writes the first `y.len()` lanes; at most sixteen.
+    #[inline(always)]
+    fn store_part(self, y: &mut [f32], v: Self::V) {
+        if let Some(all) = y.first_chunk_mut() {
+            return self.store(all, v);
+        }
+        let mut lanes = [0.0; LANES];
+        self.store(&mut lanes, v);
+        y.copy_from_slice(&lanes[..y.len()]);
+    }
+}
+
+/// A computation written over any instruction set. `run` and all it calls are to be
+/// `#[inline(always)]`, or they are compiled without the instruction set.
+pub trait Job {
+    /// Does the work.
+    fn run<S: Simd>(self, simd: S);
+}
+
+/// Which instruction set to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Level(Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+}
+
+impl Level {
+    /// Plain Rust, which runs everywhere.
+    pub const PORTABLE: Self = Self(Kind::Portable);
+
+    /// The best that this machine has.
+    #[inline]
+    pub fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return Self(Kind::Avx2);
+        }
+        Self::PORTABLE
+    }
+
+    /// Runs a job on this instruction set.
+    #[inline]
+    pub fn run<J: Job>(self, job: J) {
+        match self.0 {
+            Kind::Portable => job.run(Portable),
+            // SAFETY: only `detect` makes this level, after finding both features.
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => unsafe { Avx2::new() }.run(job),
+        }
+    }
+}
+
+/// Sixteen lanes in plain Rust.
+#[derive(Clone, Copy, Debug)]
+pub struct Portable;
+
+#[inline(always)]
+fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+#[inline(always)]
+fn fold(v: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let a: [f32; 8] = std::array::from_fn(|i| f(v[i], v[i + 8]));
+    let b: [f32; 4] = std::array::from_fn(|i| f(a[i], a[i + 4]));
+    f(f(b[0], b[2]), f(b[1], b[3]))
+}
+
+impl Simd for Portable {
+    type V = [f32; LANES];
+
+    fn run<J: Job>(self, job: J) {
+        job.run(self);
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::V {
+        *x
+    }
+    #[inline(always)]
+    fn store(self, y: &mut [f32; LANES], v: Self::V) {
+        *y = v;
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] < b[i] { x[i] } else { y[i] })
+    }
+    #[inline(always)]
+    fn add_exponent(self, x: Self::V, t: Self::V) -> Self::V {
+        zip(x, t, |x, t| f32::from_bits(x.to_bits().wrapping_add(t.to_bits() << 23)))
+    }
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        fold(v, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn top(self, v: Self::V) -> f32 {
+        fold(v, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn transpose8(self, x: &[f32], x_stride: usize, y: &mut [f32], y_stride: usize) {
+        for j in 0..8 {
+            for i in 0..8 {
+                y[i * y_stride + j] = x[j * x_stride + i];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct All<'a>(&'a [f32; LANES], &'a [f32; LANES], &'a mut Vec<f32>);
+
+    impl Job for All<'_> {
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let (a, b) = (s.load(self.0), s.load(self.1));
+            let vectors = [
+                s.splat(self.0[3]),
+                s.add(a, b),
+                s.sub(a, b),
+                s.mul(a, b),
+                s.div(a, b),
+                s.fma(a, b, a),
+                s.min(a, b),
+                s.max(a, b),
+                s.select_lt(a, b, b, a),
+                s.add_exponent(a, s.add(b, s.splat(12_582_912.0))),
+                s.load_part(&self.0[..5]),
+            ];
+            for v in vectors {
+                let mut lanes = [0.0; LANES];
+                s.store(&mut lanes, v);
+                self.2.extend(lanes);
+            }
+            self.2.extend([s.sum(a), s.top(a), s.sum(b), s.top(b)]);
+            let x: Vec<f32> = (0..8 * 11).map(|i| i as f32).collect();
+            let mut y = vec![0.0; 8 * 9];
+            s.transpose8(&x, 11, &mut y, 9);
+            assert!((0..64).all(|i| y[i / 8 * 9 + i % 8] == x[i % 8 * 11 + i / 8]));
+            self.2.extend(y);
+            let mut part = [0.0; 3];
+            s.store_part(&mut part, b);
+            self.2.extend(part);
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let a = std::array::from_fn(|i| (i as f32 * 0.7).sin() * 10.0);
+        let mut b: [f32; LANES] = std::array::from_fn(|i| (i as f32 * 1.3).cos() * 7.0);
+        for special in [1.0, -0.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            b[5] = special;
+            let (mut fast, mut plain) = (Vec::new(), Vec::new());
+            Level::detect().run(All(&a, &b, &mut fast));
+            Level::PORTABLE.run(All(&a, &b, &mut plain));
+            assert_eq!(fast.len(), plain.len());
+            for (x, y) in fast.iter().zip(&plain) {
+                assert!(x.to_bits() == y.to_bits() || x.is_nan() && y.is_nan(), "{x} {y}");
+            }
+        }
+    }
+}
