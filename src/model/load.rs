@@ -1,0 +1,117 @@
+//! A model with all that belongs to it, loaded from one name.
+
+use std::path::Path;
+
+use candle_core::DType;
+use sha2::{Digest, Sha256};
+
+use super::{
+    ChatTemplate, GenerationConfig, Gguf, ModelConfig, ModelSource, Policy, Tokenizer, Weights,
+};
+use crate::adapter::BaseModel;
+use crate::ops::{Engine, WeightDtype};
+use crate::{Error, Result};
+
+/// A policy and what generation needs to know of its model.
+pub struct LoadedModel {
+    /// The frozen decoder.
+    pub policy: Policy,
+    /// End-of-sequence tokens and sampling defaults.
+    pub generation: GenerationConfig,
+    /// Where it was found.
+    pub source: ModelSource,
+    /// The name that it was asked for.
+    pub name_or_path: String,
+}
+
+impl LoadedModel {
+    /// Finds and loads a model; `dtype` is the storage of its matrices, nothing for the checkpoint's
+    /// own.
+    ///
+    /// # Errors
+    /// If the model is not found, damaged or of an unknown family.
+    pub fn load(name_or_path: &str, dtype: Option<WeightDtype>, engine: &Engine) -> Result<Self> {
+        let source = ModelSource::resolve(name_or_path)?;
+        let config = ModelConfig::load(&source)?;
+        let weights = Weights::open(&source)?;
+        let dtype = dtype.unwrap_or(match weights.dtype().auto() {
+            DType::BF16 => WeightDtype::Bf16,
+            _ => WeightDtype::F32,
+        });
+        Ok(LoadedModel {
+            policy: Policy::load(&config, &weights, engine, dtype)?,
+            generation: GenerationConfig::load(&source)?,
+            source,
+            name_or_path: name_or_path.to_string(),
+        })
+    }
+
+    /// The identity of the model, with the hash of its weights, for adapter files.
+    ///
+    /// # Errors
+    /// If the weights cannot be read any more.
+    pub fn base(&self) -> Result<BaseModel> {
+        let files = match &self.source {
+            ModelSource::Gguf(path) => vec![path.clone()],
+            ModelSource::Folder(folder) => weight_files(folder)?,
+        };
+        let mut hash = Sha256::new();
+        for path in files {
+            let mut file = std::fs::File::open(&path).map_err(Error::io(&path))?;
+            std::io::copy(&mut file, &mut hash).map_err(Error::io(&path))?;
+        }
+        let sha256 = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(BaseModel { name_or_path: self.name_or_path.clone(), sha256: Some(sha256) })
+    }
+}
+
+fn weight_files(folder: &Path) -> Result<Vec<std::path::PathBuf>> {
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    let mut files: Vec<_> = entries
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// The text side of a model: its tokenizer, and its chat template if it has one.
+pub struct TextModel {
+    /// Text to ids and back.
+    pub tokenizer: Tokenizer,
+    /// Messages to text; the error says why there is none.
+    template: Result<ChatTemplate>,
+}
+
+impl TextModel {
+    /// Loads the tokenizer and template of `source`; `template` is a file that replaces the model's
+    /// own.
+    ///
+    /// # Errors
+    /// If the tokenizer is missing or damaged, knows ids beyond the model's vocabulary, or the given
+    /// template cannot be read.
+    pub fn load(source: &ModelSource, template: Option<&Path>, vocab_size: usize) -> Result<Self> {
+        let (mut tokenizer, gguf) = match source {
+            ModelSource::Folder(folder) => (Tokenizer::from_folder(folder)?, None),
+            ModelSource::Gguf(path) => {
+                let gguf = Gguf::open(path)?;
+                (Tokenizer::from_gguf(gguf.metadata())?, Some(gguf))
+            }
+        };
+        tokenizer.check_vocab(vocab_size)?;
+        let template = match (template, gguf) {
+            (Some(path), _) => Ok(ChatTemplate::from_file(path, &tokenizer)?),
+            (None, Some(gguf)) => ChatTemplate::from_gguf(gguf.metadata(), &tokenizer),
+            (None, None) => ChatTemplate::from_folder(source.path(), &tokenizer),
+        };
+        Ok(TextModel { tokenizer, template })
+    }
+
+    /// The chat template.
+    ///
+    /// # Errors
+    /// If the model has none: says what to do.
+    pub fn template(&self) -> Result<&ChatTemplate> {
+        self.template.as_ref().map_err(|error| Error::usage(error.to_string()))
+    }
+}
