@@ -1,7 +1,7 @@
 //! Chat templates: a conversation as the text its model was trained on.
 //!
 //! Jinja templates as Hugging Face models carry them, rendered by minijinja in an environment that
-//! does what `transformers`' `apply_chat_template` does (see [`super::chat_template_env`]).
+//! does what `transformers`' `apply_chat_template` does (see `chat_template_env`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -147,13 +147,16 @@ impl ChatTemplate {
     }
 }
 
-/// The messages as JSON objects. Reasoning text is visible as `reasoning_content` and `thinking`
-/// whatever it is called, as in `transformers`.
+/// The messages as JSON objects, without fields that are null. Reasoning text is visible as
+/// `reasoning_content` and `thinking` whatever it is called. Both as in `transformers`.
 pub(super) fn message_list<M: Serialize + ?Sized>(messages: &M) -> Result<Vec<Value>> {
     let list = match serde_json::to_value(messages) {
         Ok(Value::Array(list)) => list,
         _ => return Err(Error::failure("the messages of a conversation are not a list")),
     };
+    if list.is_empty() {
+        return Err(Error::failure("a conversation has no messages; it needs at least one"));
+    }
     list.into_iter().enumerate().map(|(at, message)| with_reasoning(at, message)).collect()
 }
 
@@ -163,8 +166,9 @@ fn with_reasoning(at: usize, message: Value) -> Result<Value> {
             "message {at} of the conversation is not an object with role and content"
         )));
     };
+    message.retain(|_, value| !value.is_null());
     const NAMES: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
-    let reasoning = NAMES.iter().find_map(|name| message.get(*name).filter(|v| !v.is_null()));
+    let reasoning = NAMES.iter().find_map(|name| message.get(*name));
     if let Some(reasoning) = reasoning.cloned() {
         message.entry("thinking").or_insert(reasoning.clone());
         message.insert("reasoning_content".into(), reasoning);
@@ -192,4 +196,84 @@ fn no_template(place: &str) -> Error {
         "{place} has no chat template; set chat_template_path to a Jinja file with one, or use \
          data in prompt and completion columns"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn template(source: &str) -> ChatTemplate {
+        ChatTemplate::new(source, &BTreeMap::from([("bos_token".into(), "<s>".into())])).unwrap()
+    }
+
+    fn hi() -> Vec<Message> {
+        vec![Message { role: "user".into(), content: "hi".into() }]
+    }
+
+    #[test]
+    fn messages_special_tokens_and_extra_variables_reach_the_template() {
+        let template = template("{{ bos_token }}{{ messages[0].content }}{{ mood }}{{ tools }}");
+        let extra = Map::from_iter([("mood".to_string(), json!("!"))]);
+        assert_eq!(template.render(&hi(), false, &extra).unwrap(), "<s>hi!None");
+        let extra = Map::from_iter([("bos_token".to_string(), json!("<b>"))]);
+        assert_eq!(template.render(&hi(), false, &extra).unwrap(), "<b>hiNone");
+    }
+
+    #[test]
+    fn null_fields_are_left_out_and_reasoning_has_its_standard_name() {
+        let source = "{% for m in messages %}{{ m.content }}{{ m.reasoning_content }};{% endfor %}";
+        let messages =
+            json!([{"role": "user", "content": null}, {"content": "a", "thinking": "t"}]);
+        assert_eq!(template(source).render(&messages, false, &Map::new()).unwrap(), ";at;");
+    }
+
+    #[test]
+    fn refusals_and_errors_are_one_sentence() {
+        let render = |source: &str| {
+            template(source).render(&hi(), false, &Map::new()).unwrap_err().to_string()
+        };
+        let refusal = render("{{ raise_exception('roles must alternate') }}");
+        assert!(refusal.ends_with("it refused the conversation: roles must alternate"));
+        assert!(render("a\n{{ messages[3].role }}").ends_with("(line 2)"));
+        let error = ChatTemplate::new("{% if %}", &BTreeMap::new()).err().unwrap().to_string();
+        assert!(error.starts_with("the chat template does not compile: "), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_conversation_is_refused() {
+        let template = template("x");
+        for messages in [json!({"role": "user"}), json!([]), json!(["hi"])] {
+            assert!(template.render(&messages, false, &Map::new()).is_err(), "{messages}");
+        }
+    }
+
+    #[test]
+    fn the_template_named_default_is_taken() {
+        let list = json!([{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]);
+        assert_eq!(default_template(&list).unwrap(), "d");
+        assert_eq!(default_template(&json!("t")).unwrap(), "t");
+        assert!(default_template(&json!([{"name": "rag", "template": "r"}])).is_err());
+    }
+
+    #[test]
+    fn a_model_without_template_says_what_to_do() {
+        let tokenizer = super::super::tokenizer_gguf::tests::byte_level();
+        let error = ChatTemplate::from_gguf(&HashMap::new(), &tokenizer).err().unwrap();
+        assert!(error.to_string().contains("set chat_template_path"), "{error}");
+    }
+
+    #[test]
+    fn the_jinja_file_of_a_folder_wins_over_its_configuration() {
+        let tokenizer = super::super::tokenizer_gguf::tests::byte_level();
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text);
+        write("tokenizer_config.json", r#"{"chat_template": "config"}"#).unwrap();
+        let render = || {
+            let template = ChatTemplate::from_folder(folder.path(), &tokenizer).unwrap();
+            template.render(&hi(), false, &Map::new()).unwrap()
+        };
+        assert_eq!(render(), "config");
+        write("chat_template.jinja", "file").unwrap();
+        assert_eq!(render(), "file");
+    }
 }

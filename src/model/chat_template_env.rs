@@ -2,7 +2,7 @@
 //!
 //! Beyond plain Jinja: `trim_blocks` and `lstrip_blocks`, loop controls, `raise_exception`,
 //! `strftime_now`, a `tojson` without HTML escapes, Python's string and dict methods, and the
-//! `{% generation %}` tag.
+//! `{% generation %}` tag. Not served: the operator `%` on strings, and `groupby` by index.
 
 use std::borrow::Cow;
 use std::fmt::{self, Write};
@@ -10,6 +10,7 @@ use std::fmt::{self, Write};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Rest, ValueKind, from_args};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
+use minijinja_contrib::globals::{cycler, joiner};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
 use super::chat_template_json::to_json;
@@ -33,6 +34,8 @@ pub(super) fn environment() -> crate::Result<Environment<'static>> {
         let kinds = [ValueKind::Seq, ValueKind::Map, ValueKind::String, ValueKind::Undefined];
         kinds.contains(&value.kind())
     });
+    env.add_function("cycler", |items: Rest<Value>| cycler(items.to_vec()));
+    env.add_function("joiner", joiner);
     env.add_function("raise_exception", raise_exception);
     env.add_function("strftime_now", strftime_now);
     Ok(env)
@@ -146,38 +149,64 @@ fn partition(text: &str, separator: &str, from_end: bool) -> Value {
     parts.into_iter().collect()
 }
 
-/// Writes `{% generation %}…{% endgeneration %}` as a block that minijinja knows, a filter, and
-/// says whether there was one. White-space marks (`{%-`) stay.
+/// Writes `{% generation %}…{% endgeneration %}` as blocks that minijinja knows, a filter around a
+/// scope, and says whether there was one. White-space marks (`{%-`) stay where they were.
 pub(super) fn generation_tags_as_filters(source: &str) -> (String, bool) {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     let mut found = false;
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at);
+    while let Some((before, tag, after)) = next_tag(rest) {
         out.push_str(before);
-        let Some(end) = tag.find("%}") else {
-            rest = tag;
-            break;
-        };
-        let inner = &tag[2..end];
-        let name = inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
+        let mark = |c: char| c == '-' || c == '+';
+        let name = tag.trim_matches(|c: char| mark(c) || c.is_whitespace());
+        let left = tag.chars().next().filter(|c| mark(*c)).map(String::from).unwrap_or_default();
+        let right = tag.chars().last().filter(|c| mark(*c)).map(String::from).unwrap_or_default();
         match name {
-            "generation" => out.push_str(&format!(
-                "{{%{}%}}",
-                inner.replace(name, &format!("filter {GENERATION}"))
-            )),
-            "endgeneration" => {
-                out.push_str(&format!("{{%{}%}}", inner.replace(name, "endfilter")));
+            "generation" => {
+                out += &format!("{{%{left} filter {GENERATION} %}}{{% with {right}%}}");
+                found = true;
             }
-            _ => {
-                out.push_str("{%");
-                rest = &tag[2..];
-                continue;
-            }
+            "endgeneration" => out += &format!("{{%{left} endwith %}}{{% endfilter {right}%}}"),
+            _ => out += &format!("{{%{tag}%}}"),
         }
-        found = true;
-        rest = &tag[end + 2..];
+        rest = after;
     }
     out.push_str(rest);
     (out, found)
+}
+
+/// The text before the next `{% tag %}`, the inside of the tag, and what follows.
+fn next_tag(source: &str) -> Option<(&str, &str, &str)> {
+    let (before, rest) = source.split_once("{%")?;
+    let (tag, after) = rest.split_once("%}")?;
+    Some((before, tag, after))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn only_generation_tags_are_rewritten() {
+        let plain = "{% if x %}{{ y }}{# {% z %} #}{%- endif -%} {% raw";
+        assert_eq!(generation_tags_as_filters(plain), (plain.to_string(), false));
+        let (text, found) = generation_tags_as_filters("a{%- generation %}b{%endgeneration-%}c");
+        assert!(found);
+        assert_eq!(text, "a{%- filter __generation %}{% with %}b{% endwith %}{% endfilter -%}c");
+    }
+
+    proptest! {
+        #[test]
+        fn text_without_the_tags_stays_as_it_is(text in "[{}%# \\-+a\"\n]{0,40}") {
+            prop_assert_eq!(generation_tags_as_filters(&text), (text.clone(), false));
+        }
+    }
+
+    #[test]
+    fn a_bad_date_format_is_an_error_and_no_panic() {
+        assert!(strftime_now("%Y-%m-%d").is_ok());
+        assert!(strftime_now("%!").is_err());
+    }
 }

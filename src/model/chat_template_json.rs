@@ -169,3 +169,55 @@ pub(super) fn python_float(x: f64) -> String {
     let text = x.to_string();
     if text.contains('.') { text } else { text + ".0" }
 }
+
+#[cfg(test)]
+mod tests {
+    use minijinja::{Environment, context};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn written(text: &str, filter: &str) -> String {
+        let mut env = Environment::new();
+        env.add_filter("tojson", to_json);
+        let source = format!("{{{{ [{{'k': text}}] | {filter} }}}}");
+        env.render_str(&source, context! { text }).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_reads_back(text in any::<String>()) {
+            let expected = serde_json::json!([{"k": text}]);
+            for filter in ["tojson", "tojson(indent=2)", "tojson(ensure_ascii=true)"] {
+                let found = serde_json::from_str::<serde_json::Value>(&written(&text, filter));
+                prop_assert_eq!(&found.unwrap(), &expected);
+            }
+            prop_assert!(written(&text, "tojson(ensure_ascii=true)").is_ascii());
+        }
+
+        #[test]
+        fn any_float_reads_back(x in any::<f64>().prop_filter("finite", |x| x.is_finite())) {
+            prop_assert_eq!(python_float(x).parse::<f64>().unwrap(), x);
+        }
+    }
+
+    #[test]
+    fn floats_are_written_as_python_does() {
+        let cases = [
+            (0.0, "0.0"),
+            (-0.0, "-0.0"),
+            (1.0, "1.0"),
+            (0.1, "0.1"),
+            (1e-4, "0.0001"),
+            (1.5e-5, "1.5e-05"),
+            (1e15, "1000000000000000.0"),
+            (1e16, "1e+16"),
+            (-2.5e100, "-2.5e+100"),
+            (f64::NAN, "NaN"),
+            (f64::NEG_INFINITY, "-Infinity"),
+        ];
+        for (x, text) in cases {
+            assert_eq!(python_float(x), text);
+        }
+    }
+}

@@ -68,6 +68,9 @@ impl ChatTemplate {
             if role != "assistant" {
                 continue;
             }
+            if at == 0 {
+                return Err(no_prefix(at, "is empty before the assistant speaks"));
+            }
             let before = self.render_list(&messages[..at], true, extra)?;
             let through = self.render_list(&messages[..=at], false, extra)?;
             if !through.starts_with(&before) || !whole.starts_with(&through) {
@@ -126,4 +129,80 @@ fn no_prefix(at: usize, what: &str) -> Error {
          {at} {what}, so the assistant's text cannot be located; use a template with \
          {{% generation %}} tags (chat_template_path), or prompt and completion columns"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::json;
+
+    use super::*;
+
+    const CHATML: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>\n{% endfor %}\
+        {% if add_generation_prompt %}<assistant>{% endif %}";
+
+    fn template(source: &str) -> ChatTemplate {
+        ChatTemplate::new(source, &BTreeMap::new()).unwrap()
+    }
+
+    fn talk() -> Value {
+        json!([{"role": "user", "content": "ü"}, {"role": "assistant", "content": "\u{e000}a"},
+            {"role": "user", "content": "q"}, {"role": "assistant", "content": "<b>"}])
+    }
+
+    fn by_prefix(source: &str) -> Result<Vec<String>> {
+        let (text, spans) = template(source).assistant_spans_by_prefix(&talk(), &Map::new())?;
+        Ok(spans.into_iter().map(|span| text[span].to_string()).collect())
+    }
+
+    #[test]
+    fn generation_tags_give_byte_ranges_and_leave_the_text_alone() {
+        let source = "{% for m in messages %}{% if m.role == 'assistant' %}\
+            {%- generation -%}  {{ m.content }}.{% endgeneration %}\n\
+            {% else %}{{ m.content }}{% endif %}{% endfor %}";
+        let template = template(source);
+        let (text, spans) = template.render_with_spans(&talk(), false, &Map::new()).unwrap();
+        assert_eq!(text, template.render(&talk(), false, &Map::new()).unwrap());
+        assert_eq!(text, "ü\u{e000}a.q<b>.");
+        assert_eq!(
+            spans.iter().map(|s| &text[s.clone()]).collect::<Vec<_>>(),
+            ["\u{e000}a.", "<b>."]
+        );
+    }
+
+    #[test]
+    fn tags_whose_text_is_changed_later_are_refused() {
+        let source = "{% set x %}{% generation %} a {% endgeneration %}{% endset %}{{ x | trim }}";
+        let error = template(source).render_with_spans(&talk(), false, &Map::new()).unwrap_err();
+        assert!(error.to_string().contains("changes the text"), "{error}");
+        let error = template(CHATML).render_with_spans(&talk(), false, &Map::new()).unwrap_err();
+        assert!(error.to_string().contains("no {% generation %} tags"), "{error}");
+    }
+
+    #[test]
+    fn prefixes_give_each_assistant_message_with_its_end_of_turn() {
+        assert_eq!(by_prefix(CHATML).unwrap(), ["\u{e000}a</>\n", "<b></>\n"]);
+        let without_prompt = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]\
+            {% else %}{{ m.content }}</s>{% endif %}{% endfor %}";
+        assert_eq!(by_prefix(without_prompt).unwrap(), ["\u{e000}a</s>", "<b></s>"]);
+    }
+
+    #[test]
+    fn templates_that_do_not_render_prefixes_are_refused() {
+        let last_only = "{% for m in messages %}{{ m.role }}{% if loop.last %}!{% endif %}\
+            {{ m.content }}{% endfor %}";
+        assert!(by_prefix(last_only).unwrap_err().to_string().contains("up to message 1"));
+        let first = json!([{"role": "assistant", "content": "a"}]);
+        assert!(template(CHATML).assistant_spans_by_prefix(&first, &Map::new()).is_err());
+    }
+
+    #[test]
+    fn a_template_that_always_opens_the_next_turn_is_refused() {
+        let always =
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>";
+        let talk = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]);
+        let error = template(always).assistant_spans_by_prefix(&talk, &Map::new()).unwrap_err();
+        assert!(error.to_string().contains("message 1"), "{error}");
+    }
 }

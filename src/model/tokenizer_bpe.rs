@@ -32,9 +32,19 @@ enum Cut {
     Tekken,
 }
 
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+const QWEN2: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+const TEKKEN: &str = concat!(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
 
 /// Values of `tokenizer.ggml.pre` and their cuts. Old files have no value or `default`.
 const CUTS: [(&str, Cut); 16] = [
@@ -128,4 +138,59 @@ pub(super) fn pairs(merges: &[&str]) -> Result<Merges> {
         })
     };
     merges.iter().enumerate().map(pair).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+
+    use super::super::tokenizer::Tokenizer;
+    use super::super::tokenizer_gguf::tests::byte_level_metadata;
+    use super::*;
+
+    fn words(cut: Cut, text: &str) -> Vec<String> {
+        let mut pieces = PreTokenizedString::from(text);
+        pre_tokenizer(cut).unwrap().pre_tokenize(&mut pieces).unwrap();
+        let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        splits.into_iter().map(|(word, _, _)| word.replace('Ġ', "_")).collect()
+    }
+
+    #[test]
+    fn each_family_cuts_numbers_and_words_its_own_way() {
+        let text = "it's  12345 fooBar";
+        assert_eq!(words(Cut::Gpt2, text), ["it", "'s", "_", "_12345", "_fooBar"]);
+        let digits = ["it", "'s", "__", "1", "2", "3", "4", "5", "_fooBar"];
+        assert_eq!(words(Cut::DigitsThenGpt2, text), digits);
+        assert_eq!(words(Cut::Llama3, text), ["it", "'s", "_", "_", "123", "45", "_fooBar"]);
+        let qwen = ["it", "'s", "_", "_", "1", "2", "3", "4", "5", "_fooBar"];
+        assert_eq!(words(Cut::Qwen2, text), qwen);
+        let tekken = ["it", "'s", "_", "_", "1", "2", "3", "4", "5", "_foo", "Bar"];
+        assert_eq!(words(Cut::Tekken, text), tekken);
+    }
+
+    #[test]
+    fn qwen2_normalises_and_others_do_not() {
+        let ids = |pre: &str, text: &str| {
+            let tokenizer = Tokenizer::from_gguf(&byte_level_metadata(pre)).unwrap();
+            tokenizer.encode(text, false).unwrap()
+        };
+        assert_eq!(ids("qwen2", "e\u{301}"), ids("qwen2", "\u{e9}"));
+        assert_ne!(ids("smollm", "e\u{301}"), ids("smollm", "\u{e9}"));
+    }
+
+    #[test]
+    fn an_unknown_pre_tokenizer_is_refused_with_the_known_ones() {
+        let error = Tokenizer::from_gguf(&byte_level_metadata("smolm")).err().unwrap().to_string();
+        assert!(error.contains("'smolm' is not known") && error.contains("smollm"), "{error}");
+    }
+
+    #[test]
+    fn a_merge_may_begin_with_a_space() {
+        assert_eq!(
+            pairs(&["a b", "  c"]).unwrap(),
+            [("a".to_string(), "b".to_string()), (" ".to_string(), "c".to_string())]
+        );
+        assert!(pairs(&["ab"]).is_err());
+        assert!(pairs(&[""]).is_err());
+    }
 }

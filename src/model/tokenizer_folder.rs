@@ -145,3 +145,107 @@ fn apply_bos_eos(
     inner.with_post_processor(Some(template));
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A folder with a tokenizer of the words a and b, and `</s>`; and this configuration.
+    fn folder(config: Value) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let tokenizer = json!({
+            "version": "1.0", "truncation": {"max_length": 1, "strategy": "LongestFirst",
+            "stride": 0, "direction": "Right"}, "padding": null, "normalizer": null,
+            "added_tokens": [{"id": 2, "content": "</s>", "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true}],
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "</s>": 2, "<s>": 3},
+                "unk_token": "a"}
+        });
+        write(&folder, "tokenizer.json", &tokenizer.to_string());
+        write(&folder, "tokenizer_config.json", &config.to_string());
+        folder
+    }
+
+    fn write(folder: &TempDir, name: &str, text: &str) {
+        std::fs::write(folder.path().join(name), text).unwrap();
+    }
+
+    fn error_of(folder: &TempDir) -> String {
+        load(folder.path()).err().expect("it must be refused").to_string()
+    }
+
+    #[test]
+    fn truncation_of_the_file_is_ignored() {
+        let folder = folder(json!({}));
+        assert_eq!(load(folder.path()).unwrap().encode("a b a", true).unwrap(), [0, 1, 0]);
+    }
+
+    #[test]
+    fn special_tokens_come_from_both_files_and_become_special() {
+        let folder = folder(json!({"bos_token": {"content": "<s>"}, "pad_token": null}));
+        write(&folder, "special_tokens_map.json", r#"{"eos_token": "</s>", "bos_token": "a"}"#);
+        let tokenizer = load(folder.path()).unwrap();
+        assert_eq!(tokenizer.bos_token().unwrap().id, 3);
+        assert_eq!(tokenizer.eos_token().unwrap().text, "</s>");
+        assert_eq!(tokenizer.pad_token(), None);
+        assert_eq!(tokenizer.decode(&[3, 0, 2], true).unwrap(), "a");
+    }
+
+    #[test]
+    fn bos_and_eos_flags_of_the_configuration_count() {
+        let config = json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
+        let tokenizer = load(folder(config).path()).unwrap();
+        assert_eq!(tokenizer.encode("b", true).unwrap(), [3, 1]);
+        assert_eq!(tokenizer.encode("b", false).unwrap(), [1]);
+    }
+
+    #[test]
+    fn an_eos_that_is_no_token_is_refused() {
+        let error = error_of(&folder(json!({"eos_token": "<eos>"})));
+        assert!(error.contains("eos_token '<eos>' is not in its vocabulary"), "{error}");
+    }
+
+    #[test]
+    fn tokens_listed_only_in_the_configuration_are_added() {
+        let decoder = json!({"4": {"content": "<x>", "special": true}});
+        let tokenizer = load(folder(json!({"added_tokens_decoder": decoder})).path()).unwrap();
+        assert_eq!(tokenizer.encode("a<x>", false).unwrap(), [0, 4]);
+        let decoder = json!({"9": {"content": "<x>", "special": true}});
+        let error = error_of(&folder(json!({"added_tokens_decoder": decoder})));
+        assert!(error.contains("'<x>' the id 9"), "{error}");
+    }
+
+    #[test]
+    fn a_text_with_an_added_token_that_the_model_lacks_is_refused() {
+        let decoder = json!({"4": {"content": "<x>", "special": true}});
+        let mut tokenizer = load(folder(json!({"added_tokens_decoder": decoder})).path()).unwrap();
+        tokenizer.check_vocab(4).unwrap();
+        assert_eq!(tokenizer.encode("a", false).unwrap(), [0]);
+        let error = tokenizer.encode("a <x>", false).unwrap_err().to_string();
+        assert!(error.contains("'<x>' (id 4)"), "{error}");
+    }
+
+    #[test]
+    fn tokens_that_overlap_a_span_are_marked() {
+        let tokenizer = load(folder(json!({})).path()).unwrap();
+        let (ids, mask) = tokenizer.encode_with_spans("a b a b", true, &[2..3, 6..7]).unwrap();
+        assert_eq!((ids.len(), mask), (4, vec![false, true, false, true]));
+    }
+
+    #[test]
+    fn missing_and_damaged_files_are_named() {
+        let empty = tempfile::tempdir().unwrap();
+        assert!(error_of(&empty).contains("tokenizer.json: no such file"));
+        write(&empty, "tokenizer.model", "");
+        assert!(error_of(&empty).contains("only tokenizer.model is here"));
+        write(&empty, "tokenizer.json", "{");
+        assert!(error_of(&empty).contains("tokenizer.json: not readable"));
+        let folder = folder(json!({}));
+        write(&folder, "tokenizer_config.json", "[");
+        assert!(error_of(&folder).contains("tokenizer_config.json: not a JSON object"));
+    }
+}

@@ -278,3 +278,126 @@ fn same_length(key: &str, found: usize, wanted: usize) -> Result<()> {
         "the GGUF file's {key} has {found} entries for {wanted} tokens; the file is damaged"
     )))
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Metadata with these tokens, their kinds, and further keys.
+    pub fn metadata(tokens: &[(&str, i32)], more: Vec<(&str, Value)>) -> HashMap<String, Value> {
+        let texts = tokens.iter().map(|(text, _)| Value::String(text.to_string())).collect();
+        let kinds = tokens.iter().map(|(_, kind)| Value::I32(*kind)).collect();
+        let mut all: HashMap<String, Value> = HashMap::new();
+        all.insert("tokenizer.ggml.tokens".into(), Value::Array(texts));
+        all.insert("tokenizer.ggml.token_type".into(), Value::Array(kinds));
+        for (key, value) in more {
+            all.insert(format!("tokenizer.ggml.{key}"), value);
+        }
+        all
+    }
+
+    pub fn text(text: &str) -> Value {
+        Value::String(text.into())
+    }
+
+    /// Byte-level tokens without merges, ids 0 to 255, and `<|im_end|>`, `<think>`, `[PAD]`.
+    pub fn byte_level_metadata(pre: &str) -> HashMap<String, Value> {
+        let mut alphabet: Vec<char> =
+            tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+        alphabet.sort_unstable();
+        let texts: Vec<String> = alphabet.iter().map(char::to_string).collect();
+        let mut tokens: Vec<(&str, i32)> = texts.iter().map(|text| (text.as_str(), 1)).collect();
+        tokens.extend([("<|im_end|>", 3), ("<think>", 4), ("[PAD]", 5)]);
+        let more = vec![
+            ("model", text("gpt2")),
+            ("pre", text(pre)),
+            ("merges", Value::Array(vec![])),
+            ("bos_token_id", Value::U32(256)),
+            ("eos_token_id", Value::U32(256)),
+        ];
+        metadata(&tokens, more)
+    }
+
+    pub fn byte_level() -> Tokenizer {
+        Tokenizer::from_gguf(&byte_level_metadata("smollm")).unwrap()
+    }
+
+    fn error_of(metadata: &HashMap<String, Value>) -> String {
+        Tokenizer::from_gguf(metadata).err().expect("it must be refused").to_string()
+    }
+
+    #[test]
+    fn control_and_user_defined_tokens_are_found_in_the_text() {
+        let tokenizer = byte_level();
+        assert_eq!(tokenizer.encode("<think><|im_end|>", false).unwrap(), [257, 256]);
+        assert_eq!(tokenizer.decode(&[257, 256], true).unwrap(), "<think>");
+        assert_eq!(tokenizer.encode("[PAD]", false).unwrap().len(), 5);
+    }
+
+    #[test]
+    fn bos_and_eos_are_added_as_the_flags_say() {
+        let mut metadata = byte_level_metadata("smollm");
+        let ids = |metadata: &HashMap<String, Value>, special| {
+            Tokenizer::from_gguf(metadata).unwrap().encode("<think>", special).unwrap()
+        };
+        assert_eq!(ids(&metadata, true), [257]);
+        metadata.insert("tokenizer.ggml.add_bos_token".into(), Value::Bool(true));
+        assert_eq!(ids(&metadata, true), [256, 257]);
+        assert_eq!(ids(&metadata, false), [257]);
+        metadata.insert("tokenizer.ggml.add_eos_token".into(), Value::Bool(true));
+        assert_eq!(ids(&metadata, true), [256, 257, 256]);
+        let llama3 = byte_level_metadata("llama-bpe");
+        assert_eq!(ids(&llama3, true), [256, 257], "llama 3 begins with BOS unless told otherwise");
+    }
+
+    #[test]
+    fn damaged_metadata_is_refused_with_the_key() {
+        let whole = byte_level_metadata("smollm");
+        assert!(error_of(&HashMap::new()).contains("no tokenizer.ggml.model"));
+        let mut damaged = whole.clone();
+        damaged.insert("tokenizer.ggml.model".into(), text("bert"));
+        assert!(error_of(&damaged).contains("of kind 'bert'"));
+        let mut damaged = whole.clone();
+        damaged.insert("tokenizer.ggml.tokens".into(), Value::Bool(true));
+        assert!(error_of(&damaged).contains("tokenizer.ggml.tokens is not a list"));
+        let mut damaged = whole.clone();
+        damaged.insert("tokenizer.ggml.token_type".into(), Value::Array(vec![Value::I32(1)]));
+        assert!(error_of(&damaged).contains("has 1 entries for 259 tokens"));
+        let mut damaged = whole.clone();
+        damaged.insert("tokenizer.ggml.eos_token_id".into(), Value::U32(999));
+        assert!(error_of(&damaged).contains("eos_token has id 999"));
+        let mut damaged = whole.clone();
+        damaged.insert("tokenizer.ggml.merges".into(), Value::Array(vec![text("ab")]));
+        assert!(error_of(&damaged).contains("merge 0 ('ab')"));
+        let mut damaged = whole;
+        damaged.remove("tokenizer.ggml.merges");
+        assert!(error_of(&damaged).contains("no tokenizer.ggml.merges"));
+    }
+
+    #[test]
+    fn a_token_listed_twice_is_refused() {
+        let metadata = metadata(
+            &[("a", 1), ("b", 1), ("a", 1)],
+            vec![("model", text("gpt2")), ("merges", Value::Array(vec![]))],
+        );
+        assert!(error_of(&metadata).contains("'a' twice, as id 0 and 2"));
+    }
+
+    #[test]
+    fn end_of_turn_ids_begin_with_eos() {
+        let mut metadata = byte_level_metadata("smollm");
+        metadata.insert("tokenizer.ggml.eos_token_id".into(), Value::U32(257));
+        metadata.insert("tokenizer.ggml.eot_token_id".into(), Value::U32(3));
+        let tokenizer = Tokenizer::from_gguf(&metadata).unwrap();
+        assert_eq!(tokenizer.end_of_turn_ids(), [257, 3, 256]);
+    }
+
+    #[test]
+    fn ids_beyond_the_model_are_refused() {
+        let mut tokenizer = byte_level();
+        let error = tokenizer.check_vocab(100).unwrap_err().to_string();
+        assert!(error.contains("only 100 entries"), "{error}");
+        assert!(tokenizer.check_vocab(256).is_err(), "EOS is 256");
+        assert!(tokenizer.check_vocab(259).is_ok());
+    }
+}

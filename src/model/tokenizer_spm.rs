@@ -67,13 +67,15 @@ struct Merge<'a> {
     score: f32,
     left: &'a str,
     right: &'a str,
+    /// Characters of both.
+    lengths: (usize, usize),
     ids: (u32, u32),
 }
 
 /// Merges in the order of their rank. User-defined tokens come first, as SentencePiece finds them
 /// before it merges; control, unknown and byte tokens are never merged.
 fn merges_of_scores(tokens: &[String], kinds: &[Kind], scores: &[f32], vocab: &Vocab) -> Merges {
-    let mut merges = Vec::new();
+    let mut merges: Vec<Merge> = Vec::new();
     for (id, token) in tokens.iter().enumerate() {
         let score = match kinds[id] {
             Kind::Normal => scores[id],
@@ -81,20 +83,96 @@ fn merges_of_scores(tokens: &[String], kinds: &[Kind], scores: &[f32], vocab: &V
             _ => continue,
         };
         let first = merges.len();
-        for (at, _) in token.char_indices().skip(1) {
+        let length = token.chars().count();
+        for (chars, (at, _)) in token.char_indices().enumerate().skip(1) {
             let (left, right) = token.split_at(at);
             if let (Some(l), Some(r)) = (vocab.get(left), vocab.get(right)) {
-                merges.push(Merge { score, left, right, ids: (*l, *r) });
+                let lengths = (chars, length - chars);
+                merges.push(Merge { score, left, right, lengths, ids: (*l, *r) });
             }
         }
         merges[first..].sort_by_key(|merge| merge.ids);
     }
-    let length = |text: &str| text.chars().count();
-    merges.sort_by(|a, b| {
-        b.score
-            .total_cmp(&a.score)
-            .then_with(|| length(b.left).cmp(&length(a.left)))
-            .then_with(|| length(b.right).cmp(&length(a.right)))
-    });
+    merges.sort_by(|a, b| b.score.total_cmp(&a.score).then_with(|| b.lengths.cmp(&a.lengths)));
     merges.iter().map(|merge| (merge.left.to_string(), merge.right.to_string())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::gguf_file::Value;
+
+    use super::super::tokenizer::Tokenizer;
+    use super::super::tokenizer_gguf::tests::{metadata, text};
+
+    const TOKENS: [(&str, i32); 14] = [
+        ("<unk>", 2),
+        ("<s>", 3),
+        ("</s>", 3),
+        ("<0xC3>", 6),
+        ("<0xA9>", 6),
+        ("▁", 1),
+        ("a", 1),
+        ("b", 1),
+        ("ab", 1),
+        ("▁a", 1),
+        ("▁ab", 1),
+        ("bb", 1),
+        ("  ", 4),
+        ("c", 1),
+    ];
+
+    fn tokenizer(more: Vec<(&str, Value)>) -> Tokenizer {
+        let scores = [0., 0., 0., 0., 0., -9., -9., -9., -2., -3., -4., -1., -1000., -9.];
+        let scores = scores.into_iter().map(Value::F32).collect();
+        let mut keys = vec![("model", text("llama")), ("scores", Value::Array(scores))];
+        keys.extend(more);
+        Tokenizer::from_gguf(&metadata(&TOKENS, keys)).unwrap()
+    }
+
+    fn pieces(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
+        let ids = tokenizer.encode(text, false).unwrap();
+        ids.iter().map(|id| tokenizer.id_to_token(*id).unwrap()).collect()
+    }
+
+    #[test]
+    fn the_pair_of_the_highest_score_merges_first() {
+        let tokenizer = tokenizer(vec![]);
+        assert_eq!(pieces(&tokenizer, "ab"), ["▁ab"]);
+        assert_eq!(pieces(&tokenizer, "abb"), ["▁a", "bb"]);
+        assert_eq!(pieces(&tokenizer, "c  a"), ["▁", "c", "▁▁", "a"]);
+    }
+
+    #[test]
+    fn text_begins_with_bos_and_a_space_and_comes_back_without() {
+        let with_prefix = tokenizer(vec![]);
+        assert_eq!(with_prefix.encode("ab", true).unwrap(), [1, 10]);
+        assert_eq!(with_prefix.decode(&[1, 10, 10], true).unwrap(), "ab ab");
+        let without = tokenizer(vec![("add_space_prefix", Value::Bool(false))]);
+        assert_eq!(without.encode("ab", true).unwrap(), [1, 8]);
+        assert_eq!(without.decode(&[10], true).unwrap(), " ab");
+    }
+
+    #[test]
+    fn unknown_characters_become_bytes_or_the_unknown_token() {
+        let tokenizer = tokenizer(vec![("add_space_prefix", Value::Bool(false))]);
+        assert_eq!(tokenizer.encode("é", false).unwrap(), [3, 4]);
+        assert_eq!(tokenizer.decode(&[3, 4], false).unwrap(), "é");
+        assert_eq!(tokenizer.encode("xy", false).unwrap(), [0]);
+        assert_eq!(tokenizer.encode("<0xC3>", false).unwrap(), [0], "not the byte token");
+    }
+
+    #[test]
+    fn streaming_holds_a_character_of_two_byte_tokens() {
+        let tokenizer = tokenizer(vec![]);
+        let mut stream = tokenizer.decode_stream(true);
+        let ids = [1, 10, 3, 4, 10, 2, 10];
+        let pieces: Vec<String> = ids.iter().map(|id| stream.step(*id).unwrap()).collect();
+        assert_eq!(pieces, ["", "ab", "", "é", " ab", "", " ab"]);
+    }
+
+    #[test]
+    fn a_file_without_scores_is_refused() {
+        let error = Tokenizer::from_gguf(&metadata(&TOKENS, vec![("model", text("llama"))]));
+        assert!(error.err().unwrap().to_string().contains("no tokenizer.ggml.scores"));
+    }
 }

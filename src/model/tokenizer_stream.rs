@@ -61,3 +61,52 @@ impl<'a> DecodeStream<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::tokenizer_gguf::tests::byte_level;
+
+    fn streamed(ids: &[u32]) -> String {
+        let tokenizer = byte_level();
+        let mut stream = tokenizer.decode_stream(false);
+        let mut text = String::new();
+        for id in ids {
+            text += &stream.step(*id).expect("a token decodes");
+        }
+        text + &stream.finish().expect("the rest decodes")
+    }
+
+    #[test]
+    fn a_character_of_three_tokens_comes_out_whole() {
+        let tokenizer = byte_level();
+        let ids = tokenizer.encode("a€b", false).unwrap();
+        assert_eq!(ids.len(), 5);
+        let mut stream = tokenizer.decode_stream(false);
+        let pieces: Vec<String> = ids.iter().map(|id| stream.step(*id).unwrap()).collect();
+        assert_eq!(pieces, ["a", "", "", "€", "b"]);
+    }
+
+    #[test]
+    fn an_unfinished_character_comes_out_at_the_end_as_replacement() {
+        let tokenizer = byte_level();
+        let ids = tokenizer.encode("a€", false).unwrap();
+        assert_eq!(streamed(&ids[..3]), "a\u{fffd}");
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_join_to_the_decoded_text(text in any::<String>()) {
+            let tokenizer = byte_level();
+            let ids = tokenizer.encode(&text, false).unwrap();
+            prop_assert_eq!(streamed(&ids), text);
+        }
+
+        #[test]
+        fn any_ids_stream_without_error(ids in proptest::collection::vec(0u32..270, 0..40)) {
+            let tokenizer = byte_level();
+            prop_assert_eq!(streamed(&ids), tokenizer.decode(&ids, false).unwrap());
+        }
+    }
+}
