@@ -1,7 +1,9 @@
 //! Post-training of language models by steering them.
 
 pub mod adapter;
+pub mod cli;
 pub mod error;
+pub mod eval;
 pub mod kernels;
 pub mod model;
 pub mod ops;

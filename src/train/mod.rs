@@ -1,4 +1,9 @@
 //! x
+pub mod batching;
+pub mod example;
+pub mod memory;
+pub mod objective;
+pub mod tokenize;
 /// x
 pub mod files {
     use crate::*;

@@ -1,2 +1,2 @@
-//! steer.
+//! x
 fn main() {}

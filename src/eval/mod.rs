@@ -1,0 +1,5 @@
+//! Evaluation.
+
+mod interval;
+
+pub use interval::Proportion;
