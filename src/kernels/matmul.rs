@@ -90,7 +90,7 @@ fn grid(rows: usize, panels: usize, tasks: usize) -> (usize, usize) {
     let least = rows.div_ceil(ROW_BLOCK);
     let grids = (least..=least.max(tasks)).map(|r| (r, tasks.div_ceil(r).min(panels)));
     let read_again = |&(r, p): &(usize, usize)| r * panels * LANES + p * rows;
-    grids.min_by_key(read_again).unwrap_or((least, 1))
+    grids.filter(|(r, p)| r * p >= tasks).min_by_key(read_again).unwrap_or((least, 1))
 }
 
 /// Either product on this thread.
@@ -163,6 +163,9 @@ impl<'a> Product<'a> {
 
     /// Computes the columns of `panels` of `rows`.
     fn block(&self, rows: Range<usize>, panels: Range<usize>) {
+        if rows.is_empty() || panels.is_empty() {
+            return;
+        }
         let group = best_panels(self.level, rows.len());
         let near = (NEAR_OUTPUTS / (rows.len() * LANES)).next_multiple_of(group);
         let mut scratch = vec![0.0; group * K_BLOCK.min(self.k.next_multiple_of(LANES)) * LANES];
@@ -289,5 +292,18 @@ impl<'a> Product<'a> {
                 y.add(i * self.columns).copy_from(row.as_ptr(), width);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grid_gives_every_thread_work_and_cuts_where_it_is_cheap() {
+        assert_eq!(grid(1, 96, 4), (1, 4));
+        assert_eq!(grid(2048, 36, 4), (6, 1));
+        assert_eq!(grid(300, 1, 16), (16, 1));
+        assert_eq!(grid(170, 36, 32), (3, 11));
     }
 }
