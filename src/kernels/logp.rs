@@ -97,7 +97,7 @@ pub fn forward_backward(
 /// `dh [N, D]` (overwritten) of a loss whose gradients are `dlogp` at each target and, if it
 /// holds entropies, `dentropy` at each row; `lse` is that of [`forward`] with the same arguments.
 /// Recomputes the logits.
-#[allow(clippy::too_many_arguments)] // the forward pass's four, its result, two gradients in, one out
+#[allow(clippy::too_many_arguments)] // forward's four, its result, two gradients in and one out
 pub fn backward(
     h: &[f32],
     head: &PackedMatrix,

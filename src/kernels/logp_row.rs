@@ -3,7 +3,7 @@
 use super::dispatch::{CpuLevel, SimdTask, dispatch};
 use super::logp::LogpOptions;
 use super::simd::{LANES, Simd};
-use super::vexp::{Lanewise, Max, exp_lanes, map, padded, tanh_lanes};
+use super::vexp::{Lanewise, Max, exp_lanes, map, tanh_lanes};
 
 /// Elements whose exponentials are summed in `f32` before they enter an `f64` total.
 const SUM_BLOCK: usize = 1024;
@@ -201,9 +201,10 @@ impl SimdTask for SumExp<'_> {
                 totals = add_exp::<S>(totals, S::sub(S::load(chunk.as_ptr()), S::splat(self.max)));
             }
             if !rest.is_empty() {
-                // so far below the maximum that its exponential is 0
-                let last = padded(rest, self.max - 1000.0);
-                totals = add_exp::<S>(totals, S::sub(S::load(last.as_ptr()), S::splat(self.max)));
+                // far enough below the maximum that the exponential is 0
+                let mut last = [-1000.0; LANES];
+                last.iter_mut().zip(rest).for_each(|(x, l)| *x = l - self.max);
+                totals = add_exp::<S>(totals, S::load(last.as_ptr()));
             }
             (S::reduce_add(totals.0), S::reduce_add(totals.1))
         }

@@ -27,9 +27,20 @@ pub fn down(x: &[f32], wdown: &[f32], d: usize, r: usize, z: &mut [f32]) {
 /// `y [M, D_out] += alpha phi(z [M, R]) Wup^T` with `wup [D_out, R]` row-major; the product is
 /// finished before it is scaled and added. Panics if the lengths disagree.
 pub fn up_add(z: &[f32], wup: &[f32], r: usize, alpha: f32, activation: Activation, y: &mut [f32]) {
-    let (m, d_out) = (z.len() / r, wup.len() / r);
+    up_add_packed(z, &PackedMatrix::from_f32(wup, wup.len() / r, r), alpha, activation, y);
+}
+
+/// [`up_add`] with a matrix packed before; [`matmul`] with a packed `wdown` is [`down`].
+pub fn up_add_packed(
+    z: &[f32],
+    wup: &PackedMatrix,
+    alpha: f32,
+    activation: Activation,
+    y: &mut [f32],
+) {
+    let (r, d_out) = (wup.in_features(), wup.out_features());
+    let m = z.len() / r;
     assert!(z.len() == m * r && y.len() == m * d_out, "low-rank shapes disagree");
-    let wup = PackedMatrix::from_f32(wup, d_out, r);
     let level = CpuLevel::detect();
     let y = SharedMut::new(y);
     for_each(m.div_ceil(CHUNK), |i| {
@@ -37,7 +48,7 @@ pub fn up_add(z: &[f32], wup: &[f32], r: usize, alpha: f32, activation: Activati
         let a = activation.apply(&z[rows.start * r..rows.end * r]);
         // SAFETY: tasks own disjoint rows.
         let y = unsafe { y.part(rows.start * d_out..rows.end * d_out) };
-        add_product(level, &a, &wup, alpha, y);
+        add_product(level, &a, wup, alpha, y);
     });
 }
 

@@ -5,6 +5,8 @@
 //! Every element is the bias (or zero) plus, in order, the sums over 256 k at a time, each of them
 //! one chain of fused multiply-adds in ascending k.
 
+use std::ops::Range;
+
 use super::dispatch::CpuLevel;
 use super::matmul_fill::{copy_rows, fill_panel};
 use super::matmul_tile::{Element, Join, Strip, best_panels, multiply};
@@ -27,6 +29,10 @@ pub enum MatmulPrecision {
 /// Links of a chain, part of the definition of the result (short chains round less). A panel of
 /// them lies in the first-level cache.
 const K_BLOCK: usize = 256;
+/// Length of k whose inputs are copied at a time.
+const K_SPAN: usize = 8 * K_BLOCK;
+/// Outputs that stay in the second-level cache while k advances.
+const NEAR_OUTPUTS: usize = 1 << 16;
 /// Rows of a task at most: one block of k of them lies in the second-level cache.
 const ROW_BLOCK: usize = 384;
 /// Rows below which a weight is read straight from its storage.
@@ -69,14 +75,22 @@ pub(crate) fn product(
 ) {
     let Some(job) = Product::new(level, axis, x, w, bias, precision, y) else { return };
     let panels = job.columns.div_ceil(LANES);
-    let tasks = task_count(job.rows * job.k * panels * LANES, 3);
-    let row_parts = job.rows.div_ceil(ROW_BLOCK);
-    let panel_parts = tasks.div_ceil(row_parts).min(panels);
+    let tasks = task_count(job.rows * job.k * panels * LANES, 2);
+    let (row_parts, panel_parts) = grid(job.rows, panels, tasks);
     for_each(row_parts * panel_parts, |i| {
         let rows = part(job.rows, 12, row_parts, i / panel_parts);
         let panels = part(panels, 2, panel_parts, i % panel_parts);
         job.block(rows, panels);
     });
+}
+
+/// Cuts rows and panels into about `tasks` parts such that the least is read twice: each part of
+/// the rows reads its panels again, each part of the panels its rows.
+fn grid(rows: usize, panels: usize, tasks: usize) -> (usize, usize) {
+    let least = rows.div_ceil(ROW_BLOCK);
+    let grids = (least..=least.max(tasks)).map(|r| (r, tasks.div_ceil(r).min(panels)));
+    let read_again = |&(r, p): &(usize, usize)| r * panels * LANES + p * rows;
+    grids.filter(|(r, p)| r * p >= tasks).min_by_key(read_again).unwrap_or((least, 1))
 }
 
 /// Either product on this thread.
@@ -110,7 +124,7 @@ struct Product<'a> {
 
 /// One block of k of a panel group, ready to multiply.
 struct Step<'a> {
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     a: *const f32,
     lda: usize,
     panel: usize,
@@ -148,24 +162,56 @@ impl<'a> Product<'a> {
     }
 
     /// Computes the columns of `panels` of `rows`.
-    fn block(&self, rows: std::ops::Range<usize>, panels: std::ops::Range<usize>) {
+    fn block(&self, rows: Range<usize>, panels: Range<usize>) {
+        if rows.is_empty() || panels.is_empty() {
+            return;
+        }
         let group = best_panels(self.level, rows.len());
-        let k_block = K_BLOCK.min(self.k);
-        let copy = self.round || rows.len() > STREAM_ROWS;
-        let mut a = vec![0.0; if copy { rows.len() * k_block } else { 0 }];
-        let mut scratch = vec![0.0; group * k_block.next_multiple_of(LANES) * LANES];
-        for k0 in (0..self.k).step_by(k_block) {
-            let kc = k_block.min(self.k - k0);
+        let near = (NEAR_OUTPUTS / (rows.len() * LANES)).next_multiple_of(group);
+        let mut scratch = vec![0.0; group * K_BLOCK.min(self.k.next_multiple_of(LANES)) * LANES];
+        let mut copied = Vec::new();
+        for k0 in (0..self.k).step_by(K_SPAN) {
+            let k = k0..(k0 + K_SPAN).min(self.k);
+            self.copy_input(&rows, &k, &mut copied);
+            for first in panels.clone().step_by(near) {
+                let panels = first..(first + near).min(panels.end);
+                self.near_block(&rows, &k, &panels, &copied, &mut scratch);
+            }
+        }
+    }
+
+    /// Copies the input's rows for a span of k, one block of k after the other, unless they are
+    /// few and need no rounding.
+    fn copy_input(&self, rows: &Range<usize>, k: &Range<usize>, copied: &mut Vec<f32>) {
+        if !self.round && rows.len() <= STREAM_ROWS {
+            return;
+        }
+        copied.resize(rows.len() * k.len(), 0.0);
+        for (k0, into) in k.clone().step_by(K_BLOCK).zip(copied.chunks_mut(rows.len() * K_BLOCK)) {
             let x = &self.x[rows.start * self.k + k0..];
-            let (a, lda) = if copy {
-                copy_rows(self.level, x, self.k, kc, self.round, &mut a[..rows.len() * kc]);
-                (a.as_ptr(), kc)
-            } else {
-                (x.as_ptr(), self.k)
+            copy_rows(self.level, x, self.k, into.len() / rows.len(), self.round, into);
+        }
+    }
+
+    /// Adds the products of a span of k to a block of outputs that stays in cache meanwhile.
+    fn near_block(
+        &self,
+        rows: &Range<usize>,
+        k: &Range<usize>,
+        panels: &Range<usize>,
+        copied: &[f32],
+        scratch: &mut [f32],
+    ) {
+        let group = best_panels(self.level, rows.len());
+        for k0 in k.clone().step_by(K_BLOCK) {
+            let kc = K_BLOCK.min(k.end - k0);
+            let (a, lda) = match copied.get((k0 - k.start) * rows.len()..) {
+                Some(a) if !copied.is_empty() => (a.as_ptr(), kc),
+                _ => (self.x[rows.start * self.k + k0..].as_ptr(), self.k),
             };
             for panel in panels.clone().step_by(group) {
                 let panels = group.min(panels.end - panel);
-                let (rows, scratch) = (rows.clone(), scratch.as_mut_slice());
+                let (rows, scratch) = (rows.clone(), &mut *scratch);
                 self.step(Step { rows, a, lda, panel, panels, k0, kc, scratch });
             }
         }
@@ -246,5 +292,18 @@ impl<'a> Product<'a> {
                 y.add(i * self.columns).copy_from(row.as_ptr(), width);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grid_gives_every_thread_work_and_cuts_where_it_is_cheap() {
+        assert_eq!(grid(1, 96, 4), (1, 4));
+        assert_eq!(grid(2048, 36, 4), (6, 1));
+        assert_eq!(grid(300, 1, 16), (16, 1));
+        assert_eq!(grid(170, 36, 32), (3, 11));
     }
 }

@@ -65,6 +65,16 @@ fn rows_do_not_depend_on_the_batch_or_the_threads() {
 }
 
 #[test]
+fn more_threads_than_rows_change_nothing() {
+    for (m, out, in_) in [(13, 16, 90_000), (2, 40, 40_000), (900, 3, 3000)] {
+        let w = PackedMatrix::from_f32(&noise(7, out * in_), out, in_);
+        let x = noise(3, m * in_);
+        let y = with_threads(1, || run(Axis::Output, &x, &w, Highest));
+        assert!(y == with_threads(16, || run(Axis::Output, &x, &w, Highest)));
+    }
+}
+
+#[test]
 fn every_level_gives_the_same_bits() {
     for (m, out, in_) in [(1, 40, 300), (3, 17, 33), (7, 576, 96), (70, 100, 513)] {
         for w in storages(out, in_) {

@@ -115,11 +115,16 @@ impl<B: Element> SimdTask for Strip<B> {
     }
 }
 
+/// Whether a tile's accumulators stay in registers.
+const fn fits<S: Simd>(rows: usize, panels: usize) -> bool {
+    rows <= S::ROWS && (panels == 1 || S::WIDE || rows <= NARROW_ROWS)
+}
+
 /// Calls the tile of the right size, leaving out those that no register file holds.
 macro_rules! select {
     ($self:ident, $panels:literal, $($rows:literal)*) => {
         match $self.rows {
-            $($rows if const { $rows <= S::ROWS && ($panels == 1 || S::WIDE || $rows <= NARROW_ROWS) } =>
+            $($rows if const { fits::<S>($rows, $panels) } =>
                 $self.tile::<S, $rows, $panels>(),)*
             _ => unreachable!("no tile of this size"),
         }

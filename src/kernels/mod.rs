@@ -31,6 +31,10 @@ mod simd_x86;
 pub mod vexp;
 
 #[cfg(test)]
+mod logp_tests;
+#[cfg(test)]
+mod low_rank_tests;
+#[cfg(test)]
 mod matmul_tests;
 #[cfg(test)]
 mod testing;

@@ -82,7 +82,7 @@ mod tests {
             for i in 0..parts {
                 let range = part(n, unit, parts, i);
                 assert_eq!(range.start, next);
-                assert!(range.end == n || range.len() % unit == 0);
+                assert!(range.end == n || range.len().is_multiple_of(unit));
                 next = range.end;
             }
             assert_eq!(next, n);

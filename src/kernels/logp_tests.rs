@@ -1,0 +1,193 @@
+//! The promises of the fused log-prob: right to f64 and to finite differences, same bits in any
+//! batch, both ways to the gradient equal.
+
+use super::logp::{LogpForward, LogpOptions, Target, backward, forward, forward_backward};
+use super::pack::PackedMatrix;
+use super::testing::{noise, relative_error, with_threads};
+
+const D: usize = 24;
+const V: usize = 2100;
+
+/// Rows 1 and 4 have two targets, row 2 has none.
+const TARGETS: [Target; 7] = [
+    Target { row: 0, token: 5 },
+    Target { row: 1, token: 0 },
+    Target { row: 1, token: 2099 },
+    Target { row: 3, token: 1000 },
+    Target { row: 4, token: 17 },
+    Target { row: 4, token: 17 },
+    Target { row: 5, token: 16 },
+];
+const ROWS: usize = 6;
+
+fn all_options() -> Vec<LogpOptions> {
+    let mut list = Vec::new();
+    for softcap in [None, Some(3.0)] {
+        for inv_temperature in [1.0, 0.7] {
+            list.push(LogpOptions {
+                inv_temperature,
+                softcap,
+                entropy: true,
+                ..Default::default()
+            });
+        }
+    }
+    list
+}
+
+fn head() -> PackedMatrix {
+    PackedMatrix::from_f32(&noise(1, V * D), V, D)
+}
+
+/// Log-probabilities, entropies and log-sums of a row in f64.
+struct Exact {
+    logp: Vec<f64>,
+    entropy: f64,
+    lse: f64,
+    slope: Vec<f64>,
+}
+
+fn exact_row(h: &[f64], w: &[f32], options: &LogpOptions) -> Exact {
+    let inv = f64::from(options.inv_temperature);
+    let raw = w.chunks(D).map(|w| w.iter().zip(h).map(|(w, h)| f64::from(*w) * h).sum::<f64>());
+    let (l, slope): (Vec<f64>, Vec<f64>) = raw
+        .map(|z| match options.softcap.map(f64::from) {
+            None => (z * inv, inv),
+            Some(c) => ((z / c).tanh() * c * inv, inv * (1.0 - (z / c).tanh().powi(2))),
+        })
+        .unzip();
+    let lse = l.iter().map(|l| l.exp()).sum::<f64>().ln();
+    let logp: Vec<f64> = l.iter().map(|l| l - lse).collect();
+    let entropy = -logp.iter().map(|p| p.exp() * p).sum::<f64>();
+    Exact { logp, entropy, lse, slope }
+}
+
+/// `dh` of `sum weights logp + sum dentropy H` in f64.
+fn exact_gradient(h: &[f32], weights: &[f32], dentropy: &[f32], options: &LogpOptions) -> Vec<f64> {
+    let w = head().unpack();
+    let mut dh = Vec::new();
+    for (row, h) in h.chunks(D).enumerate() {
+        let h: Vec<f64> = h.iter().map(|&x| f64::from(x)).collect();
+        let exact = exact_row(&h, &w, options);
+        let mut g = vec![0.0; V];
+        for (v, g) in g.iter_mut().enumerate() {
+            let p = exact.logp[v].exp();
+            *g = -f64::from(dentropy[row]) * p * (exact.logp[v] + exact.entropy);
+            for (target, weight) in TARGETS.iter().zip(weights) {
+                if target.row as usize == row {
+                    let hit = if target.token as usize == v { 1.0 } else { 0.0 };
+                    *g += f64::from(*weight) * (hit - p);
+                }
+            }
+            *g *= exact.slope[v];
+        }
+        dh.extend((0..D).map(|j| (0..V).map(|v| g[v] * f64::from(w[v * D + j])).sum::<f64>()));
+    }
+    dh
+}
+
+/// The loss whose gradient is [`exact_gradient`].
+fn exact_loss(h: &[f64], weights: &[f32], dentropy: &[f32], options: &LogpOptions) -> f64 {
+    let w = head().unpack();
+    let rows: Vec<Exact> = h.chunks(D).map(|h| exact_row(h, &w, options)).collect();
+    let of_targets = TARGETS.iter().zip(weights).map(|(target, weight)| {
+        f64::from(*weight) * rows[target.row as usize].logp[target.token as usize]
+    });
+    let of_rows = rows.iter().zip(dentropy).map(|(row, d)| f64::from(*d) * row.entropy);
+    of_targets.sum::<f64>() + of_rows.sum::<f64>()
+}
+
+#[test]
+fn the_reference_gradient_is_the_slope_of_the_reference_loss() {
+    let (h, weights, dentropy) = (noise(2, ROWS * D), noise(3, TARGETS.len()), noise(4, ROWS));
+    for options in all_options() {
+        let dh = exact_gradient(&h, &weights, &dentropy, &options);
+        for at in [0, D + 3, 2 * D, 4 * D + 7] {
+            let loss = |step: f64| {
+                let mut h: Vec<f64> = h.iter().map(|&x| f64::from(x)).collect();
+                h[at] += step;
+                exact_loss(&h, &weights, &dentropy, &options)
+            };
+            let slope = (loss(1e-5) - loss(-1e-5)) / 2e-5;
+            assert!((slope - dh[at]).abs() < 1e-6, "{slope} {}", dh[at]);
+        }
+    }
+}
+
+#[test]
+fn forward_agrees_with_f64() {
+    let (head, h) = (head(), noise(2, ROWS * D));
+    let w = head.unpack();
+    for options in all_options() {
+        let got = forward(&h, &head, &TARGETS, options);
+        let wide: Vec<f64> = h.iter().map(|&x| f64::from(x)).collect();
+        let rows: Vec<Exact> = wide.chunks(D).map(|h| exact_row(h, &w, &options)).collect();
+        for (target, logp) in TARGETS.iter().zip(&got.logp) {
+            let want = rows[target.row as usize].logp[target.token as usize];
+            assert!((f64::from(*logp) - want).abs() < 2e-6, "{logp} {want}");
+        }
+        for (i, row) in rows.iter().enumerate() {
+            assert!((f64::from(got.lse[i]) - row.lse).abs() < 2e-6);
+            assert!((f64::from(got.entropy.as_ref().unwrap()[i]) - row.entropy).abs() < 5e-6);
+            let best = (0..V).max_by(|&a, &b| row.logp[a].total_cmp(&row.logp[b])).unwrap();
+            assert_eq!(got.argmax[i] as usize, best);
+        }
+    }
+}
+
+#[test]
+fn gradients_agree_with_f64_both_ways() {
+    let (head, h) = (head(), noise(2, ROWS * D));
+    let (weights, dentropy) = (noise(3, TARGETS.len()), noise(4, ROWS));
+    for options in all_options() {
+        let (mut once, mut later) = (vec![0.0; h.len()], vec![0.0; h.len()]);
+        let got = forward_backward(&h, &head, &TARGETS, &weights, options, &mut once);
+        assert_eq!(got, forward(&h, &head, &TARGETS, options));
+        backward(&h, &head, &TARGETS, &got.lse, &weights, None, options, &mut later);
+        assert_eq!(once, later);
+        let want = exact_gradient(&h, &weights, &[0.0; ROWS], &options);
+        assert!(relative_error(&once, &want) < 1e-5);
+
+        let pull = Some(&dentropy[..]);
+        backward(&h, &head, &TARGETS, &got.lse, &weights, pull, options, &mut later);
+        let want = exact_gradient(&h, &weights, &dentropy, &options);
+        assert!(relative_error(&later, &want) < 1e-5);
+    }
+}
+
+#[test]
+fn rows_do_not_depend_on_the_batch_the_chunks_or_the_threads() {
+    let (v, d, n) = (49_000, 16, 400);
+    let (w, h) = (noise(1, v * d), noise(2, n * d));
+    let head = PackedMatrix::from_f32_as_bf16(&w, v, d);
+    let target = |row: u32| Target { row, token: row * 100 };
+    let targets: Vec<Target> = (0..n as u32).map(target).collect();
+    let options = LogpOptions { entropy: true, ..Default::default() };
+    let weights = vec![1.0; n];
+    let mut dh = vec![0.0; n * d];
+    let all = with_threads(1, || forward_backward(&h, &head, &targets, &weights, options, &mut dh));
+    for (first, last) in [(0, 1), (169, 172), (100, 300)] {
+        let part: Vec<Target> = (first..last)
+            .map(|row| Target { row: (row - first) as u32, ..target(row as u32) })
+            .collect();
+        let h = &h[first * d..last * d];
+        let mut part_dh = vec![0.0; h.len()];
+        let got: LogpForward = with_threads(2, || {
+            forward_backward(h, &head, &part, &weights[..part.len()], options, &mut part_dh)
+        });
+        assert!(got.logp == all.logp[first..last] && got.lse == all.lse[first..last]);
+        assert!(got.entropy.unwrap() == all.entropy.as_ref().unwrap()[first..last]);
+        assert!(part_dh == dh[first * d..last * d]);
+    }
+}
+
+#[test]
+fn nan_is_not_hidden_and_no_rows_give_no_results() {
+    let head = head();
+    let mut h = noise(2, 2 * D);
+    h[3] = f32::NAN;
+    let targets = [Target { row: 0, token: 1 }, Target { row: 1, token: 1 }];
+    let got = forward(&h, &head, &targets, LogpOptions::default());
+    assert!(got.logp[0].is_nan() && got.logp[1].is_finite());
+    assert!(forward(&[], &head, &[], LogpOptions::default()).logp.is_empty());
+}
