@@ -91,7 +91,9 @@ fn alone(policy: &Policy, adapters: &Adapters, ids: &[u32]) -> Vec<f32> {
 
 fn packed(policy: &Policy, adapters: &Adapters, all: &[Vec<u32>]) -> Vec<Vec<f32>> {
     let mut batch = Batch::new();
-    all.iter().for_each(|ids| drop(batch.push(ids, PROMPT, None)));
+    for ids in all {
+        batch.push(ids, PROMPT, None);
+    }
     let hidden = policy.hidden(&batch, adapters).unwrap();
     let starts = all.iter().scan(0, |next, ids| Some(std::mem::replace(next, *next + ids.len())));
     starts.zip(all).map(|(start, ids)| logps(policy, &hidden, start, ids)).collect()
