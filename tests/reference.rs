@@ -84,7 +84,7 @@ fn greedy(policy: &Policy, adapters: &Adapters, wanted: &Tensor) -> (Vec<u32>, V
     let options = GenerateOptions { max_new_tokens: wanted.len() - 10, ..Default::default() };
     let request = Request { prompt: wanted[..10].to_vec(), prompt_id: 0, sample: 0 };
     let generator = Generator::new(policy, adapters, &options, None);
-    let completion = generator.run(&[request], &mut |_, _| {}).unwrap().remove(0);
+    let completion = generator.run(&[request], &mut |_| {}).unwrap().remove(0);
     (completion.tokens, wanted[10..].to_vec())
 }
 

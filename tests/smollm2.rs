@@ -45,7 +45,7 @@ fn greedy_answers_to_ten_questions_equal_those_of_transformers() {
         ..Default::default()
     };
     let generator = Generator::new(&model.policy, &[], &options, None);
-    let completions = generator.run(&requests, &mut |_, _| {}).unwrap();
+    let completions = generator.run(&requests, &mut |_| {}).unwrap();
     let wanted = include_str!("fixtures/gsm8k_greedy.txt").lines();
     for ((request, completion), line) in requests.iter().zip(&completions).zip(wanted) {
         let (prompt, new) = (&request.prompt, &completion.tokens);

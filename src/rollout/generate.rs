@@ -53,6 +53,15 @@ pub struct Completion {
     pub stop: StopReason,
 }
 
+/// What happens while generating; requests are named by their place.
+#[derive(Clone, Copy, Debug)]
+pub enum Progress {
+    /// A request got this token.
+    Token(usize, u32),
+    /// A request is finished.
+    Done(usize),
+}
+
 /// Settings of a generation.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
@@ -117,14 +126,32 @@ impl<'a> Generator<'a> {
         Generator { policy, adapters, options, stop_check }
     }
 
-    /// Completes every request; `on_token` sees (request, token) as they are drawn.
+    /// Completes every request; `on_done` sees how many are finished.
     ///
     /// # Errors
     /// If a prompt is empty or longer than the context, or the logits are not finite.
     pub fn run(
         &self,
         requests: &[Request],
-        on_token: &mut dyn FnMut(usize, u32),
+        on_done: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Completion>> {
+        let mut finished = 0;
+        self.stream(requests, &mut |event| {
+            if let Progress::Done(_) = event {
+                finished += 1;
+                on_done(finished);
+            }
+        })
+    }
+
+    /// Like [`Generator::run`]; `on_event` sees each token as it is drawn.
+    ///
+    /// # Errors
+    /// As [`Generator::run`].
+    pub fn stream(
+        &self,
+        requests: &[Request],
+        on_event: &mut dyn FnMut(Progress),
     ) -> Result<Vec<Completion>> {
         self.options.sampling.validate()?;
         self.check(requests)?;
@@ -140,11 +167,12 @@ impl<'a> Generator<'a> {
             for (mut sequence, drawn) in active.into_iter().zip(drawn) {
                 sequence.tokens.push(drawn.token);
                 sequence.logps.push(drawn.logp);
-                on_token(sequence.index, drawn.token);
+                on_event(Progress::Token(sequence.index, drawn.token));
                 match self.stopped(&sequence) {
                     None => still.push(sequence),
                     Some(stop) => {
                         cache.close(sequence.slot);
+                        on_event(Progress::Done(sequence.index));
                         let Active { index, tokens, logps, .. } = sequence;
                         done[index] = Some(Completion { tokens, logps, stop });
                     }

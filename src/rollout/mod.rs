@@ -5,5 +5,5 @@
 mod generate;
 mod sampling;
 
-pub use generate::{Completion, GenerateOptions, Generator, Request, StopReason};
+pub use generate::{Completion, GenerateOptions, Generator, Progress, Request, StopReason};
 pub use sampling::{RandomKey, Sampled, SamplingParams, argmax, sample};

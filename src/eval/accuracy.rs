@@ -1,0 +1,78 @@
+//! Accuracy of a policy on a task's problems, by generation.
+
+use datasets::{Grader, Problem};
+use reward::{Outcome, grade};
+
+use super::Proportion;
+use crate::Result;
+use crate::adapter::Adapter;
+use crate::model::LoadedModel;
+use crate::rollout::{GenerateOptions, Generator, Request, StopReason};
+use crate::train::tokenize::Encoder;
+
+/// One graded answer.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Number of the problem in its split.
+    pub id: u64,
+    /// The generated text.
+    pub completion: String,
+    /// What a right answer comes to.
+    pub gold: String,
+    /// The grader's verdict.
+    pub outcome: Outcome,
+    /// Why the text ended.
+    pub stop: StopReason,
+}
+
+/// All answers of an evaluation.
+#[derive(Clone, Debug)]
+pub struct Accuracy {
+    /// The answers in the order of the problems.
+    pub answers: Vec<Answer>,
+    /// New tokens in all.
+    pub new_tokens: usize,
+}
+
+impl Accuracy {
+    /// Number of answers with this outcome.
+    pub fn count(&self, outcome: Outcome) -> usize {
+        self.answers.iter().filter(|answer| answer.outcome == outcome).count()
+    }
+
+    /// The share of right answers with its interval.
+    pub fn proportion(&self) -> Proportion {
+        Proportion::new(self.count(Outcome::Right), self.answers.len())
+    }
+}
+
+/// Answers every problem and grades the answers; `progress` sees the number of finished ones.
+///
+/// # Errors
+/// If a prompt cannot be rendered or does not fit the context.
+pub fn accuracy(
+    model: &LoadedModel,
+    encoder: &Encoder,
+    adapters: &[Box<dyn Adapter>],
+    (problems, grader): (&[Problem], Grader),
+    options: &GenerateOptions,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Accuracy> {
+    let requests = problems
+        .iter()
+        .map(|problem| {
+            let prompt = encoder.chat_prompt(&problem.prompt)?;
+            Ok(Request { prompt, prompt_id: problem.id, sample: 0 })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let generator = Generator::new(&model.policy, adapters, options, None);
+    let completions = generator.run(&requests, progress)?;
+    let new_tokens = completions.iter().map(|completion| completion.tokens.len()).sum();
+    let answers = problems.iter().zip(completions).map(|(problem, completion)| {
+        let text = encoder.tokenizer().decode(&completion.tokens, true)?;
+        let outcome = grade(grader, &text, &problem.gold);
+        let (id, gold, stop) = (problem.id, problem.gold.clone(), completion.stop);
+        Ok(Answer { id, completion: text, gold, outcome, stop })
+    });
+    Ok(Accuracy { answers: answers.collect::<Result<_>>()?, new_tokens })
+}
