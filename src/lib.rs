@@ -2,5 +2,7 @@
 
 pub mod config;
 pub mod error;
+pub mod report;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -1,0 +1,6 @@
+//! Training: optimizer, schedule, files of a run, checkpoints.
+
+pub mod checkpoint;
+pub mod files;
+pub mod optimizer;
+pub mod schedule;
