@@ -2,11 +2,13 @@
 
 pub mod adapter;
 pub mod cli;
+pub mod config;
 pub mod error;
 pub mod eval;
 pub mod kernels;
 pub mod model;
 pub mod ops;
+pub mod report;
 pub mod rollout;
 pub mod train;
 

@@ -260,8 +260,11 @@ pub(super) fn read_safetensors(path: &Path, device: &Device) -> Result<BTreeMap<
     Ok(tensors)
 }
 
-/// The bytes of a safetensors file with these tensors, in order of their keys.
-pub(crate) fn to_safetensors(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>> {
+/// The bytes of a safetensors file with these tensors as f32.
+///
+/// # Errors
+/// If a tensor cannot be read back from its device.
+pub fn to_safetensors(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>> {
     let mut raw = Vec::with_capacity(tensors.len());
     for (key, tensor) in tensors {
         let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;

@@ -61,14 +61,8 @@ pub struct Lora {
     config: LoraConfig,
     parameters: BTreeMap<String, Tensor>,
     scales: BTreeMap<(usize, Matrix), f32>,
-    dropout: Option<Dropout>,
-}
-
-/// The key of the masks that are drawn while training.
-#[derive(Clone, Copy, Debug)]
-struct Dropout {
-    seed: u64,
-    step: u64,
+    /// (seed, step) of the masks while training.
+    dropout: Option<(u64, u64)>,
 }
 
 /// PEFT's key of one of the two factors.
@@ -137,17 +131,6 @@ impl Lora {
     pub fn config(&self) -> &LoraConfig {
         &self.config
     }
-
-    /// Draws dropout masks from (seed, step, position of the token) from now on, for training;
-    /// without it nothing is dropped.
-    pub fn train(&mut self, seed: u64, step: u64) {
-        self.dropout = (self.config.lora_dropout > 0.0).then_some(Dropout { seed, step });
-    }
-
-    /// Stops dropping inputs.
-    pub fn evaluate(&mut self) {
-        self.dropout = None;
-    }
 }
 
 impl Adapter for Lora {
@@ -181,12 +164,16 @@ impl Adapter for Lora {
         let form = LowRank { alpha, activation: Activation::Linear };
         let dropped = match self.dropout {
             None => x.clone(),
-            Some(Dropout { seed, step }) => {
+            Some((seed, step)) => {
                 let key = [seed, step, layer as u64, matrix as u64];
                 ops::dropout(tape, x, self.config.lora_dropout, &key, &batch.token_keys)?
             }
         };
         ops::low_rank_add(tape, &y, &dropped, (&a, &b), form)
+    }
+
+    fn set_training(&mut self, step: Option<(u64, u64)>) {
+        self.dropout = step.filter(|_| self.config.lora_dropout > 0.0);
     }
 
     fn group(&self) -> &'static str {

@@ -12,12 +12,12 @@ mod steering;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::str::FromStr;
 
 use candle_core::Tensor;
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-pub use folder::{BaseModel, load, load_all, save};
+pub use folder::{BaseModel, load, load_all, save, to_safetensors};
 pub use lora::{Lora, LoraConfig};
 pub use positions::Positions;
 pub use steering::{Steering, SteeringConfig, SteeringKind};
@@ -27,8 +27,9 @@ use crate::ops::{Tape, Value};
 use crate::{Error, Result};
 
 /// A place in a block whose tensor is shifted (`model/block.rs` has the graph).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum Site {
     /// The residual stream after the second addition.
     #[default]
@@ -54,18 +55,6 @@ impl fmt::Display for Site {
             Site::PostMlp => "post_mlp",
             Site::PreMlp => "pre_mlp",
             Site::PostAttention => "post_attention",
-        })
-    }
-}
-
-impl FromStr for Site {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let names = Site::ALL.map(|site| site.to_string());
-        let found = Site::ALL.into_iter().find(|site| site.to_string() == text);
-        found.ok_or_else(|| {
-            Error::usage(format!("steering_site '{text}' is none of {}", names.join(", ")))
         })
     }
 }
@@ -105,6 +94,10 @@ pub trait Adapter {
     ) -> Result<Value> {
         Ok(y)
     }
+
+    /// Says that a training step begins, whose random numbers belong to (seed, step), or with
+    /// nothing that training is over; only adapters with dropout care.
+    fn set_training(&mut self, _step: Option<(u64, u64)>) {}
 
     /// The learning rate's group: `steering` or `lora`.
     fn group(&self) -> &'static str;

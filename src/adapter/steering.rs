@@ -9,9 +9,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::str::FromStr;
 
 use candle_core::{Device, Tensor};
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::folder::{self, BaseModel, STEERING_CONFIG, STEERING_WEIGHTS};
@@ -21,8 +21,9 @@ use crate::ops::{self, Activation, LowRank, Tape, Value};
 use crate::{Error, Result};
 
 /// The parameterisation of the shift.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum SteeringKind {
     /// A constant vector per layer.
     Vector,
@@ -72,18 +73,6 @@ impl fmt::Display for SteeringKind {
             SteeringKind::Relu => "relu",
             SteeringKind::Gelu => "gelu",
             SteeringKind::Tanh => "tanh",
-        })
-    }
-}
-
-impl FromStr for SteeringKind {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let names = SteeringKind::ALL.map(|kind| kind.to_string());
-        let found = SteeringKind::ALL.into_iter().find(|kind| kind.to_string() == text);
-        found.ok_or_else(|| {
-            Error::usage(format!("steering_kind '{text}' is none of {}", names.join(", ")))
         })
     }
 }

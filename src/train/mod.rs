@@ -1,14 +1,12 @@
-//! x
+//! Training: what a step learns from, the update, and everything that lets a run go on as if unbroken.
 pub mod batching;
 pub mod example;
 pub mod memory;
 pub mod objective;
 pub mod tokenize;
-/// x
-pub mod files {
-    use crate::*;
-    /// x
-    pub fn write_atomic(path: &std::path::Path, bytes: &[u8]) -> Result<()> {
-        std::fs::write(path, bytes).map_err(Error::io(path))
-    }
-}
+pub mod checkpoint;
+pub mod files;
+pub mod optimizer;
+pub mod schedule;
+pub mod sft;
+pub mod update;

@@ -1,0 +1,121 @@
+//! The keys that take one word of a fixed list. Each enum serves flags (clap) and TOML (serde) alike.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// The word a choice is written as in flags, TOML and messages.
+pub fn word<T: ValueEnum>(choice: &T) -> String {
+    choice.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()
+}
+
+/// Storage of the base model's matrices; everything else is f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Dtype {
+    /// The checkpoint's own, and bf16 for quantised GGUF files.
+    #[default]
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// Precision of products with frozen matrices, named as PyTorch's `set_float32_matmul_precision`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum MatmulPrecision {
+    /// f32 products.
+    #[default]
+    Highest,
+    /// Operands split into bf16 halves, relative error about 4e-6.
+    High,
+    /// One product of operands rounded to bf16.
+    Medium,
+}
+
+/// The device the model runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Device {
+    /// The processor.
+    #[default]
+    Cpu,
+    /// The first NVIDIA GPU.
+    Cuda,
+}
+
+/// What is trained; the base model stays frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Adapter {
+    /// Shifts of activations (arXiv:2603.00425).
+    #[default]
+    Steering,
+    /// Low-rank weight updates (arXiv:2106.09685).
+    Lora,
+    /// Steering and LoRA trained together.
+    Joint,
+}
+
+/// Course of the learning rate over the run, named as in transformers' `get_scheduler`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum LrSchedulerType {
+    /// Warm-up, then linearly to 0.
+    #[default]
+    Linear,
+    /// Warm-up, then half a cosine to 0.
+    Cosine,
+    /// Always the full rate; warm-up is ignored.
+    Constant,
+    /// Warm-up, then the full rate.
+    ConstantWithWarmup,
+    /// Warm-up, then half a cosine to `lr_scheduler_min_lr_rate` of the rate.
+    CosineWithMinLr,
+}
+
+/// When the task's accuracy is measured by generating answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum EvalAccuracy {
+    /// Never.
+    #[default]
+    No,
+    /// Before and after training.
+    Ends,
+    /// Before, after, and at every evaluation in between.
+    Steps,
+}
+
+/// The value that picks the best checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum BestMetric {
+    /// Mean negative log-likelihood of the held-out targets.
+    #[default]
+    EvalLoss,
+    /// Share of held-out target tokens that are the model's first choice.
+    EvalMeanTokenAccuracy,
+    /// Share of held-out problems answered rightly.
+    EvalAccuracy,
+}
+
+/// Where metrics go besides the terminal and `metrics.jsonl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ReportTo {
+    /// Nowhere else.
+    #[default]
+    #[serde(rename = "none")]
+    #[value(name = "none")]
+    Nowhere,
+}

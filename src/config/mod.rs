@@ -1,0 +1,56 @@
+//! Configuration of a run. One struct per recipe is the single source of its TOML keys, flags,
+//! `--help`, and the resolved `config.toml`: a field's name is the key, its doc comment the help,
+//! the struct's `Default` the default. Keys are flat and spelled as TRL and PEFT spell them.
+//!
+//! ```
+//! use steersman::config::{Request, SftConfig, load};
+//! let flags = ["--dataset_name", "listops", "--learning-rate=1e-3"];
+//! let Request::Run(config) = load::<SftConfig>(flags.map(String::from))? else { panic!() };
+//! assert_eq!(config.optim.learning_rate, Some(1e-3));
+//! # Ok::<(), steersman::Error>(())
+//! ```
+
+mod adapter;
+mod build;
+mod check;
+mod choices;
+mod command;
+mod data;
+mod foreign;
+mod help;
+mod load;
+mod model;
+mod optim;
+mod run;
+mod sft;
+mod suggest;
+mod values;
+
+pub use adapter::{AdapterArgs, LearningRates};
+pub use choices::{
+    Adapter, BestMetric, Device, Dtype, EvalAccuracy, LrSchedulerType, MatmulPrecision, ReportTo,
+    word,
+};
+pub use command::to_toml;
+pub use data::DataArgs;
+pub use help::help;
+pub use load::{Request, load, read_toml};
+pub use model::{GenerationArgs, ModelArgs};
+pub use optim::OptimArgs;
+pub use run::TrainArgs;
+pub use sft::SftConfig;
+pub use suggest::{did_you_mean, nearest};
+pub use values::{Columns, LORA_MODULES, Layers, Resume, TargetModules};
+
+/// The configuration of one recipe: a struct of flattened key groups.
+pub trait RunConfig:
+    clap::Args + serde::Serialize + serde::de::DeserializeOwned + Default + Clone
+{
+    /// The command's name, for `--help`.
+    const COMMAND: &'static str;
+    /// What the command does, in a line, for `--help`.
+    const ABOUT: &'static str;
+
+    /// Refuses contradictions that can be seen without loading data or weights.
+    fn validate(&self) -> crate::Result<()>;
+}

@@ -1,0 +1,276 @@
+//! The supervised trainer: which examples a step takes, its gradients, the update, and everything
+//! that a checkpoint must hold for the run to go on as if unbroken.
+
+use std::path::Path;
+
+use crate::adapter::{Adapter, BaseModel};
+use crate::config::{LearningRates, SftConfig};
+use crate::model::Policy;
+use crate::ops::Gradients;
+use crate::{Error, Result};
+
+use super::batching::{Schedule, micro_batches};
+use super::checkpoint::{OPTIMIZER_FILE, TrainerState};
+use super::example::{PackedExamples, TokenExample};
+use super::objective::{Neftune, Passes, Totals, accumulate_gradients, evaluate};
+use super::optimizer::{AdamW, AdamWConfig, clip_grad_norm};
+use super::schedule::LrScheduler;
+use super::update::apply;
+
+/// Tokens that are evaluated in one pass.
+const EVALUATION_TOKENS: usize = 4096;
+
+/// What one optimizer step did.
+#[derive(Clone, Copy, Debug)]
+pub struct StepReport {
+    /// Number of the step, from 1.
+    pub step: u64,
+    /// Sums over the step's targets.
+    pub totals: Totals,
+    /// Norm of all gradients before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the step (steering's, if both are trained).
+    pub learning_rate: f64,
+}
+
+/// Supervised tuning of adapters on a frozen policy.
+pub struct SftTrainer<'a> {
+    config: &'a SftConfig,
+    policy: &'a Policy,
+    examples: &'a [TokenExample],
+    adapters: Vec<Box<dyn Adapter>>,
+    schedule: Schedule,
+    scheduler: LrScheduler,
+    optimizer: AdamW,
+    rates: LearningRates,
+    total_steps: u64,
+    state: TrainerState,
+    epoch: Option<(u64, Vec<Vec<usize>>)>,
+}
+
+impl<'a> SftTrainer<'a> {
+    /// A trainer at the start of its run.
+    ///
+    /// # Errors
+    /// If there is no example.
+    pub fn new(
+        config: &'a SftConfig,
+        policy: &'a Policy,
+        adapters: Vec<Box<dyn Adapter>>,
+        examples: &'a [TokenExample],
+    ) -> Result<Self> {
+        if examples.is_empty() {
+            return Err(Error::usage("the training split holds no row"));
+        }
+        let (optim, train) = (&config.optim, &config.train);
+        let lengths = examples.iter().map(|example| example.input_ids.len()).collect();
+        let pack_to = config.data.packing.then_some(config.data.max_length);
+        let schedule = Schedule::new(lengths, train.seed, optim.sequences_per_step(), pack_to);
+        let by_epochs = (train.num_train_epochs * schedule.steps_per_epoch() as f64).ceil() as u64;
+        let total_steps = train.step_limit().unwrap_or(by_epochs);
+        Ok(SftTrainer {
+            rates: config.adapter.learning_rates(optim.learning_rate),
+            optimizer: AdamW::new(AdamWConfig::from(optim)),
+            scheduler: LrScheduler::new(optim, total_steps),
+            state: TrainerState { seed: train.seed, ..Default::default() },
+            config,
+            policy,
+            examples,
+            adapters,
+            schedule,
+            total_steps,
+            epoch: None,
+        })
+    }
+
+    /// Optimizer steps of the whole run.
+    pub fn total_steps(&self) -> u64 {
+        self.total_steps
+    }
+
+    /// Where the run stands.
+    pub fn state(&self) -> &TrainerState {
+        &self.state
+    }
+
+    /// Where the run stands, to note evaluations in.
+    pub fn state_mut(&mut self) -> &mut TrainerState {
+        &mut self.state
+    }
+
+    /// What is trained.
+    pub fn adapters(&self) -> &[Box<dyn Adapter>] {
+        &self.adapters
+    }
+
+    /// Gives up the trainer for its adapters.
+    pub fn into_adapters(self) -> Vec<Box<dyn Adapter>> {
+        self.adapters
+    }
+
+    /// The next optimizer step; nothing when the run is over.
+    ///
+    /// # Errors
+    /// If the loss or a gradient is not finite: the message names the step and its rows.
+    pub fn step(&mut self) -> Result<Option<StepReport>> {
+        if self.state.global_step >= self.total_steps {
+            return Ok(None);
+        }
+        let chosen = self.next_examples();
+        let step = self.state.global_step;
+        self.adapters.iter_mut().for_each(|a| a.set_training(Some((self.state.seed, step))));
+        let result = self.gradients(&chosen);
+        self.adapters.iter_mut().for_each(|adapter| adapter.set_training(None));
+        let (totals, gradients) = result.map_err(|error| self.located(error, &chosen))?;
+        let report = self.update(totals, gradients);
+        let report = report.map_err(|error| self.located(error, &chosen))?;
+        Ok(Some(report))
+    }
+
+    /// Sums over held-out examples.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn evaluate(&self, examples: &[TokenExample]) -> Result<Totals> {
+        evaluate_examples(self.policy, &self.adapters, examples)
+    }
+
+    /// Puts adapter, optimizer and state into `folder`.
+    ///
+    /// # Errors
+    /// If a file cannot be written whole.
+    pub fn save(&self, folder: &Path, base: &BaseModel) -> Result<()> {
+        crate::adapter::save(folder, &self.adapters, base)?;
+        let optimizer = self.optimizer.to_safetensors()?;
+        super::files::write_atomic(&folder.join(OPTIMIZER_FILE), &optimizer)?;
+        self.state.save(folder)
+    }
+
+    /// Takes up the run where `folder` left it.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged or of another run.
+    pub fn resume(&mut self, folder: &Path) -> Result<()> {
+        let path = folder.join(OPTIMIZER_FILE);
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let state = TrainerState::load(folder)?;
+        if state.seed != self.state.seed {
+            let (then, now) = (state.seed, self.state.seed);
+            return Err(Error::usage(format!("the run was started with seed {then}, not {now}")));
+        }
+        self.optimizer = AdamW::from_safetensors(AdamWConfig::from(&self.config.optim), &bytes)?;
+        self.restore_adapters(folder)?;
+        self.state = state;
+        Ok(())
+    }
+
+    /// Puts the adapter of a checkpoint in the place of the current one, as for the best one at the
+    /// end.
+    ///
+    /// # Errors
+    /// If it is missing, damaged or another kind of adapter.
+    pub fn restore_adapters(&mut self, folder: &Path) -> Result<()> {
+        let device = self.policy.engine().device();
+        let saved = crate::adapter::load(folder, self.policy.config(), device)?;
+        let same = saved.len() == self.adapters.len()
+            && saved.iter().zip(&self.adapters).all(|(a, b)| a.parameters().keys().eq(b.parameters().keys()));
+        if !same {
+            let folder = folder.display();
+            return Err(Error::usage(format!("{folder}: the adapter here is of another kind")));
+        }
+        for (adapter, saved) in self.adapters.iter_mut().zip(saved) {
+            adapter.set_parameters(saved.parameters().clone());
+        }
+        Ok(())
+    }
+
+    /// The examples of the next step, by number.
+    fn next_examples(&mut self) -> Vec<usize> {
+        let cursor = &mut self.state.cursor;
+        let order = match self.epoch.take().filter(|(epoch, _)| *epoch == cursor.epoch) {
+            Some((_, order)) => order,
+            None => self.schedule.epoch(cursor.epoch),
+        };
+        let chosen = order[cursor.row as usize].clone();
+        self.epoch = Some((cursor.epoch, order));
+        chosen
+    }
+
+    fn gradients(&self, chosen: &[usize]) -> Result<(Totals, Gradients)> {
+        let optim = &self.config.optim;
+        let n = chosen.iter().map(|example| self.examples[*example].targets()).sum();
+        let alpha = optim.neftune_noise_alpha;
+        let (seed, step) = (self.state.seed, self.state.global_step);
+        let neftune = (alpha > 0.0).then_some(Neftune { alpha, seed, step });
+        let passes = Passes { gradient_checkpointing: optim.gradient_checkpointing, neftune };
+        let places: Vec<usize> = (0..chosen.len()).collect();
+        let lengths: Vec<usize> =
+            chosen.iter().map(|example| self.examples[*example].input_ids.len()).collect();
+        let (mut totals, mut sums) = (Totals::default(), Gradients::new());
+        for places in micro_batches(&places, &lengths, optim.micro_batch_tokens) {
+            let packed = PackedExamples::new(
+                places.iter().map(|place| (*place as u64, &self.examples[chosen[*place]])),
+            );
+            totals +=
+                accumulate_gradients(self.policy, &self.adapters, &packed, n, passes, &mut sums)?;
+        }
+        Ok((totals, sums))
+    }
+
+    fn update(&mut self, totals: Totals, gradients: Gradients) -> Result<StepReport> {
+        let mut flat = gradients
+            .into_iter()
+            .map(|(key, tensor)| Ok((key, tensor.flatten_all()?.to_vec1()?)))
+            .collect::<Result<_>>()?;
+        let grad_norm = clip_grad_norm(&mut flat, self.config.optim.max_grad_norm)?;
+        let factor = self.scheduler.factor(self.state.global_step);
+        let rates = LearningRates {
+            steering: self.rates.steering * factor,
+            lora: self.rates.lora * factor,
+        };
+        let decay = self.config.optim.weight_decay;
+        apply(&mut self.optimizer, &mut self.adapters, &flat, rates, decay)?;
+        self.advance(totals.tokens);
+        let first = self.adapters.first().map_or("lora", |adapter| adapter.group());
+        let learning_rate = if first == "steering" { rates.steering } else { rates.lora };
+        Ok(StepReport { step: self.state.global_step, totals, grad_norm, learning_rate })
+    }
+
+    fn advance(&mut self, tokens: usize) {
+        let per_epoch = self.schedule.steps_per_epoch() as u64;
+        let state = &mut self.state;
+        state.global_step += 1;
+        state.num_tokens += tokens as u64;
+        state.cursor.row += 1;
+        if state.cursor.row == per_epoch {
+            state.cursor.epoch += 1;
+            state.cursor.row = 0;
+        }
+        state.epoch = state.cursor.epoch as f64 + state.cursor.row as f64 / per_epoch as f64;
+    }
+
+    fn located(&self, error: Error, chosen: &[usize]) -> Error {
+        let rows: Vec<String> = chosen.iter().map(|row| (row + 1).to_string()).collect();
+        let (step, rows) = (self.state.global_step + 1, rows.join(", "));
+        Error::failure(format!("step {step} (training rows {rows}): {error}"))
+    }
+}
+
+/// Sums over examples without gradients.
+///
+/// # Errors
+/// If a tensor operation fails.
+pub fn evaluate_examples(
+    policy: &Policy,
+    adapters: &[Box<dyn Adapter>],
+    examples: &[TokenExample],
+) -> Result<Totals> {
+    let order: Vec<usize> = (0..examples.len()).collect();
+    let lengths: Vec<usize> = examples.iter().map(|example| example.input_ids.len()).collect();
+    let mut totals = Totals::default();
+    for chosen in micro_batches(&order, &lengths, EVALUATION_TOKENS) {
+        let packed = PackedExamples::new(chosen.iter().map(|i| (*i as u64, &examples[*i])));
+        totals += evaluate(policy, adapters, &packed)?;
+    }
+    Ok(totals)
+}
