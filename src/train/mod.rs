@@ -1,5 +1,6 @@
 //! Training: what a step learns from, the update, and everything that lets a run go on as if unbroken.
 pub mod batching;
+pub mod data;
 pub mod example;
 pub mod memory;
 pub mod objective;

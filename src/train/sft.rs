@@ -2,11 +2,13 @@
 //! that a checkpoint must hold for the run to go on as if unbroken.
 
 use std::path::Path;
+use std::time::Duration;
 
 use crate::adapter::{Adapter, BaseModel};
 use crate::config::{LearningRates, SftConfig};
 use crate::model::Policy;
 use crate::ops::Gradients;
+use crate::report::{Event, MetricLine, Metrics};
 use crate::{Error, Result};
 
 use super::batching::{Schedule, micro_batches};
@@ -31,6 +33,28 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Learning rate of the step (steering's, if both are trained).
     pub learning_rate: f64,
+}
+
+impl StepReport {
+    /// The step for the progress bar, given the time that it took.
+    pub fn event(&self, taken: Duration) -> Event {
+        let tokens = self.totals.tokens as u64;
+        Event::Step { step: self.step, tokens, seconds: taken.as_secs_f64() }
+    }
+
+    /// The step's line of metrics, under TRL's names.
+    pub fn line(&self, state: &TrainerState, taken: Duration) -> MetricLine {
+        let metrics = Metrics::new()
+            .with("loss", self.totals.loss())
+            .with("grad_norm", self.grad_norm)
+            .with("learning_rate", self.learning_rate)
+            .with("entropy", self.totals.mean_entropy())
+            .with("mean_token_accuracy", self.totals.mean_token_accuracy())
+            .with("num_tokens", state.num_tokens as f64)
+            .with("epoch", state.epoch)
+            .with("step_time", taken.as_secs_f64());
+        MetricLine::new(self.step, metrics)
+    }
 }
 
 /// Supervised tuning of adapters on a frozen policy.
