@@ -1,4 +1,4 @@
-//! The keys that take one word of a fixed list. Each enum serves flags (clap) and TOML (serde) alike.
+//! The keys that take one word of a fixed list. Each enum serves flags (clap) and TOML (serde).
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};

@@ -21,6 +21,16 @@ pub enum Request<C> {
     Print(String),
 }
 
+/// The program's arguments after its name; one that is not UTF-8 is an error.
+pub fn arguments() -> Result<Vec<String>> {
+    let text = |arg: std::ffi::OsString| {
+        arg.into_string().map_err(|arg| {
+            Error::usage(format!("the argument {} is not UTF-8 text", arg.to_string_lossy()))
+        })
+    };
+    std::env::args_os().skip(1).map(text).collect()
+}
+
 /// Reads `[FILE.toml] [--key value]...`, the arguments after the program's name. A flag may be
 /// spelled with `-` for `_`, take its value after `=`, and leave out `true`; the last of several
 /// wins. Errors name the key, the file and its line, and suggest known keys.

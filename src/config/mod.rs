@@ -34,7 +34,7 @@ pub use choices::{
 pub use command::to_toml;
 pub use data::DataArgs;
 pub use help::help;
-pub use load::{Request, load, read_toml};
+pub use load::{Request, arguments, load, read_toml};
 pub use model::{GenerationArgs, ModelArgs};
 pub use optim::OptimArgs;
 pub use run::TrainArgs;

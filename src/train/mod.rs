@@ -6,6 +6,7 @@ pub mod memory;
 pub mod objective;
 pub mod tokenize;
 pub mod checkpoint;
+pub mod claim;
 pub mod files;
 pub mod optimizer;
 pub mod schedule;
