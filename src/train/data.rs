@@ -43,6 +43,24 @@ impl SftData {
     }
 }
 
+impl SftData {
+    /// Tokenised.
+    pub fn tokenise(
+        &self,
+        encoder: &Encoder,
+        args: &DataArgs,
+        context: usize,
+    ) -> Result<(Vec<TokenExample>, Vec<TokenExample>)> {
+        let train = examples(encoder, &self.train, args, context, "train")?;
+        Ok((train, examples(encoder, &self.test, args, context, "test")?))
+    }
+
+    /// Graded.
+    pub fn graded(&self) -> (&[Problem], Grader) {
+        (&self.test, self.grader)
+    }
+}
+
 /// Tokenises.
 pub fn examples(
     encoder: &Encoder,

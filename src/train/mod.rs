@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod claim;
 pub mod files;
 pub mod optimizer;
+pub mod run;
 pub mod schedule;
 pub mod sft;
 pub mod update;

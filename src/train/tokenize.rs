@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::example::TokenExample;
-use crate::model::{TextModel, Tokenizer};
+use crate::model::{GenerationConfig, ModelSource, TextModel, Tokenizer};
 use crate::{Error, Result};
 
 /// Turns rows into tokens for one model.
@@ -27,6 +27,15 @@ impl<'a> Encoder<'a> {
             return Err(Error::usage(format!("{what} generation_config.json")));
         }
         Ok(Encoder { text, eos: eos.to_vec() })
+    }
+
+    /// An encoder for the model that `text` was loaded from, whose completions end as its
+    /// generation ends.
+    ///
+    /// # Errors
+    /// If the model names no end-of-sequence token.
+    pub fn for_model(text: &'a TextModel, source: &ModelSource) -> Result<Self> {
+        Self::new(text, &GenerationConfig::load(source)?.eos_token_ids)
     }
 
     /// The tokenizer.

@@ -1,0 +1,79 @@
+//! Supervised tuning of adapters: GSM8K, ListOps, instruction data, or anyone's own rows.
+//!
+//! `cargo run --release --bin sft -- recipes/gsm8k_sft.toml --learning_rate 1e-3`
+//! `cargo run --release --bin sft -- recipes/custom_sft.toml --dataset_name my.jsonl`
+//!
+//! loss = mean negative log-likelihood of the completion's tokens, its end included
+//!
+//! Every key of the TOML file is a flag too; `--help` lists them, `docs/configuration.md` explains.
+
+use std::process::ExitCode;
+
+use steersman::config::{self, Request, SftConfig};
+use steersman::eval::{Proportion, accuracy};
+use steersman::model::{LoadedModel, ModelConfig, ModelSource, TextModel};
+use steersman::rollout::GenerateOptions;
+use steersman::train::data::SftData;
+use steersman::train::run::{HeldOut, SftRun};
+use steersman::train::sft::SftTrainer;
+use steersman::train::tokenize::Encoder;
+use steersman::{Result, cli};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    cli::main(|args| match config::load::<SftConfig>(args.into_iter().skip(1))? {
+        Request::Run(config) => run(&config),
+        Request::Print(text) => {
+            print!("{text}");
+            Ok(())
+        }
+    })
+}
+
+fn run(config: &SftConfig) -> Result<()> {
+    // ---- data: rows, then tokens -------------------------------------------------------------
+    let source = ModelSource::resolve(&config.model.model_name_or_path)?;
+    let shape = ModelConfig::load(&source)?;
+    let template = config.model.chat_template_path.as_deref();
+    let text = TextModel::load(&source, template, shape.vocab_size)?;
+    let encoder = Encoder::for_model(&text, &source)?;
+    let data = SftData::load(&config.data, config.train.seed)?;
+    let (train, test) = data.tokenise(&encoder, &config.data, shape.max_position_embeddings)?;
+    let adapters = config.adapter.build(&shape, config.train.seed, config.model.engine()?.device())?;
+    if config.train.dry_run {
+        print!("{}", config::to_toml(config)?);
+        return Ok(());
+    }
+
+    // ---- model and trainer -------------------------------------------------------------------
+    let (model_args, engine) = (&config.model, config.model.engine()?);
+    let model = LoadedModel::load(&model_args.model_name_or_path, model_args.storage(), &engine)?;
+    let mut trainer = SftTrainer::new(config, &model.policy, adapters, &train)?;
+    let options = GenerateOptions {
+        max_new_tokens: config.generation.max_completion_length,
+        eos_token_ids: model.generation.eos_token_ids.clone(),
+        ..Default::default()
+    };
+    let measure = |trainer: &SftTrainer| -> Result<Proportion> {
+        let (problems, adapters) = (data.graded(), trainer.adapters());
+        let answers = accuracy(&model, &encoder, adapters, problems, &options, &mut |_| {})?;
+        Ok(answers.proportion())
+    };
+    let held_out = HeldOut { examples: &test, accuracy: Some(&measure) };
+
+    // ---- the run -----------------------------------------------------------------------------
+    let mut run = SftRun::start(config, model.base()?)?;
+    run.resume(&mut trainer)?;
+    run.evaluate_before(&mut trainer, held_out)?;
+    while let Some(report) = run.step(&mut trainer)? {
+        if run.evaluates_at(report.step) {
+            run.evaluate(&mut trainer, held_out)?;
+        }
+        if run.saves_at(report.step) {
+            run.save(&trainer)?;
+        }
+    }
+    run.finish(&mut trainer, held_out)
+}

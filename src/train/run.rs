@@ -1,0 +1,266 @@
+//! A supervised run around its trainer: folder, metrics, evaluations, checkpoints, the best one, and
+//! the end.
+
+use std::time::{Duration, Instant};
+
+use crate::adapter::BaseModel;
+use crate::config::{BestMetric, EvalAccuracy, SftConfig, to_toml};
+use crate::eval::Proportion;
+use crate::report::{Event, MetricLine, Metrics, Reporter};
+use crate::{Error, Result};
+
+use super::checkpoint::{self, checkpoint_dir, prune};
+use super::claim::{Claim, claim_output_dir};
+use super::example::TokenExample;
+use super::files::write_atomic;
+use super::objective::Totals;
+use super::sft::{SftTrainer, StepReport};
+
+/// Measures the accuracy of the current adapters, if the data can be graded.
+pub type AccuracyCheck<'a> = &'a dyn Fn(&SftTrainer) -> Result<Proportion>;
+
+/// What is evaluated.
+#[derive(Clone, Copy)]
+pub struct HeldOut<'a> {
+    /// Examples whose loss is taken.
+    pub examples: &'a [TokenExample],
+    /// Greedy accuracy on the test problems.
+    pub accuracy: Option<AccuracyCheck<'a>>,
+}
+
+/// A supervised run and its folder.
+pub struct SftRun<'a> {
+    config: &'a SftConfig,
+    base: BaseModel,
+    claim: Claim,
+    reporter: Reporter,
+    window: Window,
+}
+
+/// What happened since the last line of metrics.
+#[derive(Default)]
+struct Window {
+    totals: Totals,
+    time: Duration,
+    steps: u32,
+}
+
+impl<'a> SftRun<'a> {
+    /// Claims the run's folder and writes the resolved configuration there.
+    ///
+    /// # Errors
+    /// If the folder holds another run, is in use, or cannot be written.
+    pub fn start(config: &'a SftConfig, base: BaseModel) -> Result<Self> {
+        let train = &config.train;
+        let claim =
+            claim_output_dir(&train.output_dir, &to_toml(config)?, &train.resume_from_checkpoint)?;
+        let step = claim.checkpoint.as_ref().map(|(step, _)| *step);
+        let reporter = Reporter::for_run(&train.output_dir, step)?;
+        Ok(SftRun { config, base, claim, reporter, window: Window::default() })
+    }
+
+    /// Takes up the run where its last checkpoint left it, if it is resumed.
+    ///
+    /// # Errors
+    /// If the checkpoint belongs to another run.
+    pub fn resume(&mut self, trainer: &mut SftTrainer) -> Result<()> {
+        for warning in std::mem::take(&mut self.claim.warnings) {
+            self.reporter.emit(Event::Warning(warning))?;
+        }
+        if let Some((_, folder)) = &self.claim.checkpoint {
+            trainer.resume(folder)?;
+        }
+        let name = self.config.train.name();
+        let (done_steps, total_steps) = (trainer.state().global_step, trainer.total_steps());
+        self.reporter.emit(Event::RunStarted { name, done_steps, total_steps })
+    }
+
+    /// One optimizer step with its metrics; nothing when the run is over.
+    ///
+    /// # Errors
+    /// If the step failed: what it worked on is kept in `dump-{step}` in the run's folder.
+    pub fn step(&mut self, trainer: &mut SftTrainer) -> Result<Option<StepReport>> {
+        if self.stops_early(trainer) {
+            return Ok(None);
+        }
+        let start = Instant::now();
+        let report = match trainer.step() {
+            Ok(Some(report)) => report,
+            Ok(None) => return Ok(None),
+            Err(error) => return Err(self.dump(trainer, error)),
+        };
+        let time = start.elapsed();
+        let (step, tokens) = (report.step, report.totals.tokens as u64);
+        self.reporter.emit(Event::Step { step, tokens, seconds: time.as_secs_f64() })?;
+        self.window.totals += report.totals;
+        self.window.time += time;
+        self.window.steps += 1;
+        let last = step == trainer.total_steps();
+        if last || step.is_multiple_of(self.config.train.logging_steps as u64) {
+            let Window { totals, time, steps } = std::mem::take(&mut self.window);
+            let line = StepReport { totals, ..report }.line(trainer.state(), time / steps);
+            trainer.state_mut().log_history.push(line.clone());
+            self.reporter.emit(Event::Logged(line))?;
+        }
+        Ok(Some(report))
+    }
+
+    /// Whether the configuration wants an evaluation after this step.
+    pub fn evaluates_at(&self, step: u64) -> bool {
+        let every = self.config.train.eval_steps as u64;
+        every > 0 && step.is_multiple_of(every)
+    }
+
+    /// Evaluates, notes the best value so far, and with `load_best_model_at_end` saves it.
+    ///
+    /// # Errors
+    /// If the metric of the best model is missing or a file cannot be written.
+    pub fn evaluate(&mut self, trainer: &mut SftTrainer, held_out: HeldOut) -> Result<()> {
+        let train = &self.config.train;
+        let at_end = trainer.state().global_step == trainer.total_steps();
+        let wanted = train.eval_accuracy == EvalAccuracy::Steps || at_end;
+        let line = self.measure(trainer, held_out, wanted)?;
+        let Some(value) = line.metrics.get(metric_name(train.metric_for_best_model)) else {
+            return Ok(());
+        };
+        let best = trainer.state_mut().is_best(value, train.greater_is_better());
+        match best && train.load_best_model_at_end {
+            true => self.save(trainer),
+            false => Ok(()),
+        }
+    }
+
+    /// Evaluates before the first step; a resumed run has done so already.
+    ///
+    /// # Errors
+    /// As [`SftRun::evaluate`].
+    pub fn evaluate_before(&mut self, trainer: &mut SftTrainer, held_out: HeldOut) -> Result<()> {
+        if trainer.state().global_step > 0 {
+            return Ok(());
+        }
+        let wanted = self.config.train.eval_accuracy != EvalAccuracy::No;
+        self.measure(trainer, held_out, wanted).map(drop)
+    }
+
+    fn measure(
+        &mut self,
+        trainer: &mut SftTrainer,
+        held_out: HeldOut,
+        accuracy: bool,
+    ) -> Result<MetricLine> {
+        let mut metrics = Metrics::new();
+        if !held_out.examples.is_empty() {
+            let totals = trainer.evaluate(held_out.examples)?;
+            metrics.set("eval_loss", totals.loss());
+            metrics.set("eval_mean_token_accuracy", totals.mean_token_accuracy());
+        }
+        let check = held_out.accuracy.filter(|_| accuracy);
+        if let Some(check) = check.filter(|_| self.config.train.eval_accuracy != EvalAccuracy::No) {
+            let accuracy = check(trainer)?;
+            metrics.set("eval_accuracy", accuracy.rate());
+            metrics.set("eval_accuracy_low", accuracy.low);
+            metrics.set("eval_accuracy_high", accuracy.high);
+            metrics.set("eval_samples", accuracy.trials as f64);
+        }
+        let line = MetricLine::new(trainer.state().global_step, metrics);
+        if line.metrics.iter().next().is_some() {
+            trainer.state_mut().log_history.push(line.clone());
+            self.reporter.emit(Event::Evaluated(line.clone()))?;
+        }
+        Ok(line)
+    }
+
+    /// Whether the configuration wants a checkpoint after this step.
+    pub fn saves_at(&self, step: u64) -> bool {
+        let every = self.config.train.save_steps as u64;
+        every > 0 && step.is_multiple_of(every)
+    }
+
+    /// Saves a checkpoint of this step, unless there is one, and removes old ones.
+    ///
+    /// # Errors
+    /// If it cannot be written whole.
+    pub fn save(&mut self, trainer: &SftTrainer) -> Result<()> {
+        let (train, step) = (&self.config.train, trainer.state().global_step);
+        let path = checkpoint_dir(&train.output_dir, step);
+        if path.exists() {
+            return Ok(());
+        }
+        checkpoint::save(&train.output_dir, step, |folder| trainer.save(folder, &self.base))?;
+        self.reporter.emit(Event::CheckpointSaved { step, path })?;
+        let best = trainer.state().best_step.filter(|_| train.load_best_model_at_end);
+        prune(&train.output_dir, train.save_total_limit, best)
+    }
+
+    fn stops_early(&self, trainer: &SftTrainer) -> bool {
+        let patience = self.config.train.early_stopping_patience as u64;
+        patience > 0 && trainer.state().evaluations_without_best >= patience
+    }
+
+    /// Evaluates a last time, goes back to the best checkpoint if asked, and writes the adapter into
+    /// the run's folder.
+    ///
+    /// # Errors
+    /// If a file cannot be written whole.
+    pub fn finish(&mut self, trainer: &mut SftTrainer, held_out: HeldOut) -> Result<()> {
+        let step = trainer.state().global_step;
+        let (every, last) = (self.config.train.eval_steps as u64, trainer.total_steps());
+        if every == 0 || !step.is_multiple_of(every) || step < last {
+            self.evaluate(trainer, held_out)?;
+        }
+        let output_dir = &self.config.train.output_dir;
+        let best = trainer.state().best_step;
+        if let Some(best) = best.filter(|_| self.config.train.load_best_model_at_end) {
+            trainer.restore_adapters(&checkpoint_dir(output_dir, best))?;
+        }
+        crate::adapter::save(output_dir, trainer.adapters(), &self.base)?;
+        let mut message = String::new();
+        for line in accuracy_lines(trainer) {
+            message += &format!("{line}\n");
+        }
+        message += &format!("adapter: {}", output_dir.display());
+        self.reporter.emit(Event::RunEnded { step, message })
+    }
+
+    /// Keeps what a failed step worked on, and says where.
+    fn dump(&self, trainer: &SftTrainer, error: Error) -> Error {
+        let step = trainer.state().global_step + 1;
+        let folder = self.config.train.output_dir.join(format!("dump-{step}"));
+        let write = || -> Result<()> {
+            std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+            trainer.save(&folder, &self.base)?;
+            write_atomic(&folder.join("error.txt"), format!("{error}\n").as_bytes())
+        };
+        match write() {
+            Ok(()) => Error::failure(format!("{error}; the state is in {}", folder.display())),
+            Err(second) => Error::failure(format!("{error}; the state could not be kept: {second}")),
+        }
+    }
+}
+
+fn metric_name(metric: BestMetric) -> &'static str {
+    match metric {
+        BestMetric::EvalLoss => "eval_loss",
+        BestMetric::EvalMeanTokenAccuracy => "eval_mean_token_accuracy",
+        BestMetric::EvalAccuracy => "eval_accuracy",
+    }
+}
+
+/// The first and the last accuracy of a run, with their intervals.
+fn accuracy_lines(trainer: &SftTrainer) -> Vec<String> {
+    let measured = |line: &&MetricLine| line.metrics.get("eval_accuracy").is_some();
+    let history = &trainer.state().log_history;
+    let (first, last) = (history.iter().find(measured), history.iter().rev().find(measured));
+    let show = |what: &str, line: &MetricLine| {
+        let value = |name: &str| line.metrics.get(name).unwrap_or(f64::NAN);
+        let trials = value("eval_samples") as usize;
+        let successes = (value("eval_accuracy") * trials as f64).round() as usize;
+        format!("accuracy {what}: {}", Proportion::new(successes, trials))
+    };
+    match (first, last) {
+        (Some(first), Some(last)) if first.step < last.step => {
+            vec![show("before", first), show("after", last)]
+        }
+        _ => Vec::new(),
+    }
+}
