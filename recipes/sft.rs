@@ -23,7 +23,7 @@ use steersman::{Result, cli};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    cli::main(|args| match config::load::<SftConfig>(args.into_iter().skip(1))? {
+    cli::main(|args| match config::load::<SftConfig>(args)? {
         Request::Run(config) => run(&config),
         Request::Print(text) => {
             print!("{text}");
@@ -57,7 +57,7 @@ fn run(config: &SftConfig) -> Result<()> {
         ..Default::default()
     };
     let measure = |trainer: &SftTrainer| -> Result<Proportion> {
-        let (problems, adapters) = (data.graded(), trainer.adapters());
+        let (problems, adapters) = (data.graded()?, trainer.adapters());
         let answers = accuracy(&model, &encoder, adapters, problems, &options, &mut |_| {})?;
         Ok(answers.proportion())
     };

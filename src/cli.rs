@@ -2,14 +2,16 @@
 
 use std::process::ExitCode;
 
-use crate::{Error, Result};
+use crate::Result;
 
-/// Runs a program: arguments in snake_case or kebab-case go in, an exit code comes out.
+/// Runs a program: its arguments after the name go in, flags in snake_case or kebab-case, and an
+/// exit code comes out.
 ///
 /// An error is printed as one line on stderr; exit code 2 for usage, 1 for failure.
 pub fn main(run: impl FnOnce(Vec<String>) -> Result<()>) -> ExitCode {
     keep_freed_pages();
-    match run(snake_flags(std::env::args())) {
+    let result = crate::config::arguments().and_then(|args| run(snake_flags(args)));
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
@@ -28,23 +30,6 @@ pub fn snake_flags(args: impl IntoIterator<Item = String>) -> Vec<String> {
         }
     };
     args.into_iter().map(snake).collect()
-}
-
-/// Prints help or the version, or turns clap's complaint into a usage error of one line.
-///
-/// # Errors
-/// If the arguments were wrong.
-pub fn explain(error: clap::Error) -> Result<()> {
-    if !error.use_stderr() {
-        print!("{error}");
-        return Ok(());
-    }
-    let text = error.render().to_string();
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    let first = lines.next().unwrap_or_default().trim_start_matches("error: ").to_string();
-    let tips = lines.filter(|line| line.starts_with("tip:") || line.starts_with("[possible"));
-    let tips: String = tips.map(|tip| format!("; {tip}")).collect();
-    Err(Error::usage(format!("{first}{tips}")))
 }
 
 /// mimalloc's `mi_option_purge_delay`, whose number its Rust crate does not name.

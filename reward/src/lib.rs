@@ -11,6 +11,17 @@ pub enum Outcome {
     Unparsable,
 }
 
+impl Outcome {
+    /// Name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Outcome::Right => "right",
+            Outcome::Wrong => "wrong",
+            Outcome::Unparsable => "unparsable",
+        }
+    }
+}
+
 /// Grade.
 pub fn grade(grader: datasets::Grader, completion: &str, gold: &str) -> Outcome {
     let answer = match grader {

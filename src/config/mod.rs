@@ -40,7 +40,7 @@ pub use optim::OptimArgs;
 pub use run::TrainArgs;
 pub use sft::SftConfig;
 pub use suggest::{did_you_mean, nearest};
-pub use values::{Columns, LORA_MODULES, Layers, Resume, TargetModules};
+pub use values::{Columns, LORA_MODULES, Layers, Repeated, Resume, TargetModules};
 
 /// The configuration of one recipe: a struct of flattened key groups.
 pub trait RunConfig:

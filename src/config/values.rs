@@ -200,6 +200,24 @@ impl FromStr for Columns {
     }
 }
 
+/// A flag that may be given several times, or with several values behind it; a list in TOML.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Repeated(pub Vec<String>);
+
+impl Repeated {
+    /// Stands between values that one flag takes.
+    pub const SEPARATOR: char = '\u{1f}';
+}
+
+impl FromStr for Repeated {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(Repeated(text.split(Repeated::SEPARATOR).map(str::to_string).collect()))
+    }
+}
+
 /// Whether the run continues an earlier one: `false`, `true` or `latest`, or a checkpoint's path.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub enum Resume {

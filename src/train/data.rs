@@ -56,8 +56,8 @@ impl SftData {
     }
 
     /// Graded.
-    pub fn graded(&self) -> (&[Problem], Grader) {
-        (&self.test, self.grader)
+    pub fn graded(&self) -> Result<(&[Problem], Grader)> {
+        Ok((&self.test, self.grader))
     }
 }
 

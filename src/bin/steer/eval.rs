@@ -1,0 +1,118 @@
+//! `steer eval`: greedy accuracy on a task's held-out problems, with its interval.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use indicatif::{ProgressBar, ProgressStyle};
+use reward::Outcome;
+use serde_json::json;
+use steersman::adapter::load_all;
+use steersman::config::{DataArgs, GenerationArgs, ModelArgs, Repeated, RunConfig};
+use steersman::eval::{Accuracy, accuracy};
+use steersman::model::{LoadedModel, TextModel};
+use steersman::rollout::GenerateOptions;
+use steersman::train::data::SftData;
+use steersman::train::files::write_atomic;
+use steersman::train::tokenize::Encoder;
+use steersman::{Error, Result};
+
+/// Flags of `steer eval`.
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[command(rename_all = "snake_case")]
+#[serde(default)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    generation: GenerationArgs,
+    /// Adapter folder, ours or PEFT's LoRA; may be given several times
+    adapter: Repeated,
+    /// JSONL file for every answer: id, completion, gold, outcome, stop
+    output: Option<PathBuf>,
+    /// Seed of generated data
+    seed: u64,
+}
+
+impl Default for EvalArgs {
+    fn default() -> Self {
+        EvalArgs {
+            model: ModelArgs::default(),
+            data: DataArgs::default(),
+            generation: GenerationArgs::default(),
+            adapter: Repeated::default(),
+            output: None,
+            seed: 42,
+        }
+    }
+}
+
+impl RunConfig for EvalArgs {
+    const COMMAND: &'static str = "steer eval";
+    const ABOUT: &'static str = "Greedy accuracy on a task's held-out problems, with its 95 % interval";
+
+    fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        self.data.validate()?;
+        self.generation.validate()
+    }
+}
+
+/// Runs the command.
+pub fn run(args: &EvalArgs) -> Result<()> {
+    let data = SftData::load(&args.data, args.seed)?;
+    let (problems, grader) = data.graded()?;
+    let engine = args.model.engine()?;
+    let model = LoadedModel::load(&args.model.model_name_or_path, args.model.storage(), &engine)?;
+    let template = args.model.chat_template_path.as_deref();
+    let text = TextModel::load(&model.source, template, model.policy.config().vocab_size)?;
+    let encoder = Encoder::for_model(&text, &model.source)?;
+    let adapters = load_all(&args.adapter.0, model.policy.config(), engine.device())?;
+    let options = GenerateOptions {
+        max_new_tokens: args.generation.max_completion_length,
+        eos_token_ids: model.generation.eos_token_ids.clone(),
+        ..Default::default()
+    };
+    let bar = ProgressBar::new(problems.len() as u64);
+    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} answers  eta {eta}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let start = Instant::now();
+    let graded = (problems, grader);
+    let mut progress = |done: usize| bar.set_position(done as u64);
+    let found = accuracy(&model, &encoder, &adapters, graded, &options, &mut progress)?;
+    bar.finish_and_clear();
+    show(&found, start.elapsed().as_secs_f64());
+    args.output.as_ref().map_or(Ok(()), |path| write_answers(path, &found))
+}
+
+fn show(found: &Accuracy, seconds: f64) {
+    println!("accuracy: {}", found.proportion());
+    for outcome in [Outcome::Right, Outcome::Wrong, Outcome::Unparsable] {
+        println!("reward_outcome/{}: {}", outcome.as_str(), found.count(outcome));
+    }
+    let rate = found.new_tokens as f64 / seconds;
+    println!("{} new tokens, {rate:.0} tokens/s", found.new_tokens);
+}
+
+fn write_answers(path: &std::path::Path, found: &Accuracy) -> Result<()> {
+    let mut lines = String::new();
+    for answer in &found.answers {
+        let line = json!({
+            "id": answer.id,
+            "completion": answer.completion,
+            "gold": answer.gold,
+            "outcome": answer.outcome.as_str(),
+            "stop": answer.stop.as_str(),
+        });
+        lines += &serde_json::to_string(&line)
+            .map_err(|e| Error::failure(format!("answer {} cannot be written: {e}", answer.id)))?;
+        lines.push('\n');
+    }
+    write_atomic(path, lines.as_bytes())
+}

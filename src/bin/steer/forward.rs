@@ -1,0 +1,157 @@
+//! `steer forward`: logits, log-probs, loss and gradients of a file of token ids, for anyone who
+//! wants to check the numbers.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use steersman::adapter::{Adapter, load_all};
+use steersman::config::{ModelArgs, Repeated, RunConfig};
+use steersman::model::{Batch, LoadedModel, Policy};
+use steersman::ops::{Tape, Target};
+use steersman::train::files::write_atomic;
+use steersman::{Error, Result};
+
+/// Flags of `steer forward`.
+#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+#[command(rename_all = "snake_case")]
+#[serde(default)]
+pub struct ForwardArgs {
+    #[command(flatten)]
+    #[serde(flatten)]
+    model: ModelArgs,
+    /// Adapter folder, ours or PEFT's LoRA; may be given several times
+    adapter: Repeated,
+    /// Safetensors file with `input_ids` [B, T] and optionally `loss_mask` [B, T], `prompt_lengths` [B]
+    input: Option<PathBuf>,
+    /// Safetensors file to write: `logits` [B, T, V], `logps` [B, T-1], `loss` [1]
+    output: Option<PathBuf>,
+    /// Write the gradient of the loss for each adapter parameter as `grad.<key>`
+    gradients: bool,
+}
+
+/// The tensors of the input file.
+struct Input {
+    ids: Vec<Vec<u32>>,
+    mask: Vec<Vec<bool>>,
+    prompt_lengths: Vec<usize>,
+}
+
+impl RunConfig for ForwardArgs {
+    const COMMAND: &'static str = "steer forward";
+    const ABOUT: &'static str = "Logits, log-probs, loss and gradients of given token ids, as a file";
+
+    fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        match (&self.input, &self.output) {
+            (Some(_), Some(_)) => Ok(()),
+            _ => Err(Error::usage("steer forward needs --input and --output")),
+        }
+    }
+}
+
+/// Runs the command.
+pub fn run(args: &ForwardArgs) -> Result<()> {
+    let (Some(path), Some(out)) = (&args.input, &args.output) else { return args.validate() };
+    let engine = args.model.engine()?;
+    let model = LoadedModel::load(&args.model.model_name_or_path, args.model.storage(), &engine)?;
+    let policy = &model.policy;
+    let adapters = load_all(&args.adapter.0, policy.config(), engine.device())?;
+    let input = read_input(path, policy)?;
+    let (mut batch, mut all, mut weights) = (Batch::new(), Vec::new(), Vec::new());
+    for ((ids, mask), prompt_length) in input.ids.iter().zip(&input.mask).zip(&input.prompt_lengths) {
+        let start = batch.len() as u32;
+        batch.push(ids, *prompt_length, None);
+        for t in 1..ids.len() {
+            all.push(Target { row: start + t as u32 - 1, token: ids[t] });
+            weights.push(if mask[t] { -1.0 } else { 0.0 });
+        }
+    }
+    let n = weights.iter().filter(|weight| **weight != 0.0).count().max(1);
+    weights.iter_mut().for_each(|weight| *weight /= n as f32);
+    let mut output = forward(policy, &adapters, &batch, (&all, &weights), args.gradients)?;
+    let (b, t) = (input.ids.len(), input.ids[0].len());
+    let logits = output.remove("logits").map(|logits| logits.reshape((b, t, ())));
+    output.extend(logits.transpose()?.map(|logits| ("logits".to_string(), logits)));
+    let logps = output.remove("logps").map(|logps| logps.reshape((b, t - 1)));
+    output.extend(logps.transpose()?.map(|logps| ("logps".to_string(), logps)));
+    write_atomic(out, &steersman::adapter::to_safetensors(&output)?)
+}
+
+fn forward(
+    policy: &Policy,
+    adapters: &[Box<dyn Adapter>],
+    batch: &Batch,
+    (targets, weights): (&[Target], &[f32]),
+    gradients: bool,
+) -> Result<BTreeMap<String, Tensor>> {
+    let embedded = policy.embed(&batch.input_ids)?;
+    let trace = match gradients {
+        true => Some(policy.trace(batch, embedded, adapters, false)?),
+        false => None,
+    };
+    let hidden = match &trace {
+        Some(trace) => trace.output().clone(),
+        None => policy.hidden(batch, adapters)?,
+    };
+    let rows: Vec<u32> = (0..batch.len() as u32).collect();
+    let mut output = BTreeMap::from([("logits".to_string(), policy.logits(&hidden, &rows)?)]);
+    let tape = if gradients { Tape::recording } else { Tape::off }(policy.engine());
+    let h = tape.input(&hidden);
+    let (loss, said) = policy.weighted_logps(&tape, &h, targets, weights)?;
+    output.insert("logps".to_string(), Tensor::new(said.logps, &Device::Cpu)?);
+    output.insert("loss".to_string(), loss.tensor().clone());
+    if let Some(trace) = trace {
+        let one = Tensor::ones(1, DType::F32, policy.engine().device())?;
+        if let (Some(dh), _) = tape.backward_to_input(&loss, one, &h)? {
+            let gradients = trace.backward(dh)?;
+            output.extend(gradients.into_iter().map(|(key, grad)| (format!("grad.{key}"), grad)));
+        }
+    }
+    Ok(output)
+}
+
+fn read_input(path: &Path, policy: &Policy) -> Result<Input> {
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let path = path.display();
+    let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
+        .map_err(|e| Error::failure(format!("{path}: damaged safetensors file: {e}")))?;
+    let bad = |what: &str| Error::failure(format!("{path}: {what}"));
+    let ids = tensors.get("input_ids").ok_or_else(|| bad("'input_ids' is missing"))?;
+    let ids: Vec<Vec<i64>> = ids
+        .to_dtype(DType::I64)?
+        .to_vec2()
+        .map_err(|_| bad("'input_ids' must have two dimensions, [B, T]"))?;
+    let (b, t) = (ids.len(), ids.first().map_or(0, Vec::len));
+    if b == 0 || t < 2 {
+        return Err(bad("'input_ids' must hold at least one sequence of two tokens"));
+    }
+    let vocab = policy.config().vocab_size as i64;
+    if let Some(id) = ids.iter().flatten().find(|id| !(0..vocab).contains(*id)) {
+        return Err(bad(&format!("token id {id} is outside the vocabulary of {vocab}")));
+    }
+    let context = policy.config().max_position_embeddings;
+    if t > context {
+        return Err(bad(&format!("sequences of {t} tokens exceed the model's context of {context}")));
+    }
+    let table = |name: &str, shape: &[usize]| -> Result<Option<Vec<i64>>> {
+        let Some(tensor) = tensors.get(name) else { return Ok(None) };
+        if tensor.dims() != shape {
+            let found = tensor.dims();
+            return Err(bad(&format!("'{name}' has shape {found:?}, wanted {shape:?}")));
+        }
+        Ok(Some(tensor.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?))
+    };
+    let mask = table("loss_mask", &[b, t])?.unwrap_or_else(|| vec![1; b * t]);
+    let prompt_lengths = table("prompt_lengths", &[b])?.unwrap_or_else(|| vec![0; b]);
+    if let Some(len) = prompt_lengths.iter().find(|len| !(0..=t as i64).contains(*len)) {
+        return Err(bad(&format!("prompt length {len} is not between 0 and {t}")));
+    }
+    Ok(Input {
+        ids: ids.into_iter().map(|row| row.into_iter().map(|id| id as u32).collect()).collect(),
+        mask: mask.chunks(t).map(|row| row.iter().map(|counts| *counts != 0).collect()).collect(),
+        prompt_lengths: prompt_lengths.into_iter().map(|len| len as usize).collect(),
+    })
+}
