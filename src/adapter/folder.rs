@@ -10,7 +10,9 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
-use super::{Adapter, Lora, LoraConfig, Steering, SteeringConfig};
+use super::{
+    Adapter, Lora, LoraConfig, Positions, Site, Steering, SteeringConfig, SteeringKind,
+};
 use crate::model::{Matrix, ModelConfig};
 use crate::{Error, Result};
 
@@ -36,13 +38,32 @@ pub struct BaseModel {
 struct SteeringFile {
     format: String,
     version: u32,
-    #[serde(flatten)]
-    config: SteeringConfig,
+    kind: SteeringKind,
+    site: Site,
+    #[serde(default)]
+    rank: Option<usize>,
+    #[serde(default = "one")]
+    alpha: f64,
+    layers: LayerList,
+    #[serde(default)]
+    positions: Positions,
     base_model_name_or_path: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     base_model_sha256: Option<String>,
     #[serde(default = "f32_name")]
     dtype: String,
+}
+
+/// Layers by number, or the word `all`.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum LayerList {
+    Numbers(Vec<usize>),
+    Word(String),
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 fn f32_name() -> String {
@@ -135,7 +156,22 @@ fn load_steering(dir: &Path, model: &ModelConfig, device: &Device) -> Result<Ste
     }
     let weights = dir.join(STEERING_WEIGHTS);
     let parameters = read_safetensors(&weights, device)?;
-    Steering::with_parameters(file.config, model, parameters, &weights.display().to_string())
+    let config = SteeringConfig {
+        kind: file.kind,
+        site: file.site,
+        rank: file.rank.unwrap_or(0),
+        alpha: file.alpha,
+        layers: match file.layers {
+            LayerList::Numbers(layers) => layers,
+            LayerList::Word(word) if word == "all" => (0..model.layers.len()).collect(),
+            LayerList::Word(word) => {
+                let what = format!("layers is '{word}', wanted a list of numbers or 'all'");
+                return Err(Error::failure(format!("{}: {what}", path.display())));
+            }
+        },
+        positions: file.positions,
+    };
+    Steering::with_parameters(config, model, parameters, &weights.display().to_string())
 }
 
 fn load_lora(dir: &Path, model: &ModelConfig, device: &Device) -> Result<Lora> {
@@ -200,7 +236,12 @@ pub(super) fn steering_json(config: &SteeringConfig, base: &BaseModel) -> Result
     pretty(&SteeringFile {
         format: FORMAT.to_string(),
         version: VERSION,
-        config: config.clone(),
+        kind: config.kind,
+        site: config.site,
+        rank: (config.kind != SteeringKind::Vector).then_some(config.rank),
+        alpha: config.alpha,
+        layers: LayerList::Numbers(config.layers.clone()),
+        positions: config.positions,
         base_model_name_or_path: base.name_or_path.clone(),
         base_model_sha256: base.sha256.clone(),
         dtype: f32_name(),

@@ -78,7 +78,7 @@ impl fmt::Display for SteeringKind {
 }
 
 /// The configuration of a [`Steering`] adapter.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct SteeringConfig {
     /// The parameterisation of the shift.
     pub kind: SteeringKind,

@@ -10,7 +10,7 @@ use crate::report::{Event, MetricLine, Metrics, Reporter};
 use crate::{Error, Result};
 
 use super::checkpoint::{self, checkpoint_dir, prune};
-use super::claim::{Claim, claim_output_dir};
+use super::claim::{CONFIG_FILE, Claim, claim_output_dir};
 use super::example::TokenExample;
 use super::files::write_atomic;
 use super::objective::Totals;
@@ -186,7 +186,11 @@ impl<'a> SftRun<'a> {
         if path.exists() {
             return Ok(());
         }
-        checkpoint::save(&train.output_dir, step, |folder| trainer.save(folder, &self.base))?;
+        let config = to_toml(self.config)?;
+        checkpoint::save(&train.output_dir, step, |folder| {
+            write_atomic(&folder.join(CONFIG_FILE), config.as_bytes())?;
+            trainer.save(folder, &self.base)
+        })?;
         self.reporter.emit(Event::CheckpointSaved { step, path })?;
         let best = trainer.state().best_step.filter(|_| train.load_best_model_at_end);
         prune(&train.output_dir, train.save_total_limit, best)
