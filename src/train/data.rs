@@ -1,84 +1,213 @@
-//! The rows of a supervised run, as examples and as problems to grade.
+//! The rows of a supervised run: found, rendered, checked, tokenised.
 
-use datasets::{Grader, Problem, gsm8k, listops};
+use std::path::{Path, PathBuf};
+
+use datasets::{Example, Grader, Problem, Row, Task, TaskOptions, Template};
+use datasets::{map_rows, read_rows, read_split, split_off};
+use reward::check_gold;
 
 use super::example::TokenExample;
 use super::tokenize::{Encoder, check_lengths};
 use crate::config::DataArgs;
+use crate::model::hub;
 use crate::{Error, Result};
 
 /// The data of a supervised run before tokenisation.
 pub struct SftData {
-    /// Training problems.
-    pub train: Vec<Problem>,
-    /// Held-out problems.
-    pub test: Vec<Problem>,
-    /// How answers are graded.
-    pub grader: Grader,
+    train: Vec<Example>,
+    test: Vec<Example>,
+    problems: Option<(Vec<Problem>, Grader)>,
 }
 
 impl SftData {
-    /// Loads.
-    pub fn load(args: &DataArgs, _seed: u64) -> Result<Self> {
-        let (mut train, mut test, grader) = match args.dataset()? {
-            "listops" => {
-                let n = if args.max_train_samples == 0 { 2000 } else { args.max_train_samples };
-                let m = if args.max_eval_samples == 0 { 300 } else { args.max_eval_samples };
-                (listops::generate(0, n, 1), listops::generate(1, m, 1), Grader::Digit)
-            }
-            "gsm8k" => {
-                let dir = std::path::Path::new("../shared/data/gsm8k");
-                let train = gsm8k::load(&dir.join("train.jsonl"))?;
-                (train, gsm8k::load(&dir.join("test.jsonl"))?, Grader::Numeric)
-            }
-            other => return Err(Error::usage(format!("unknown dataset {other}"))),
-        };
-        if args.max_train_samples > 0 {
-            train.truncate(args.max_train_samples);
+    /// Loads what `dataset_name` names: a task, a file, a folder or a hub id.
+    ///
+    /// A task's gold answers must all grade right, or nothing is trained. Of a single file, the last
+    /// `max_eval_samples` rows of a seeded shuffle are held out.
+    ///
+    /// # Errors
+    /// If nothing of that name exists, a row is malformed (file and line), or a gold answer does not
+    /// grade right.
+    pub fn load(args: &DataArgs, seed: u64) -> Result<Self> {
+        match Task::find(args.dataset()?) {
+            Some(task) => Self::of_task(task, args, seed),
+            None => Self::of_rows(args, seed),
         }
-        if args.max_eval_samples > 0 {
-            test.truncate(args.max_eval_samples);
-        }
-        Ok(SftData { train, test, grader })
     }
-}
 
-impl SftData {
-    /// Tokenised.
+    fn of_task(task: Task, args: &DataArgs, seed: u64) -> Result<Self> {
+        if args.prompt_template.is_some() || args.completion_template.is_some() {
+            let what = "prompt_template and completion_template are for your own rows";
+            return Err(Error::usage(format!("{what}: {} brings its own prompts", task.name())));
+        }
+        let options = task_options(args, seed);
+        let (train, test) = (&args.dataset_train_split, &args.dataset_test_split);
+        if train == test {
+            return Err(Error::usage(format!("split '{train}' is both trained and evaluated on")));
+        }
+        let problems = match task.grader() {
+            None => None,
+            Some(grader) => {
+                let problems = task.problems(test, options.max_test, &options)?;
+                let trained = task.problems(train, options.max_train, &options)?;
+                check(grader, trained.iter().chain(&problems))?;
+                Some((problems, grader))
+            }
+        };
+        Ok(SftData {
+            train: task.examples(train, options.max_train, &options)?,
+            test: task.examples(test, options.max_test, &options)?,
+            problems,
+        })
+    }
+
+    fn of_rows(args: &DataArgs, seed: u64) -> Result<Self> {
+        let path = locate(args.dataset()?)?;
+        let (mut train, mut test) = if path.is_file() {
+            let rows = read_rows(&path)?;
+            let held_out = args.max_eval_samples.min(rows.len() / 2);
+            split_off(rows, held_out, seed)
+        } else {
+            (read_split(&path, &args.dataset_train_split)?, test_split(&path, args)?)
+        };
+        limit(&mut train, args.max_train_samples);
+        limit(&mut test, args.max_eval_samples);
+        let template = Template {
+            prompt_template: args.prompt_template.clone(),
+            completion_template: args.completion_template.clone(),
+            system_prompt: args.system_prompt.clone(),
+            columns: args.columns.0.clone(),
+        };
+        let examples = |rows: &[Row]| -> Result<Vec<Example>> {
+            let result = map_rows(rows, |row| template.apply(row));
+            result.map_err(|error| Error::usage(format!("{}: {error}", path.display())))
+        };
+        Ok(SftData { train: examples(&train)?, test: examples(&test)?, problems: None })
+    }
+
+    /// Token ids with loss masks, training rows first.
+    ///
+    /// # Errors
+    /// If a row is longer than `max_length` or the model's context, or has nothing to learn from.
     pub fn tokenise(
         &self,
         encoder: &Encoder,
         args: &DataArgs,
         context: usize,
     ) -> Result<(Vec<TokenExample>, Vec<TokenExample>)> {
-        let train = examples(encoder, &self.train, args, context, "train")?;
-        Ok((train, examples(encoder, &self.test, args, context, "test")?))
+        let tokens = |examples: &[Example], what: &str| -> Result<Vec<TokenExample>> {
+            let encode = |example| token_example(encoder, example, args);
+            let tokens = examples.iter().map(encode).collect::<Result<Vec<_>>>()?;
+            check_lengths(&tokens, args.max_length, context, what)?;
+            Ok(tokens)
+        };
+        let name = args.dataset()?;
+        let train = tokens(&self.train, &format!("{name} {}", args.dataset_train_split))?;
+        Ok((train, tokens(&self.test, &format!("{name} {}", args.dataset_test_split))?))
     }
 
-    /// Graded.
+    /// The held-out problems and how their answers are graded.
+    ///
+    /// # Errors
+    /// If the data has no gold answers.
     pub fn graded(&self) -> Result<(&[Problem], Grader)> {
-        Ok((&self.test, self.grader))
+        let graded = self.problems.as_ref().map(|(problems, grader)| (&problems[..], *grader));
+        graded.ok_or_else(|| {
+            let tasks = Task::names().join(", ");
+            Error::usage(format!("accuracy wants a data set with gold answers ({tasks})"))
+        })
     }
 }
 
-/// Tokenises.
-pub fn examples(
+/// The problems of a task's split, whose gold answers have been checked.
+///
+/// # Errors
+/// As [`SftData::load`]; also if the data set is no task.
+pub fn problems(args: &DataArgs, seed: u64) -> Result<(Vec<Problem>, Grader)> {
+    let task = Task::by_name(args.dataset()?)?;
+    let (options, split) = (task_options(args, seed), &args.dataset_test_split);
+    let problems = task.problems(split, options.max_test, &options)?;
+    let tasks = || format!("accuracy wants a task with gold answers; {} has none", task.name());
+    let grader = task.grader().ok_or_else(|| Error::usage(tasks()))?;
+    check(grader, problems.iter())?;
+    Ok((problems, grader))
+}
+
+/// A row as tokens.
+///
+/// # Errors
+/// If its template or tokeniser refuses it.
+pub fn token_example(
     encoder: &Encoder,
-    problems: &[Problem],
+    example: &Example,
     args: &DataArgs,
-    context: usize,
-    what: &str,
-) -> Result<Vec<TokenExample>> {
+) -> Result<TokenExample> {
     let whole = !args.completion_only_loss;
-    let encode = |problem: &Problem| {
-        let messages: Vec<_> = problem
-            .prompt
-            .iter()
-            .map(|m| serde_json::json!({"role": m.role, "content": m.content}))
-            .collect();
-        encoder.chat(&messages, &problem.target, whole)
-    };
-    let examples = problems.iter().map(encode).collect::<Result<Vec<_>>>()?;
-    check_lengths(&examples, args.max_length, context, what)?;
-    Ok(examples)
+    match example {
+        Example::Text(text) => encoder.text(text),
+        Example::Messages(messages) => encoder.messages(messages, args.assistant_only_loss),
+        Example::PromptCompletion { prompt, completion } => {
+            encoder.plain(prompt, completion, whole)
+        }
+        Example::Chat { prompt, completion } => encoder.chat(prompt, completion, whole),
+    }
+}
+
+fn task_options(args: &DataArgs, seed: u64) -> TaskOptions {
+    TaskOptions {
+        train_split: args.dataset_train_split.clone(),
+        test_split: args.dataset_test_split.clone(),
+        max_train: args.max_train_samples,
+        max_test: args.max_eval_samples,
+        seed,
+        listops: datasets::listops::Limits {
+            max_depth: args.listops_max_depth,
+            min_args: args.listops_min_args,
+            max_args: args.listops_max_args,
+            max_tokens: None,
+        },
+        ..TaskOptions::default()
+    }
+}
+
+fn check<'a>(grader: Grader, problems: impl Iterator<Item = &'a Problem>) -> Result<()> {
+    let rows = problems.map(|problem| (problem.id, &*problem.target, &*problem.gold));
+    check_gold(grader, rows).map_err(|error| Error::failure(error.to_string()))
+}
+
+/// The file or folder that a name stands for.
+fn locate(name: &str) -> Result<PathBuf> {
+    let path = Path::new(name);
+    if path.exists() {
+        return Ok(path.to_path_buf());
+    }
+    if let Some(near) = Task::nearest(name) {
+        return Err(Error::usage(format!("no data set '{name}'; did you mean {near}?")));
+    }
+    let parts: Vec<&str> = name.split('/').collect();
+    let id = parts.len() == 2 && parts.iter().all(|part| !part.is_empty() && *part != "..");
+    let file = path.extension().is_some_and(|end| ["json", "jsonl", "parquet"].map(Some).contains(&end.to_str()));
+    if id && !file {
+        return hub::fetch_dataset(name);
+    }
+    let tasks = Task::names().join(", ");
+    Err(Error::usage(format!(
+        "no data set '{name}': give a task ({tasks}), a JSONL, JSON or parquet file, a folder, or a \
+         hub id owner/name"
+    )))
+}
+
+/// The held-out split of a folder; none if the default name is not there.
+fn test_split(path: &Path, args: &DataArgs) -> Result<Vec<Row>> {
+    let split = &args.dataset_test_split;
+    match read_split(path, split) {
+        Err(_) if *split == DataArgs::default().dataset_test_split => Ok(Vec::new()),
+        rows => Ok(rows?),
+    }
+}
+
+fn limit(rows: &mut Vec<Row>, most: usize) {
+    if most > 0 {
+        rows.truncate(most);
+    }
 }
