@@ -1,7 +1,7 @@
 //! What can go wrong with data, as one lower-case sentence each.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Result with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
@@ -17,6 +17,13 @@ pub enum Error {
         path: PathBuf,
         /// What the operating system said.
         source: std::io::Error,
+    },
+    /// A file is there, but is not what it should be.
+    File {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        message: String,
     },
     /// A row is malformed.
     Row {
@@ -35,6 +42,21 @@ impl Error {
         Error::Usage(message.into())
     }
 
+    /// Turns an operating system's error about `path` into this crate's.
+    pub fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Error::Io { path: path.to_path_buf(), source }
+    }
+
+    /// A file that is not what it should be.
+    pub fn file(path: &Path, message: impl Into<String>) -> Self {
+        Error::File { path: path.to_path_buf(), message: message.into() }
+    }
+
+    /// A malformed row, by its line or number from 1.
+    pub fn row(path: &Path, line: usize, message: impl Into<String>) -> Self {
+        Error::Row { path: path.to_path_buf(), line, message: message.into() }
+    }
+
     /// The process exit code: 2 for usage, 1 otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -49,6 +71,7 @@ impl fmt::Display for Error {
         match self {
             Error::Usage(message) => f.write_str(message),
             Error::Io { path, source } => write!(f, "{}: {source}", path.display()),
+            Error::File { path, message } => write!(f, "{}: {message}", path.display()),
             Error::Row { path, line, message } => {
                 write!(f, "{}:{line}: {message}", path.display())
             }

@@ -1,6 +1,9 @@
 //! Turns of a conversation.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::example::message;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,5 +23,10 @@ impl Message {
     /// A turn of the user.
     pub fn user(content: impl Into<String>) -> Self {
         Self::new("user", content)
+    }
+
+    /// `{"role": ..., "content": ...}`, as chat templates take it.
+    pub fn to_json(&self) -> Value {
+        message(&self.role, &self.content)
     }
 }

@@ -1,6 +1,8 @@
-//! Problems that a program can grade, and the tasks that they come from.
+//! The tasks, by name.
 
-use crate::Message;
+use std::path::PathBuf;
+
+use crate::{Error, Example, Message, Result, gsm8k, instruct, listops};
 
 /// How an answer is compared with the gold one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,6 +11,10 @@ pub enum Grader {
     Numeric,
     /// One digit and nothing else.
     Digit,
+    /// The same text, but for white space around it.
+    Exact,
+    /// The letter of a multiple choice.
+    Letter,
 }
 
 /// A question with its worked answer and what is right.
@@ -22,4 +28,275 @@ pub struct Problem {
     pub target: String,
     /// What a right answer comes to.
     pub gold: String,
+}
+
+impl Problem {
+    /// The problem as something to train on: an [`Example::Chat`].
+    pub fn example(&self) -> Example {
+        let prompt = self.prompt.iter().map(Message::to_json).collect();
+        Example::Chat { prompt, completion: self.target.clone() }
+    }
+}
+
+/// Which part of a task is wanted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TaskOptions {
+    /// The folder (instruct: or file) of the data; none = where [`crate::locate::find`] looks.
+    /// Generated splits have none.
+    pub path: Option<PathBuf>,
+    /// The split that is trained on.
+    pub train_split: String,
+    /// The split that is evaluated on.
+    pub test_split: String,
+    /// Most rows of the training split, from its start; 0 = all.
+    pub max_train: usize,
+    /// Most rows of the test split, from its start; 0 = all.
+    pub max_test: usize,
+    /// Key of generated problems. Runs are comparable on the same test problems only, so a run's
+    /// own seed should not change it.
+    pub seed: u64,
+    /// How large generated ListOps expressions are.
+    pub listops: listops::Limits,
+}
+
+impl Default for TaskOptions {
+    fn default() -> Self {
+        TaskOptions {
+            path: None,
+            train_split: "train".to_string(),
+            test_split: "test".to_string(),
+            max_train: 0,
+            max_test: 0,
+            seed: 1,
+            listops: listops::Limits::default(),
+        }
+    }
+}
+
+/// The problems of a task whose answers can be graded.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TaskData {
+    /// What is trained on.
+    pub train: Vec<Problem>,
+    /// What is evaluated on.
+    pub test: Vec<Problem>,
+    /// How answers are graded.
+    pub grader: Grader,
+    /// Tokens within which an answer is to end.
+    pub max_completion_length: usize,
+}
+
+/// A named task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// Grade-school maths word problems, see [`gsm8k`].
+    Gsm8k,
+    /// Nested operations on digits, see [`listops`].
+    ListOps,
+    /// Following instructions, see [`instruct`]; its answers cannot be graded.
+    Instruct,
+}
+
+impl Task {
+    const ALL: [Task; 3] = [Task::Gsm8k, Task::ListOps, Task::Instruct];
+
+    /// The task of this name, or nothing: a data set's name may also be a path or a hub id.
+    pub fn find(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|task| task.name() == name)
+    }
+
+    /// The task of this name.
+    ///
+    /// # Errors
+    /// If there is none: names all tasks, and the one that may have been meant.
+    pub fn by_name(name: &str) -> Result<Self> {
+        Self::find(name).ok_or_else(|| {
+            let near = Self::nearest(name).map(|near| format!("; did you mean {near}?"));
+            let (near, all) = (near.unwrap_or_default(), Self::names().join(", "));
+            Error::usage(format!("no task is called {name}{near}; the tasks are {all}"))
+        })
+    }
+
+    /// The name nearest to a misspelt one, if any is within two edits.
+    pub fn nearest(name: &str) -> Option<&'static str> {
+        let name = name.to_lowercase();
+        Self::names()
+            .into_iter()
+            .map(|known| (strsim::damerau_levenshtein(&name, known), known))
+            .filter(|(distance, _)| *distance <= 2)
+            .min_by_key(|(distance, _)| *distance)
+            .map(|(_, known)| known)
+    }
+
+    /// The names of all tasks.
+    pub fn names() -> Vec<&'static str> {
+        Self::ALL.into_iter().map(Task::name).collect()
+    }
+
+    /// The task's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Task::Gsm8k => "gsm8k",
+            Task::ListOps => "listops",
+            Task::Instruct => "instruct",
+        }
+    }
+
+    /// The names of the task's splits.
+    pub fn splits(self) -> &'static [&'static str] {
+        match self {
+            Task::Gsm8k | Task::Instruct => &["train", "validation", "test"],
+            Task::ListOps => &["train", "validation", "test", "official"],
+        }
+    }
+
+    /// How answers are graded; none if they cannot be.
+    pub fn grader(self) -> Option<Grader> {
+        match self {
+            Task::Gsm8k => Some(Grader::Numeric),
+            Task::ListOps => Some(Grader::Digit),
+            Task::Instruct => None,
+        }
+    }
+
+    /// Tokens within which an answer is to end.
+    pub fn max_completion_length(self) -> usize {
+        match self {
+            Task::Gsm8k => 400,
+            Task::ListOps => 8,
+            Task::Instruct => 256,
+        }
+    }
+
+    /// At most `max` problems (0 = all) of a split; path, seed and limits are those of `options`.
+    ///
+    /// # Errors
+    /// If answers of the task cannot be graded, or as its loader.
+    pub fn problems(self, split: &str, max: usize, options: &TaskOptions) -> Result<Vec<Problem>> {
+        let path = options.path.as_deref();
+        let mut problems = match self {
+            Task::Gsm8k => gsm8k::load(path, split)?,
+            Task::ListOps if split == "official" => listops::official(path)?,
+            Task::ListOps => listops::generate(split, max, options.seed, &options.listops)?,
+            Task::Instruct => {
+                let message = "instruct has no gold answers to grade; the tasks with some are \
+                               gsm8k and listops";
+                return Err(Error::usage(message));
+            }
+        };
+        problems.truncate(most(max));
+        Ok(problems)
+    }
+
+    /// At most `max` examples (0 = all) of a split to train on, or to take a loss on.
+    ///
+    /// # Errors
+    /// As the task's loader.
+    pub fn examples(self, split: &str, max: usize, options: &TaskOptions) -> Result<Vec<Example>> {
+        if self != Task::Instruct {
+            let problems = self.problems(split, max, options)?;
+            return Ok(problems.iter().map(Problem::example).collect());
+        }
+        let mut examples = instruct::load(options.path.as_deref(), split)?;
+        examples.truncate(most(max));
+        Ok(examples)
+    }
+
+    /// Both splits of a task whose answers can be graded.
+    ///
+    /// # Errors
+    /// As [`Task::problems`], and if both splits are the same.
+    pub fn load(self, options: &TaskOptions) -> Result<TaskData> {
+        let (train, test) = (&options.train_split, &options.test_split);
+        if train == test {
+            let message =
+                format!("{}: split {train} is both trained and evaluated on", self.name());
+            return Err(Error::usage(message));
+        }
+        let data = self.problems(train, options.max_train, options)?;
+        let grader = self.grader().unwrap_or(Grader::Exact);
+        Ok(TaskData {
+            train: data,
+            test: self.problems(test, options.max_test, options)?,
+            grader,
+            max_completion_length: self.max_completion_length(),
+        })
+    }
+}
+
+fn most(max: usize) -> usize {
+    if max == 0 { usize::MAX } else { max }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::shared;
+
+    #[test]
+    fn tasks_are_found_by_name_and_misspelt_ones_suggested() {
+        for name in Task::names() {
+            assert_eq!(Task::by_name(name).unwrap().name(), name);
+        }
+        let error = Task::by_name("listop").unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert_eq!(
+            error.to_string(),
+            "no task is called listop; did you mean listops?; the tasks are gsm8k, listops, instruct"
+        );
+        assert!(!Task::by_name("weather").unwrap_err().to_string().contains("mean"));
+    }
+
+    #[test]
+    fn limits_cut_the_splits_and_zero_means_all() {
+        let options = TaskOptions { max_train: 7, max_test: 3, ..TaskOptions::default() };
+        let data = Task::ListOps.load(&options).unwrap();
+        assert_eq!((data.train.len(), data.test.len()), (7, 3));
+        assert_eq!((data.grader, data.max_completion_length), (Grader::Digit, 8));
+        assert_eq!(Task::ListOps.problems("test", 0, &options).unwrap().len(), 1000);
+        let Some(path) = shared("gsm8k") else { return };
+        let options = TaskOptions { path: Some(path), ..options };
+        assert_eq!(Task::Gsm8k.load(&options).unwrap().train.len(), 7);
+        assert_eq!(Task::Gsm8k.problems("validation", 0, &options).unwrap().len(), 473);
+    }
+
+    #[test]
+    fn every_split_of_a_task_can_be_loaded() {
+        let Some(data) = shared("gsm8k") else { return };
+        for task in Task::ALL {
+            let folder = match task {
+                Task::Instruct => "instruction-data/instruction-data.json",
+                _ => task.name(),
+            };
+            let path = data.parent().map(|root| root.join(folder));
+            let options = TaskOptions { path, ..TaskOptions::default() };
+            for split in task.splits() {
+                assert_eq!(task.examples(split, 5, &options).unwrap().len(), 5, "{task:?} {split}");
+            }
+        }
+    }
+
+    #[test]
+    fn training_on_the_test_split_and_grading_instructions_are_refused() {
+        let options = TaskOptions { train_split: "test".to_string(), ..TaskOptions::default() };
+        let error = Task::ListOps.load(&options).unwrap_err().to_string();
+        assert_eq!(error, "listops: split test is both trained and evaluated on");
+        let error = Task::Instruct.problems("test", 0, &options).unwrap_err().to_string();
+        assert!(error.contains("no gold answers"), "{error}");
+    }
+
+    #[test]
+    fn a_problem_is_an_example_of_its_messages_and_target() {
+        let problem = Problem {
+            id: 0,
+            prompt: vec![Message::user("a")],
+            target: "b #### 1".into(),
+            gold: "1".into(),
+        };
+        let wanted = Example::Chat {
+            prompt: vec![serde_json::json!({"role": "user", "content": "a"})],
+            completion: "b #### 1".into(),
+        };
+        assert_eq!(problem.example(), wanted);
+    }
 }
