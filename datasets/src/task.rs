@@ -9,6 +9,10 @@ pub enum Grader {
     Numeric,
     /// One digit and nothing else.
     Digit,
+    /// The letter of an option of a multiple-choice question.
+    Letter,
+    /// The gold text itself, up to case and white space.
+    Exact,
 }
 
 /// A question with its worked answer and what is right.

@@ -1,29 +1,31 @@
-//! Graders with typed outcomes.
+//! Graders with typed outcomes: what a completion comes to, compared with the gold answer.
+//!
+//! [`grade`] never panics, never hangs and never turns a failure into a score of 0 unseen: a
+//! completion without an answer is [`Outcome::Unparsable`], and [`check_gold`] shows before any
+//! training that a task's own answers grade right.
+//!
+//! ```
+//! use datasets::Grader;
+//! use reward::{Outcome, grade};
+//!
+//! assert_eq!(grade(Grader::Numeric, r"So she pays \boxed{\$1,250}.", "1250"), Outcome::Right);
+//! assert_eq!(grade(Grader::Letter, "The answer is (B).", "C"), Outcome::Wrong);
+//! assert_eq!(grade(Grader::Digit, "I do not know", "7"), Outcome::Unparsable);
+//! ```
 
-/// What a grader says of a completion.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Outcome {
-    /// It comes to the gold answer.
-    Right,
-    /// It comes to something else.
-    Wrong,
-    /// No answer was found in it.
-    Unparsable,
-}
+mod digit;
+mod exact;
+mod grade;
+mod letter;
+mod number;
+mod numeric;
+mod outcome;
+mod place;
+mod ratio;
+mod tidy;
 
-/// Grade.
-pub fn grade(grader: datasets::Grader, completion: &str, gold: &str) -> Outcome {
-    let answer = match grader {
-        datasets::Grader::Digit => completion.trim().to_string(),
-        datasets::Grader::Numeric => {
-            let tail = completion.rsplit("####").next().unwrap_or_default();
-            let keep = |c: &char| c.is_ascii_digit() || *c == '.' || *c == '-';
-            tail.trim().split_whitespace().next().unwrap_or("").chars().filter(keep).collect()
-        }
-    };
-    match answer.trim_end_matches('.').parse::<f64>() {
-        Err(_) => Outcome::Unparsable,
-        Ok(x) if Some(x) == gold.parse().ok() => Outcome::Right,
-        Ok(_) => Outcome::Wrong,
-    }
-}
+pub use grade::{BadGold, GoldError, check_gold, grade};
+pub use letter::final_letter;
+pub use number::Number;
+pub use numeric::final_number;
+pub use outcome::Outcome;
