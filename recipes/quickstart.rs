@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use datasets::{Grader, Problem, listops};
+use datasets::{Grader, Problem};
 use steersman::adapter::{Adapter, Steering, SteeringConfig, save};
 use steersman::config::{RunConfig, SftConfig};
 use steersman::eval::{Proportion, accuracy};
@@ -18,7 +18,7 @@ use steersman::model::{LoadedModel, TextModel, fetch};
 use steersman::ops::Engine;
 use steersman::report::{Event, Sink, Terminal};
 use steersman::rollout::GenerateOptions;
-use steersman::train::data::examples;
+use steersman::train::data::SftData;
 use steersman::train::example::TokenExample;
 use steersman::train::sft::SftTrainer;
 use steersman::train::tokenize::Encoder;
@@ -28,8 +28,6 @@ use steersman::{Error, Result, cli};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const SEED: u64 = 1;
-const TRAIN: usize = 1600;
-const TEST: usize = 300;
 
 fn main() -> ExitCode {
     cli::main(|_| run(Path::new("runs/quickstart")))
@@ -42,17 +40,17 @@ fn run(output_dir: &Path) -> Result<()> {
     let text = TextModel::load(&model.source, None, config.vocab_size)?;
     let encoder = Encoder::new(&text, &model.generation.eos_token_ids)?;
 
-    let (train, test) = (listops::generate(0, TRAIN, SEED), listops::generate(1, TEST, SEED));
     let recipe = recipe()?;
-    let train = examples(&encoder, &train, &recipe.data, config.max_position_embeddings, "train")?;
+    let data = SftData::load(&recipe.data, SEED)?;
+    let (train, _) = data.tokenise(&encoder, &recipe.data, config.max_position_embeddings)?;
     let steering = SteeringConfig::post_block(config);
     let steering = Steering::new(steering, config, SEED, model.policy.engine().device())?;
     println!("training {} of {} parameters", steering.parameter_count(), config.parameters());
 
-    let before = measure(&model, &encoder, &[], &test)?;
+    let before = measure(&model, &encoder, &[], data.graded()?)?;
     println!("accuracy before: {before}");
     let adapters = fit(&recipe, &model, Box::new(steering), &train)?;
-    let after = measure(&model, &encoder, &adapters, &test)?;
+    let after = measure(&model, &encoder, &adapters, data.graded()?)?;
 
     std::fs::create_dir_all(output_dir).map_err(Error::io(output_dir))?;
     save(output_dir, &adapters, &model.base()?)?;
@@ -66,6 +64,8 @@ fn run(output_dir: &Path) -> Result<()> {
 fn recipe() -> Result<SftConfig> {
     let mut recipe = SftConfig::default();
     recipe.data.dataset_name = Some("listops".into());
+    recipe.data.max_train_samples = 1600;
+    recipe.data.max_eval_samples = 300;
     recipe.optim.learning_rate = Some(2e-3);
     recipe.optim.per_device_train_batch_size = 16;
     recipe.train.seed = SEED;
@@ -102,13 +102,12 @@ fn measure(
     model: &LoadedModel,
     encoder: &Encoder,
     adapters: &[Box<dyn Adapter>],
-    problems: &[Problem],
+    problems: (&[Problem], Grader),
 ) -> Result<Proportion> {
     let options = GenerateOptions {
         max_new_tokens: 8,
         eos_token_ids: model.generation.eos_token_ids.clone(),
         ..Default::default()
     };
-    let graded = (problems, Grader::Digit);
-    Ok(accuracy(model, encoder, adapters, graded, &options, &mut |_| {})?.proportion())
+    Ok(accuracy(model, encoder, adapters, problems, &options, &mut |_| {})?.proportion())
 }

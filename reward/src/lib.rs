@@ -24,38 +24,8 @@ mod place;
 mod ratio;
 mod tidy;
 
-<<<<<<< HEAD
-impl Outcome {
-    /// Name.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Outcome::Right => "right",
-            Outcome::Wrong => "wrong",
-            Outcome::Unparsable => "unparsable",
-        }
-    }
-}
-
-/// Grade.
-pub fn grade(grader: datasets::Grader, completion: &str, gold: &str) -> Outcome {
-    let answer = match grader {
-        datasets::Grader::Digit => completion.trim().to_string(),
-        datasets::Grader::Numeric => {
-            let tail = completion.rsplit("####").next().unwrap_or_default();
-            let keep = |c: &char| c.is_ascii_digit() || *c == '.' || *c == '-';
-            tail.trim().split_whitespace().next().unwrap_or("").chars().filter(keep).collect()
-        }
-    };
-    match answer.trim_end_matches('.').parse::<f64>() {
-        Err(_) => Outcome::Unparsable,
-        Ok(x) if Some(x) == gold.parse().ok() => Outcome::Right,
-        Ok(_) => Outcome::Wrong,
-    }
-}
-=======
 pub use grade::{BadGold, GoldError, check_gold, grade};
 pub use letter::final_letter;
 pub use number::Number;
 pub use numeric::final_number;
 pub use outcome::Outcome;
->>>>>>> reward

@@ -66,7 +66,7 @@ impl SftData {
         let (mut train, mut test) = if path.is_file() {
             let rows = read_rows(&path)?;
             let held_out = args.max_eval_samples.min(rows.len() / 2);
-            split_off(rows, held_out, seed)
+            split_off(rows, held_out, seed)?
         } else {
             (read_split(&path, &args.dataset_train_split)?, test_split(&path, args)?)
         };

@@ -13,7 +13,7 @@ use steersman::config::{DataArgs, GenerationArgs, ModelArgs, Repeated, RunConfig
 use steersman::eval::{Accuracy, accuracy};
 use steersman::model::{LoadedModel, TextModel};
 use steersman::rollout::GenerateOptions;
-use steersman::train::data::SftData;
+use steersman::train::data::problems;
 use steersman::train::files::write_atomic;
 use steersman::train::tokenize::Encoder;
 use steersman::{Error, Result};
@@ -66,8 +66,7 @@ impl RunConfig for EvalArgs {
 
 /// Runs the command.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let data = SftData::load(&args.data, args.seed)?;
-    let (problems, grader) = data.graded()?;
+    let (problems, grader) = problems(&args.data, args.seed)?;
     let engine = args.model.engine()?;
     let model = LoadedModel::load(&args.model.model_name_or_path, args.model.storage(), &engine)?;
     let template = args.model.chat_template_path.as_deref();
@@ -83,7 +82,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let style = ProgressStyle::with_template("{bar:24} {pos}/{len} answers  eta {eta}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let start = Instant::now();
-    let graded = (problems, grader);
+    let graded = (&problems[..], grader);
     let mut progress = |done: usize| bar.set_position(done as u64);
     let found = accuracy(&model, &encoder, &adapters, graded, &options, &mut progress)?;
     bar.finish_and_clear();
