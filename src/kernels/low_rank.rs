@@ -6,15 +6,16 @@
 //! threads nor on the CPU level.
 
 use super::dispatch::CpuLevel;
+use super::dots::Dots;
 use super::lanes::{Kernel, Simd};
 pub use super::low_rank_activation::Activation;
 use super::parallel::for_each;
-use super::product::{Dots, Old, Product};
+use super::product::{Old, Product};
 
 /// Rows of a task, and of a chain of the weight gradients.
 const CHUNK: usize = 256;
 /// Rows that the backward pass takes through all its products while they stay in cache.
-const SUB_CHUNK: usize = 32;
+const SUB_CHUNK: usize = 16;
 
 /// `z [M, R] = x [M, D] Wdown^T` with `wdown [R, D]` row-major. Panics if the lengths disagree.
 pub fn down(x: &[f32], wdown: &[f32], d: usize, r: usize, z: &mut [f32]) {

@@ -8,6 +8,7 @@ mod attention_forward;
 mod attention_tests;
 mod attention_tile;
 pub mod dispatch;
+mod dots;
 pub mod glu;
 mod lanes;
 mod lanes_math;

@@ -1,4 +1,4 @@
-//! Root-mean-square normalisation by rows (arXiv:1910.07467), and sums of whole tensors.
+//! Root-mean-square normalisation by rows (arXiv:1910.07467).
 //!
 //! A row's sums run over sixteen lanes in a fixed order, so its bits depend on the row alone.
 
@@ -32,18 +32,6 @@ pub fn rms_norm_backward(
     for_each(x.chunks(task).zip(dy.chunks(task)).zip(dx.chunks_mut(task)), |((x, dy), dx)| {
         level.run(Backward { x, weight: &weight, eps, dy, dx });
     });
-}
-
-/// `y += x`.
-pub fn add_assign(y: &mut [f32], x: &[f32]) {
-    scale_add(y, 1.0, x);
-}
-
-/// `y += a * x`, each element rounded once.
-pub fn scale_add(y: &mut [f32], a: f32, x: &[f32]) {
-    assert!(x.len() == y.len());
-    let (level, task) = (CpuLevel::detect(), task_len(1));
-    for_each(x.chunks(task).zip(y.chunks_mut(task)), |(x, y)| level.run(ScaleAdd { y, a, x }));
 }
 
 fn factors(weight: &[f32], plus_one: bool) -> Vec<f32> {
@@ -109,22 +97,6 @@ impl Kernel for Backward<'_> {
                 let g = s.mul(s.load_part(dy), s.load_part(w));
                 s.store_part(dx, s.fma(s.load_part(x), pull, s.mul(g, s.splat(r))));
             }
-        }
-    }
-}
-
-struct ScaleAdd<'a> {
-    y: &'a mut [f32],
-    a: f32,
-    x: &'a [f32],
-}
-
-impl Kernel for ScaleAdd<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let a = s.splat(self.a);
-        for (y, x) in self.y.chunks_mut(LANES).zip(self.x.chunks(LANES)) {
-            s.store_part(y, s.fma(a, s.load_part(x), s.load_part(y)));
         }
     }
 }
@@ -200,18 +172,6 @@ mod tests {
             let dy = &dy[at.clone()];
             plain.run(Backward { x: own, weight: &w, eps: 1e-5, dy, dx: &mut own_dx });
             assert_eq!(own_dx, dx[at]);
-        }
-    }
-
-    #[test]
-    fn sums_are_rounded_once() {
-        let (x, start) = (wave(40_003, 0.37), wave(40_003, 0.9));
-        let (mut y, mut z) = (start.clone(), start.clone());
-        add_assign(&mut y, &x);
-        scale_add(&mut z, -0.3, &x);
-        for i in 0..x.len() {
-            assert_eq!(y[i], start[i] + x[i]);
-            assert_eq!(z[i], (-0.3f32).mul_add(x[i], start[i]));
         }
     }
 }
