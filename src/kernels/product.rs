@@ -60,11 +60,11 @@ impl Kernel for Product<'_> {
                     (3, false) => self.rows::<S, 3, 2>(s, row),
                     (3, true) => self.rows::<S, 3, 4>(s, row),
                     (4, false) => self.rows::<S, 4, 1>(s, row),
-                    (4, true) => self.rows::<S, 4, 4>(s, row),
+                    (4, true) => self.rows::<S, 4, 2>(s, row),
                     (5, false) => self.rows::<S, 5, 1>(s, row),
-                    (5, true) => self.rows::<S, 5, 4>(s, row),
+                    (5, true) => self.rows::<S, 5, 2>(s, row),
                     (_, false) => self.rows::<S, ROWS, 1>(s, row),
-                    (_, true) => self.rows::<S, ROWS, 4>(s, row),
+                    (_, true) => self.rows::<S, ROWS, 2>(s, row),
                 }
             }
         }
@@ -107,6 +107,7 @@ impl Product<'_> {
     /// # Safety
     /// `check` has passed, `row + R <= rows`, `col + (C - 1) * 16 + n <= cols` and `n <= 16`.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // the indices are also offsets of the pointers
     unsafe fn block<S: Simd, const R: usize, const C: usize>(
         &mut self,
         s: S,
@@ -120,35 +121,34 @@ impl Product<'_> {
             let at = |i: usize, j: usize| c.add(i * self.c_row + j * LANES);
             let mut sums = [[s.splat(0.0); C]; R];
             if self.old == Old::First {
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    for (j, sum) in sums.iter_mut().enumerate() {
-                        *sum = load(s, at(i, j), n);
+                for i in 0..R {
+                    for j in 0..C {
+                        sums[i][j] = load(s, at(i, j), n);
                     }
                 }
             }
             let mut a = self.a.as_ptr().add(row * self.a_row);
             let mut b = self.b.as_ptr().add(col);
             for _ in 0..self.depth {
-                let right: [S::V; C] = std::array::from_fn(|j| load(s, b.add(j * LANES), n));
-                for (i, sums) in sums.iter_mut().enumerate() {
+                let mut right = [s.splat(0.0); C];
+                for j in 0..C {
+                    right[j] = load(s, b.add(j * LANES), n);
+                }
+                for i in 0..R {
                     let left = s.splat(*a.add(i * self.a_row));
-                    for (sum, right) in sums.iter_mut().zip(right) {
-                        *sum = s.fma(left, right, *sum);
+                    for j in 0..C {
+                        sums[i][j] = s.fma(left, right[j], sums[i][j]);
                     }
                 }
                 a = a.wrapping_add(self.a_step);
                 b = b.wrapping_add(self.b_row);
             }
-            if self.old == Old::Last {
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    for (j, sum) in sums.iter_mut().enumerate() {
-                        *sum = s.add(load(s, at(i, j), n), *sum);
+            for i in 0..R {
+                for j in 0..C {
+                    if self.old == Old::Last {
+                        sums[i][j] = s.add(load(s, at(i, j), n), sums[i][j]);
                     }
-                }
-            }
-            for (i, sums) in sums.iter().enumerate() {
-                for (j, sum) in sums.iter().enumerate() {
-                    s.store_part(std::slice::from_raw_parts_mut(at(i, j), n), *sum);
+                    s.store_part(std::slice::from_raw_parts_mut(at(i, j), n), sums[i][j]);
                 }
             }
         }
