@@ -7,11 +7,14 @@
 use super::attention::{AttentionShape, Chain, Segment, chains};
 use super::attention_forward::capped;
 use super::attention_tile::{
-    KEYS, KeyHead, Product, QueryBlock, ROWS, Shared, Side, fill_hidden, padded, transpose,
-    whole_vectors, within_tile,
+    KEYS, KeyHead, QueryBlock, ROWS, Side, fill_hidden, padded, transpose, whole_vectors,
+    within_tile,
 };
-use super::lanes::{Job, LANES, Level, Simd};
+use super::dispatch::CpuLevel;
+use super::lanes::{Kernel, LANES, Simd};
 use super::lanes_math::exp;
+use super::parallel::SharedMut;
+use super::product::{Old, Product};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -60,12 +63,12 @@ pub fn backward(
     shape: &AttentionShape,
     grads: Gradients,
 ) {
-    backward_at(Level::detect(), input, segments, shape, grads);
+    backward_at(CpuLevel::detect(), input, segments, shape, grads);
 }
 
 /// [`backward`] on a given instruction set.
 pub(super) fn backward_at(
-    level: Level,
+    level: CpuLevel,
     input: &BackwardInput,
     segments: &[Segment],
     shape: &AttentionShape,
@@ -76,9 +79,9 @@ pub(super) fn backward_at(
     let pieces = pieces(segments);
     let chains = chains(&pieces, input.k, input.v, shape.kv_width());
     let grads = SharedGradients {
-        dq: Shared::new(grads.dq),
-        dk: Shared::new(grads.dk),
-        dv: Shared::new(grads.dv),
+        dq: SharedMut::new(grads.dq),
+        dk: SharedMut::new(grads.dk),
+        dv: SharedMut::new(grads.dv),
     };
     let tasks = (0..pieces.len() * shape.kv_heads).into_par_iter();
     let inherited: Vec<Inherited> = tasks
@@ -147,9 +150,9 @@ fn heirs(pieces: &[Segment]) -> Vec<Vec<usize>> {
 }
 
 struct SharedGradients<'a> {
-    dq: Shared<'a>,
-    dk: Shared<'a>,
-    dv: Shared<'a>,
+    dq: SharedMut<'a>,
+    dk: SharedMut<'a>,
+    dv: SharedMut<'a>,
 }
 
 /// What one task adds to the keys and values of its ancestors, `[positions, head_dim]`.
@@ -173,10 +176,9 @@ impl Inherited {
             let from = (position - self.positions.start) * d;
             let at = (to.start + position - to.position0) * width + kv_head * d;
             // SAFETY: each ancestor's rows are summed by one task.
-            unsafe {
-                grads.dk.add(at, &self.dk[from..from + d]);
-                grads.dv.add(at, &self.dv[from..from + d]);
-            }
+            let (dk, dv) = unsafe { (grads.dk.part(at..at + d), grads.dv.part(at..at + d)) };
+            dk.iter_mut().zip(&self.dk[from..from + d]).for_each(|(sum, x)| *sum += x);
+            dv.iter_mut().zip(&self.dv[from..from + d]).for_each(|(sum, x)| *sum += x);
         }
     }
 }
@@ -208,7 +210,7 @@ struct Scratch {
     ds: Vec<f32>,
 }
 
-impl Job for Backward<'_> {
+impl Kernel for Backward<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let (shape, block) = (self.shape, self.block);
@@ -293,7 +295,7 @@ impl Backward<'_> {
                     rows: KEY_STEP.min(KEYS - key),
                     cols: width,
                     depth: rows.end - first,
-                    add: true,
+                    old: Old::First,
                 });
             }
         }
@@ -333,7 +335,7 @@ impl Backward<'_> {
                 rows: rows.len(),
                 cols: cols.len(),
                 depth: shape.head_dim,
-                add: false,
+                old: Old::Drop,
             });
         }
         for (i, row) in rows.clone().enumerate() {
@@ -355,7 +357,7 @@ impl Backward<'_> {
             rows: rows.len(),
             cols: width,
             depth: seen.len(),
-            add: true,
+            old: Old::First,
         });
     }
 
@@ -376,8 +378,8 @@ impl Backward<'_> {
                 let to = row * shape.kv_width() + block.kv_head * d;
                 // SAFETY: a piece's own keys belong to its tasks, one for each head.
                 unsafe {
-                    self.grads.dk.write(to, dk);
-                    self.grads.dv.write(to, dv);
+                    self.grads.dk.part(to..to + d).copy_from_slice(dk);
+                    self.grads.dv.part(to..to + d).copy_from_slice(dv);
                 }
             }
         }
@@ -389,7 +391,7 @@ impl Backward<'_> {
         for (row, dq) in scratch.dq.chunks_exact(padded(d)).enumerate() {
             let at = block.source(shape, row / group).start + row % group * d;
             // SAFETY: a piece's queries belong to its tasks, one for each key head.
-            unsafe { self.grads.dq.write(at, &dq[..d]) };
+            unsafe { self.grads.dq.part(at..at + d) }.copy_from_slice(&dq[..d]);
         }
     }
 }

@@ -2,11 +2,13 @@
 
 use super::attention::{AttentionShape, Chain};
 use super::attention_tile::{
-    KEYS, KeyHead, Product, QueryBlock, ROWS, Run, Shared, Side, fill_hidden, padded,
-    whole_vectors, within_tile,
+    KEYS, KeyHead, QueryBlock, ROWS, Run, Side, fill_hidden, padded, whole_vectors, within_tile,
 };
-use super::lanes::{Job, LANES, Level, Simd};
+use super::dispatch::CpuLevel;
+use super::lanes::{Kernel, LANES, Simd};
 use super::lanes_math::{exp, tanh};
+use super::parallel::SharedMut;
+use super::product::{Old, Product};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -26,12 +28,12 @@ pub fn forward(
     out: &mut [f32],
     lse: Option<&mut [f32]>,
 ) {
-    forward_at(Level::detect(), q, chains, shape, out, lse);
+    forward_at(CpuLevel::detect(), q, chains, shape, out, lse);
 }
 
 /// [`forward`] on a given instruction set.
 pub(super) fn forward_at(
-    level: Level,
+    level: CpuLevel,
     q: &[f32],
     chains: &[Chain],
     shape: &AttentionShape,
@@ -41,7 +43,7 @@ pub(super) fn forward_at(
     shape.check();
     check(chains);
     assert!(q.len() == out.len(), "queries and result differ in size");
-    let (out, lse) = (Shared::new(out), lse.map(Shared::new));
+    let (out, lse) = (SharedMut::new(out), lse.map(SharedMut::new));
     let blocks = blocks(chains, shape);
     let rows = blocks.iter().map(|(_, block)| block.rows(shape)).max().unwrap_or(0);
     let make = || Scratch::new(shape, rows);
@@ -124,11 +126,11 @@ struct Forward<'a> {
     block: QueryBlock,
     shape: &'a AttentionShape,
     scratch: &'a mut Scratch,
-    out: &'a Shared<'a>,
-    lse: Option<&'a Shared<'a>>,
+    out: &'a SharedMut<'a>,
+    lse: Option<&'a SharedMut<'a>>,
 }
 
-impl Job for Forward<'_> {
+impl Kernel for Forward<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let (shape, block) = (self.shape, self.block);
@@ -192,7 +194,7 @@ impl<'a> Forward<'a> {
             rows: rows.len(),
             cols: cols.len(),
             depth: shape.head_dim,
-            add: false,
+            old: Old::Drop,
         });
         for (row, scores) in rows.clone().zip(scratch.scores.chunks_exact_mut(KEYS)) {
             let visible = within_tile(&self.block.visible(shape, row), tile);
@@ -211,7 +213,7 @@ impl<'a> Forward<'a> {
                 rows: rows.len(),
                 cols: width,
                 depth: run.len,
-                add: true,
+                old: Old::First,
             });
         };
         let position = tile + seen.start;
@@ -240,9 +242,9 @@ impl<'a> Forward<'a> {
             let at = block.source(shape, row / group).start / d + row % group;
             // SAFETY: chains do not overlap, and a block's rows and heads are its own.
             unsafe {
-                self.out.write(at * d, &sums[..d]);
+                self.out.part(at * d..(at + 1) * d).copy_from_slice(&sums[..d]);
                 if let Some(lse) = self.lse {
-                    lse.write(at, &[state.top + total.ln()]);
+                    lse.part(at..at + 1)[0] = state.top + total.ln();
                 }
             }
         }

@@ -3,7 +3,7 @@
 use super::attention::*;
 use super::attention_backward::backward_at;
 use super::attention_forward::forward_at;
-use super::lanes::Level;
+use super::dispatch::CpuLevel;
 
 /// A packed batch with all its numbers.
 #[derive(Clone)]
@@ -68,7 +68,7 @@ impl Batch {
         }
     }
 
-    fn run(&self, level: Level) -> Numbers {
+    fn run(&self, level: CpuLevel) -> Numbers {
         let mut n = self.forward(level);
         (n.dq, n.dk, n.dv) = (vec![9.0; self.q.len()], vec![9.0; self.k.len()], self.v.clone());
         let Self { q, k, v, dout, .. } = self;
@@ -78,7 +78,7 @@ impl Batch {
         n
     }
 
-    fn forward(&self, level: Level) -> Numbers {
+    fn forward(&self, level: CpuLevel) -> Numbers {
         let chains = chains(&self.segments, &self.k, &self.v, self.shape.kv_width());
         let mut out = vec![9.0; self.q.len()];
         let mut lse = vec![9.0; self.q.len() / self.shape.head_dim];
@@ -219,7 +219,7 @@ fn in_pool<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> T {
 fn values_and_gradients_are_those_of_plain_loops() {
     for shape in shapes() {
         let batch = Batch::new(forest(), shape);
-        let (got, wanted) = (batch.run(Level::detect()), batch.exact());
+        let (got, wanted) = (batch.run(CpuLevel::detect()), batch.exact());
         assert_close("out", &got.out, &wanted.out, 1e-6);
         assert_close("lse", &got.lse, &wanted.lse, 1e-6);
         assert_close("dq", &got.dq, &wanted.dq, 5e-6);
@@ -233,7 +233,7 @@ fn long_segments_are_cut_into_pieces_without_a_trace() {
     let windowed = AttentionShape { window: Some(300), ..shape(2, 1, 8) };
     for shape in [shape(2, 1, 8), windowed] {
         let batch = Batch::new(tree(&[(700, None), (20, Some(0)), (300, Some(0))]), shape);
-        let (got, wanted) = (batch.run(Level::detect()), batch.exact());
+        let (got, wanted) = (batch.run(CpuLevel::detect()), batch.exact());
         assert_close("out", &got.out, &wanted.out, 1e-6);
         assert_close("dq", &got.dq, &wanted.dq, 5e-6);
         assert_close("dk", &got.dk, &wanted.dk, 5e-6);
@@ -245,7 +245,7 @@ fn long_segments_are_cut_into_pieces_without_a_trace() {
 fn large_scores_neither_overflow_nor_lose_the_maximum() {
     let sharp = AttentionShape { scale: 60.0, ..shape(2, 1, 16) };
     let batch = Batch::new(tree(&[(150, None)]), sharp);
-    let (got, wanted) = (batch.run(Level::detect()), batch.exact());
+    let (got, wanted) = (batch.run(CpuLevel::detect()), batch.exact());
     assert!(got.lse.iter().any(|x| *x > 100.0));
     assert_close("dv", &got.dv, &wanted.dv, 2e-3);
     assert_close("out", &got.out, &wanted.out, 2e-3);
@@ -255,10 +255,10 @@ fn large_scores_neither_overflow_nor_lose_the_maximum() {
 fn packed_is_alone_to_the_bit() {
     for shape in shapes() {
         let batch = Batch::new(forest(), shape);
-        let packed = batch.forward(Level::detect());
+        let packed = batch.forward(CpuLevel::detect());
         for (i, segment) in batch.segments.iter().enumerate() {
             let (alone, rows) = batch.alone(i);
-            let own = alone.forward(Level::detect());
+            let own = alone.forward(CpuLevel::detect());
             let (width, heads) = (shape.heads * shape.head_dim, shape.heads);
             for (position, row) in rows.iter().enumerate().skip(segment.position0) {
                 let (a, b) = (position * width, row * width);
@@ -287,7 +287,7 @@ fn cut<'a>(batch: &'a Batch, len: usize, cut: usize) -> Vec<KeySpan<'a>> {
 fn cached_decoding_is_the_full_forward_to_the_bit() {
     for shape in shapes() {
         let batch = Batch::new(tree(&[(203, None)]), shape);
-        let full = batch.forward(Level::detect());
+        let full = batch.forward(CpuLevel::detect());
         let width = shape.heads * shape.head_dim;
         for (step, size) in [(1, 16), (1, 203), (5, 7), (66, 1), (100, 64), (203, 37)] {
             for position0 in (0..203).step_by(step) {
@@ -308,7 +308,7 @@ fn cached_decoding_is_the_full_forward_to_the_bit() {
 fn decoding_many_sequences_is_decoding_each() {
     let shape = AttentionShape { window: Some(90), ..shape(6, 2, 16) };
     let batch = Batch::new(tree(&[(160, None)]), shape);
-    let full = batch.forward(Level::detect());
+    let full = batch.forward(CpuLevel::detect());
     let width = shape.heads * shape.head_dim;
     let positions: Vec<usize> = (0..64).map(|i| (i * 53 + 7) % 160).collect();
     let chains: Vec<Chain> = positions
@@ -329,10 +329,10 @@ fn decoding_many_sequences_is_decoding_each() {
 fn threads_and_instruction_set_change_no_bit() {
     for shape in shapes() {
         let batch = Batch::new(forest(), shape);
-        let one = in_pool(1, || batch.run(Level::detect()));
-        assert_same(&in_pool(2, || batch.run(Level::detect())), &one);
-        assert_same(&in_pool(5, || batch.run(Level::detect())), &one);
-        assert_same(&batch.run(Level::PORTABLE), &one);
+        let one = in_pool(1, || batch.run(CpuLevel::detect()));
+        assert_same(&in_pool(2, || batch.run(CpuLevel::detect())), &one);
+        assert_same(&in_pool(5, || batch.run(CpuLevel::detect())), &one);
+        assert_same(&batch.run(CpuLevel::Portable), &one);
     }
 }
 
@@ -340,7 +340,7 @@ fn threads_and_instruction_set_change_no_bit() {
 fn gradients_of_a_tree_do_not_depend_on_its_neighbours() {
     for shape in shapes() {
         let batch = Batch::new(forest(), shape);
-        let packed = batch.run(Level::detect());
+        let packed = batch.run(CpuLevel::detect());
         let moved = Batch { segments: tree(&[(130, None)]), ..batch.clone() };
         let before: usize = batch.segments[..5].iter().map(|s| s.len).sum();
         let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_width());
@@ -352,7 +352,7 @@ fn gradients_of_a_tree_do_not_depend_on_its_neighbours() {
             v: part(&batch.v, kv_width),
             ..moved
         };
-        let own = moved.run(Level::detect());
+        let own = moved.run(CpuLevel::detect());
         assert_bits("dq", &own.dq, &part(&packed.dq, width));
         assert_bits("dk", &own.dk, &part(&packed.dk, kv_width));
         assert_bits("dv", &own.dv, &part(&packed.dv, kv_width));
@@ -365,10 +365,10 @@ fn a_shared_prefix_gets_the_sum_of_the_gradients_of_repeated_ones() {
         let mut shared = Batch::new(tree(&[(75, None), (40, Some(0)), (66, Some(0))]), shape);
         let (width, kv_width) = (shape.heads * shape.head_dim, shape.kv_width());
         shared.dout[..75 * width].fill(0.0);
-        let got = shared.run(Level::detect());
+        let got = shared.run(CpuLevel::detect());
         let (mut dk, mut dv) = (vec![0.0; 75 * kv_width], vec![0.0; 75 * kv_width]);
         for i in [1, 2] {
-            let own = shared.alone(i).0.run(Level::detect());
+            let own = shared.alone(i).0.run(CpuLevel::detect());
             dk.iter_mut().zip(&own.dk).for_each(|(sum, x)| *sum += x);
             dv.iter_mut().zip(&own.dv).for_each(|(sum, x)| *sum += x);
             let start = shared.segments[i].start * width;
@@ -403,9 +403,9 @@ proptest::proptest! {
             .collect();
         let shape = AttentionShape { window, ..shape(3, 1, 8) };
         let batch = Batch::new(tree(&parts), shape);
-        let packed = batch.forward(Level::detect());
+        let packed = batch.forward(CpuLevel::detect());
         for (i, segment) in batch.segments.iter().enumerate() {
-            let own = batch.alone(i).0.forward(Level::detect());
+            let own = batch.alone(i).0.forward(CpuLevel::detect());
             let wanted = &packed.out[segment.start * 24..(segment.start + segment.len) * 24];
             assert_bits("out", &own.out[segment.position0 * 24..], wanted);
         }

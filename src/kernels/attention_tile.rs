@@ -1,140 +1,18 @@
-//! The parts that both passes of attention are made of: products of tiles, gathering of rows.
+//! The parts that both passes of attention are made of: tiles of keys, blocks of queries.
 
 use super::attention::{AttentionShape, KeySpan};
-use super::lanes::{Job, LANES, Simd};
-use std::marker::PhantomData;
+use super::lanes::{LANES, Simd};
 use std::ops::Range;
 
 /// Keys in a tile; tiles start at multiples of it in the chain.
 pub const KEYS: usize = 64;
 
-/// Rows that a product works on together.
+/// Rows of queries that go over a tile together.
 pub const ROWS: usize = 6;
 
 /// `head_dim` rounded up to whole vectors: the length of a row in scratch, zeros at its end.
 pub fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(LANES)
-}
-
-/// `c += a b`, or `c = a b` unless `add`. Each element sums over `depth` in ascending order by
-/// fused multiply-adds, whatever the other sizes are.
-pub struct Product<'a> {
-    /// Element (row, k) of the left matrix is `a[row * a_row + k * a_step]`.
-    pub a: &'a [f32],
-    /// Distance of the rows of `a`.
-    pub a_row: usize,
-    /// Distance of the columns of `a`.
-    pub a_step: usize,
-    /// The right matrix, `[depth, b_row]`, of which `cols` columns are used.
-    pub b: &'a [f32],
-    /// Distance of the rows of `b`.
-    pub b_row: usize,
-    /// The result, `[rows, c_row]`, of which `cols` columns are used.
-    pub c: &'a mut [f32],
-    /// Distance of the rows of `c`.
-    pub c_row: usize,
-    /// Rows of `a` and `c`.
-    pub rows: usize,
-    /// Columns of `b` and `c`, a multiple of sixteen.
-    pub cols: usize,
-    /// Terms of each sum.
-    pub depth: usize,
-    /// Whether to add to `c`.
-    pub add: bool,
-}
-
-impl Product<'_> {
-    fn check(&self) {
-        let (rows, depth, cols) = (self.rows - 1, self.depth - 1, self.cols);
-        assert!(cols % LANES == 0);
-        assert!(rows * self.a_row + depth * self.a_step < self.a.len());
-        assert!(depth * self.b_row + cols <= self.b.len());
-        assert!(rows * self.c_row + cols <= self.c.len());
-    }
-
-    /// Multiplies `R` rows from `row` on by all columns, `C` vectors of them at a time.
-    ///
-    /// # Safety
-    /// `check` has passed, and `row + R <= rows`.
-    #[inline(always)]
-    unsafe fn rows<S: Simd, const R: usize, const C: usize>(&mut self, s: S, row: usize) {
-        let wide = self.cols / (C * LANES) * (C * LANES);
-        for col in (0..wide).step_by(C * LANES) {
-            // SAFETY: the caller's promise; the columns end at or before `wide`.
-            unsafe { self.block::<S, R, C>(s, row, col) };
-        }
-        for col in (wide..self.cols).step_by(LANES) {
-            // SAFETY: the caller's promise; the columns end at or before `cols`.
-            unsafe { self.block::<S, R, 1>(s, row, col) };
-        }
-    }
-
-    /// Multiplies `R` rows from `row` on by `C` vectors of columns from `col` on.
-    ///
-    /// # Safety
-    /// `check` has passed, `row + R <= rows` and `col + C * 16 <= cols`.
-    #[inline(always)]
-    unsafe fn block<S: Simd, const R: usize, const C: usize>(
-        &mut self,
-        s: S,
-        row: usize,
-        col: usize,
-    ) {
-        // SAFETY: by `check`, every offset below lies inside its slice.
-        unsafe {
-            let c = self.c.as_mut_ptr().add(row * self.c_row + col);
-            let at = |i: usize, j: usize| c.add(i * self.c_row + j * LANES);
-            let mut sums = [[s.splat(0.0); C]; R];
-            if self.add {
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    for (j, sum) in sums.iter_mut().enumerate() {
-                        *sum = s.load(&*at(i, j).cast());
-                    }
-                }
-            }
-            let mut a = self.a.as_ptr().add(row * self.a_row);
-            let mut b = self.b.as_ptr().add(col);
-            for _ in 0..self.depth {
-                let right: [S::V; C] = std::array::from_fn(|j| s.load(&*b.add(j * LANES).cast()));
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let left = s.splat(*a.add(i * self.a_row));
-                    for (sum, right) in sums.iter_mut().zip(right) {
-                        *sum = s.fma(left, right, *sum);
-                    }
-                }
-                a = a.wrapping_add(self.a_step);
-                b = b.wrapping_add(self.b_row);
-            }
-            for (i, sums) in sums.iter().enumerate() {
-                for (j, sum) in sums.iter().enumerate() {
-                    s.store(&mut *at(i, j).cast(), *sum);
-                }
-            }
-        }
-    }
-}
-
-impl Job for Product<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        if self.rows == 0 || self.depth == 0 {
-            return;
-        }
-        self.check();
-        for row in (0..self.rows).step_by(ROWS) {
-            // SAFETY: checked above; as many rows are left as are taken.
-            unsafe {
-                match self.rows - row {
-                    1 => self.rows::<S, 1, 4>(s, row),
-                    2 => self.rows::<S, 2, 2>(s, row),
-                    3 => self.rows::<S, 3, 2>(s, row),
-                    4 => self.rows::<S, 4, 1>(s, row),
-                    5 => self.rows::<S, 5, 1>(s, row),
-                    _ => self.rows::<S, ROWS, 1>(s, row),
-                }
-            }
-        }
-    }
 }
 
 /// Transposes a tile `[KEYS, width]` to `[width, KEYS]`; `width` is a multiple of eight.
@@ -300,48 +178,4 @@ pub fn fill_hidden(x: &mut [f32], cols: &Range<usize>, visible: &Range<usize>, v
     let to = visible.end.clamp(cols.start, cols.end) - cols.start;
     x[..from].fill(value);
     x[to..].fill(value);
-}
-
-/// A result that many tasks write, each its own elements.
-pub struct Shared<'a> {
-    data: *mut f32,
-    len: usize,
-    borrow: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: `write` and `add` ask their callers to keep to disjoint elements.
-unsafe impl Sync for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    /// Borrows the result for as long as tasks write it.
-    pub fn new(x: &'a mut [f32]) -> Self {
-        Self { data: x.as_mut_ptr(), len: x.len(), borrow: PhantomData }
-    }
-
-    /// # Safety
-    /// No other task touches these elements.
-    unsafe fn part(&self, at: usize, len: usize) -> *mut [f32] {
-        assert!(at + len <= self.len, "a write past the end of a result");
-        // SAFETY: inside the slice by the assertion.
-        std::ptr::slice_from_raw_parts_mut(unsafe { self.data.add(at) }, len)
-    }
-
-    /// Writes `x` to the elements from `at` on.
-    ///
-    /// # Safety
-    /// No other task touches these elements at the same time.
-    pub unsafe fn write(&self, at: usize, x: &[f32]) {
-        // SAFETY: the caller's promise.
-        unsafe { &mut *self.part(at, x.len()) }.copy_from_slice(x);
-    }
-
-    /// Adds `x` to the elements from `at` on.
-    ///
-    /// # Safety
-    /// No other task touches these elements at the same time.
-    pub unsafe fn add(&self, at: usize, x: &[f32]) {
-        // SAFETY: the caller's promise.
-        let part = unsafe { &mut *self.part(at, x.len()) };
-        part.iter_mut().zip(x).for_each(|(y, x)| *y += x);
-    }
 }

@@ -5,9 +5,9 @@
 
 use std::sync::OnceLock;
 
-use super::simd::{Portable, Simd};
+use super::lanes::{Kernel, Portable, Simd};
 #[cfg(target_arch = "x86_64")]
-use super::simd_x86::{Avx2, Avx512};
+use super::lanes_x86::{Avx2, Avx512};
 
 /// A vector extension that kernels are compiled for, worst first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,6 +26,20 @@ impl CpuLevel {
     pub fn detect() -> Self {
         static LEVEL: OnceLock<CpuLevel> = OnceLock::new();
         *LEVEL.get_or_init(detect_now)
+    }
+
+    /// Runs `kernel` at this level, or at the machine's best level where that is lower.
+    #[inline]
+    pub(crate) fn run<R, K: Kernel<R>>(self, kernel: K) -> R {
+        match self.min(Self::detect()) {
+            // SAFETY: `detect` saw the features.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { Avx512::new() }.run(kernel),
+            // SAFETY: `detect` saw the features.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { Avx2::new() }.run(kernel),
+            _ => Portable.run(kernel),
+        }
     }
 }
 
@@ -46,49 +60,6 @@ fn detect_now() -> CpuLevel {
 #[cfg(not(target_arch = "x86_64"))]
 fn detect_now() -> CpuLevel {
     CpuLevel::Portable
-}
-
-/// A piece of work written once over [`Simd`] and compiled for every level.
-pub(crate) trait SimdTask {
-    /// What the work returns.
-    type Output;
-
-    /// Does the work; mark it `#[inline(always)]`, or it is compiled without the extension.
-    ///
-    /// # Safety
-    /// The CPU has the features of `S`, and pointers in `self` are valid for what the task does.
-    unsafe fn run<S: Simd>(self) -> Self::Output;
-}
-
-/// Runs `task` at `level`, or at the machine's best level where that is lower.
-///
-/// # Safety
-/// Pointers in `task` are valid for what the task does.
-pub(crate) unsafe fn dispatch<T: SimdTask>(level: CpuLevel, task: T) -> T::Output {
-    match level.min(CpuLevel::detect()) {
-        // SAFETY: `detect` saw the features; the pointers are the caller's promise.
-        #[cfg(target_arch = "x86_64")]
-        CpuLevel::Avx512 => unsafe { run_avx512(task) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        CpuLevel::Avx2 => unsafe { run_avx2(task) },
-        // SAFETY: no features are needed; the pointers are the caller's promise.
-        _ => unsafe { task.run::<Portable>() },
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn run_avx512<T: SimdTask>(task: T) -> T::Output {
-    // SAFETY: this function is compiled for, and only called with, these features.
-    unsafe { task.run::<Avx512>() }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn run_avx2<T: SimdTask>(task: T) -> T::Output {
-    // SAFETY: this function is compiled for, and only called with, these features.
-    unsafe { task.run::<Avx2>() }
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! Gated linear units (arXiv:2002.05202): `y = act(gate) * up`.
 
-use super::lanes::{Job, LANES, Level, Simd};
-use super::lanes_math::{normal, sigmoid};
-use super::lanes_tasks::{for_each, task_len};
+use super::dispatch::CpuLevel;
+use super::lanes::{Kernel, LANES, Simd};
+use super::lanes_math::{gelu, gelu_tanh, silu};
+use super::parallel::{for_each, task_len};
 
 /// The activation on the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +19,7 @@ pub enum GluActivation {
 /// `y = act(gate) * up`, element by element.
 pub fn glu(gate: &[f32], up: &[f32], act: GluActivation, y: &mut [f32]) {
     assert!(gate.len() == up.len() && gate.len() == y.len());
-    let (level, task) = (Level::detect(), task_len(1));
+    let (level, task) = (CpuLevel::detect(), task_len(1));
     let parts = gate.chunks(task).zip(up.chunks(task)).zip(y.chunks_mut(task));
     for_each(parts, |((gate, up), y)| level.run(Forward { gate, up, act, y }));
 }
@@ -33,7 +34,7 @@ pub fn glu_backward(
     dup: &mut [f32],
 ) {
     assert!([up.len(), dy.len(), dgate.len(), dup.len()].iter().all(|n| *n == gate.len()));
-    let (level, task) = (Level::detect(), task_len(1));
+    let (level, task) = (CpuLevel::detect(), task_len(1));
     let inputs = gate.chunks(task).zip(up.chunks(task)).zip(dy.chunks(task));
     let parts = inputs.zip(dgate.chunks_mut(task).zip(dup.chunks_mut(task)));
     for_each(parts, |(((gate, up), dy), (dgate, dup))| {
@@ -48,7 +49,7 @@ struct Forward<'a> {
     y: &'a mut [f32],
 }
 
-impl Job for Forward<'_> {
+impl Kernel for Forward<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let inputs = self.gate.chunks(LANES).zip(self.up.chunks(LANES));
@@ -68,7 +69,7 @@ struct Backward<'a> {
     dup: &'a mut [f32],
 }
 
-impl Job for Backward<'_> {
+impl Kernel for Backward<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let inputs = self.gate.chunks(LANES).zip(self.up.chunks(LANES)).zip(self.dy.chunks(LANES));
@@ -86,34 +87,10 @@ impl Job for Backward<'_> {
 #[inline(always)]
 fn value_and_slope<S: Simd>(s: S, x: S::V, act: GluActivation) -> (S::V, S::V) {
     match act {
-        GluActivation::Silu => gated(s, x, x, s.splat(1.0)),
+        GluActivation::Silu => silu(s, x),
         GluActivation::GeluTanh => gelu_tanh(s, x),
-        GluActivation::Gelu => {
-            let (below, density) = normal(s, x);
-            (s.mul(x, below), s.fma(x, density, below))
-        }
+        GluActivation::Gelu => gelu(s, x),
     }
-}
-
-/// `x * sigmoid(inner)` and its derivative, where `inner` grows by `growth`.
-#[inline(always)]
-fn gated<S: Simd>(s: S, x: S::V, inner: S::V, growth: S::V) -> (S::V, S::V) {
-    let (open, closed) = sigmoid(s, inner);
-    let value = s.mul(x, open);
-    (value, s.fma(s.mul(value, closed), growth, open))
-}
-
-/// `x / 2 * (1 + tanh(u)) = x * sigmoid(2 u)` with `u = sqrt(2 / pi) (x + 0.044715 x³)`; `u` is
-/// taken at most at 30, where the sigmoid has long been 0 or 1, so that nothing overflows.
-#[inline(always)]
-fn gelu_tanh<S: Simd>(s: S, x: S::V) -> (S::V, S::V) {
-    let (twice, cubic) = (s.splat(1.595_769), s.splat(0.044_715));
-    let near = s.max(s.splat(-30.0), s.min(s.splat(30.0), x));
-    let square = s.mul(near, near);
-    let one = s.splat(1.0);
-    let inner = s.mul(near, s.fma(cubic, square, one));
-    let growth = s.fma(s.splat(3.0 * 0.044_715), square, one);
-    gated(s, x, s.mul(twice, inner), s.mul(twice, growth))
 }
 
 #[cfg(test)]
@@ -197,7 +174,7 @@ mod tests {
             let n = gate.len();
             let (mut y, mut plain) = (vec![0.0; n], vec![0.0; n]);
             glu(&gate, &up, act, &mut y);
-            Level::PORTABLE.run(Forward { gate: &gate, up: &up, act, y: &mut plain });
+            CpuLevel::Portable.run(Forward { gate: &gate, up: &up, act, y: &mut plain });
             assert_eq!(y, plain);
             for i in (0..n - 5).step_by(997) {
                 let mut own = [0.0; 5];

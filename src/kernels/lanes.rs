@@ -1,26 +1,30 @@
 //! Vectors of sixteen f32 lanes with the same bits on every instruction set.
 //!
-//! A kernel is a [`Job`] written once over [`Simd`]; [`Level::run`] compiles it for the best
-//! instruction set that the machine has. Every operation rounds each lane as IEEE 754 says and
-//! sums over lanes take a fixed tree, so the instruction set changes the speed and nothing else.
+//! A computation is a [`Kernel`] written once over [`Simd`];
+//! [`CpuLevel::run`](super::dispatch::CpuLevel::run) compiles it for the best instruction set that
+//! the machine has. Every operation rounds each lane as IEEE 754 says and sums over lanes take a
+//! fixed tree, so the instruction set changes the speed and nothing else.
 
-#[cfg(target_arch = "x86_64")]
-use super::lanes_avx2::Avx2;
-
-/// Number of lanes of a vector.
-pub const LANES: usize = 16;
+/// Lanes of a vector, and output rows of a packed panel.
+pub(crate) const LANES: usize = 16;
 
 /// An instruction set; holding a value proves that the machine has it.
-pub trait Simd: Copy {
+pub(crate) trait Simd: Copy {
     /// Sixteen f32 lanes.
     type V: Copy;
+    /// Rows of the tallest tile of accumulators that stays in registers.
+    const ROWS: usize;
+    /// Whether that tile is two vectors wide, and shorter ones are up to four.
+    const WIDE: bool;
 
-    /// Runs a job compiled for this instruction set, as a function of its own.
-    fn run<J: Job>(self, job: J);
+    /// Runs a kernel compiled for this instruction set, as a function of its own.
+    fn run<R, K: Kernel<R>>(self, kernel: K) -> R;
     /// The same number in every lane.
     fn splat(self, x: f32) -> Self::V;
     /// Reads the lanes.
     fn load(self, x: &[f32; LANES]) -> Self::V;
+    /// Reads the lanes from the bits of bf16 numbers.
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::V;
     /// Writes the lanes.
     fn store(self, y: &mut [f32; LANES], v: Self::V);
     /// `a + b`.
@@ -43,7 +47,7 @@ pub trait Simd: Copy {
     fn add_exponent(self, x: Self::V, t: Self::V) -> Self::V;
     /// Sum of the lanes: halves are added to halves four times.
     fn sum(self, v: Self::V) -> f32;
-    /// Largest lane.
+    /// Largest lane, found in the same order.
     fn top(self, v: Self::V) -> f32;
     /// Transposes eight rows of `x` into eight columns of `y`: `y[i * y_stride + j] = x[j *
     /// x_stride + i]` for `i, j < 8`.
@@ -72,53 +76,17 @@ pub trait Simd: Copy {
     }
 }
 
-/// A computation written over any instruction set. `run` and all it calls are to be
-/// `#[inline(always)]`, or they are compiled without the instruction set.
-pub trait Job {
+/// A computation with result `R` written over any instruction set. `run` and all it calls are to
+/// be `#[inline(always)]`, or they are compiled without the instruction set.
+pub(crate) trait Kernel<R = ()> {
     /// Does the work.
-    fn run<S: Simd>(self, simd: S);
+    fn run<S: Simd>(self, simd: S) -> R;
 }
 
-/// Which instruction set to use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Level(Kind);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Portable,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-}
-
-impl Level {
-    /// Plain Rust, which runs everywhere.
-    pub const PORTABLE: Self = Self(Kind::Portable);
-
-    /// The best that this machine has.
-    #[inline]
-    pub fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            return Self(Kind::Avx2);
-        }
-        Self::PORTABLE
-    }
-
-    /// Runs a job on this instruction set.
-    #[inline]
-    pub fn run<J: Job>(self, job: J) {
-        match self.0 {
-            Kind::Portable => job.run(Portable),
-            // SAFETY: only `detect` makes this level, after finding both features.
-            #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => unsafe { Avx2::new() }.run(job),
-        }
-    }
-}
-
-/// Sixteen lanes in plain Rust.
+/// Sixteen lanes in plain Rust; `f32::mul_add` is one instruction on aarch64 and a (slow) library
+/// call on x86 machines without FMA.
 #[derive(Clone, Copy, Debug)]
-pub struct Portable;
+pub(crate) struct Portable;
 
 #[inline(always)]
 fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
@@ -134,9 +102,12 @@ fn fold(v: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
 
 impl Simd for Portable {
     type V = [f32; LANES];
+    const ROWS: usize = 4;
+    const WIDE: bool = false;
 
-    fn run<J: Job>(self, job: J) {
-        job.run(self);
+    #[inline(always)]
+    fn run<R, K: Kernel<R>>(self, kernel: K) -> R {
+        kernel.run(self)
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -145,6 +116,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn load(self, x: &[f32; LANES]) -> Self::V {
         *x
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::V {
+        x.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
     #[inline(always)]
     fn store(self, y: &mut [f32; LANES], v: Self::V) {
@@ -207,15 +182,17 @@ impl Simd for Portable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::dispatch::CpuLevel;
 
     struct All<'a>(&'a [f32; LANES], &'a [f32; LANES], &'a mut Vec<f32>);
 
-    impl Job for All<'_> {
+    impl Kernel for All<'_> {
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
             let (a, b) = (s.load(self.0), s.load(self.1));
             let vectors = [
                 s.splat(self.0[3]),
+                s.load_bf16(&self.1.map(|x| (x.to_bits() >> 16) as u16)),
                 s.add(a, b),
                 s.sub(a, b),
                 s.mul(a, b),
@@ -250,12 +227,15 @@ mod tests {
         let mut b: [f32; LANES] = std::array::from_fn(|i| (i as f32 * 1.3).cos() * 7.0);
         for special in [1.0, -0.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             b[5] = special;
-            let (mut fast, mut plain) = (Vec::new(), Vec::new());
-            Level::detect().run(All(&a, &b, &mut fast));
-            Level::PORTABLE.run(All(&a, &b, &mut plain));
-            assert_eq!(fast.len(), plain.len());
-            for (x, y) in fast.iter().zip(&plain) {
-                assert!(x.to_bits() == y.to_bits() || x.is_nan() && y.is_nan(), "{x} {y}");
+            let mut plain = Vec::new();
+            CpuLevel::Portable.run(All(&a, &b, &mut plain));
+            for level in [CpuLevel::Avx2, CpuLevel::Avx512] {
+                let mut fast = Vec::new();
+                level.run(All(&a, &b, &mut fast));
+                assert_eq!(fast.len(), plain.len());
+                for (x, y) in fast.iter().zip(&plain) {
+                    assert!(x.to_bits() == y.to_bits() || x.is_nan() && y.is_nan(), "{x} {y}");
+                }
             }
         }
     }

@@ -1,9 +1,10 @@
 //! One row of logits: its statistics and its gradient, in place.
 
-use super::dispatch::{CpuLevel, SimdTask, dispatch};
+use super::dispatch::CpuLevel;
+use super::lanes::{Kernel, LANES, Simd};
+use super::lanes_math::{exp, tanh};
 use super::logp::LogpOptions;
-use super::simd::{LANES, Simd};
-use super::vexp::{Lanewise, Max, exp_lanes, map, tanh_lanes};
+use super::slices::{Lanewise, map, max};
 
 /// Elements whose exponentials are summed in `f32` before they enter an `f64` total.
 const SUM_BLOCK: usize = 1024;
@@ -56,19 +57,16 @@ pub(crate) fn squash(level: CpuLevel, row: &mut [f32], options: &LogpOptions) {
 }
 
 fn summarise(level: CpuLevel, row: &[f32]) -> RowStats {
-    // SAFETY: the tasks hold slices.
-    unsafe {
-        let max = dispatch(level, Max(row));
-        let argmax = row.iter().position(|&l| l == max).unwrap_or(0) as u32;
-        let (mut sum, mut moment) = (0.0, 0.0);
-        for block in row.chunks(SUM_BLOCK) {
-            let (s, m) = dispatch(level, SumExp { row: block, max });
-            sum += f64::from(s);
-            moment += f64::from(m);
-        }
-        let log_sum = sum.ln();
-        RowStats { max, argmax, log_sum, entropy: log_sum - moment / sum }
+    let max = max(level, row);
+    let argmax = row.iter().position(|&l| l == max).unwrap_or(0) as u32;
+    let (mut sum, mut moment) = (0.0, 0.0);
+    for block in row.chunks(SUM_BLOCK) {
+        let (s, m) = level.run(SumExp { row: block, max });
+        sum += f64::from(s);
+        moment += f64::from(m);
     }
+    let log_sum = sum.ln();
+    RowStats { max, argmax, log_sum, entropy: log_sum - moment / sum }
 }
 
 /// What a row's gradient is made of.
@@ -110,9 +108,8 @@ struct Cap {
 
 impl Lanewise for Cap {
     #[inline(always)]
-    unsafe fn at<S: Simd>(self, z: S::V) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { S::mul(tanh_lanes::<S>(S::mul(z, S::splat(self.inverse))), S::splat(self.scale)) }
+    fn at<S: Simd>(self, s: S, z: S::V) -> S::V {
+        s.mul(tanh(s, s.mul(z, s.splat(self.inverse))), s.splat(self.scale))
     }
 }
 
@@ -122,9 +119,8 @@ struct Scale(f32);
 
 impl Lanewise for Scale {
     #[inline(always)]
-    unsafe fn at<S: Simd>(self, z: S::V) -> S::V {
-        // SAFETY: the caller's promise.
-        unsafe { S::mul(z, S::splat(self.0)) }
+    fn at<S: Simd>(self, s: S, z: S::V) -> S::V {
+        s.mul(z, s.splat(self.0))
     }
 }
 
@@ -146,16 +142,13 @@ impl Slope {
         let t = l * self.inverse;
         self.inv_temperature * (1.0 - t * t)
     }
+}
 
-    /// # Safety
-    /// The CPU has the features of `S`.
+impl Lanewise for Slope {
     #[inline(always)]
-    unsafe fn at<S: Simd>(self, l: S::V) -> S::V {
-        // SAFETY: arithmetic only.
-        unsafe {
-            let t = S::mul(l, S::splat(self.inverse));
-            S::mul(S::splat(self.inv_temperature), S::sub(S::splat(1.0), S::mul(t, t)))
-        }
+    fn at<S: Simd>(self, s: S, l: S::V) -> S::V {
+        let t = s.mul(l, s.splat(self.inverse));
+        s.mul(s.splat(self.inv_temperature), s.sub(s.splat(1.0), s.mul(t, t)))
     }
 }
 
@@ -168,16 +161,13 @@ struct RowGradient {
 
 impl Lanewise for RowGradient {
     #[inline(always)]
-    unsafe fn at<S: Simd>(self, l: S::V) -> S::V {
+    fn at<S: Simd>(self, s: S, l: S::V) -> S::V {
         let Pull { lse, weight, dentropy, entropy } = self.pull;
-        // SAFETY: the caller's promise.
-        unsafe {
-            let logp = S::sub(l, S::splat(lse));
-            let p = exp_lanes::<S>(logp);
-            let inner = S::add(logp, S::splat(entropy));
-            let pull = S::mul_add(S::splat(-dentropy), inner, S::splat(-weight));
-            S::mul(S::mul(p, pull), self.slope.at::<S>(l))
-        }
+        let logp = s.sub(l, s.splat(lse));
+        let p = exp(s, logp);
+        let inner = s.add(logp, s.splat(entropy));
+        let pull = s.fma(s.splat(-dentropy), inner, s.splat(-weight));
+        s.mul(s.mul(p, pull), self.slope.at(s, l))
     }
 }
 
@@ -187,37 +177,26 @@ struct SumExp<'a> {
     max: f32,
 }
 
-impl SimdTask for SumExp<'_> {
-    type Output = (f32, f32);
-
+impl Kernel<(f32, f32)> for SumExp<'_> {
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> (f32, f32) {
-        // SAFETY: chunks and the padded rest are sixteen elements.
-        unsafe {
-            let mut totals = (S::splat(0.0), S::splat(0.0));
-            let chunks = self.row.chunks_exact(LANES);
-            let rest = chunks.remainder();
-            for chunk in chunks {
-                totals = add_exp::<S>(totals, S::sub(S::load(chunk.as_ptr()), S::splat(self.max)));
-            }
-            if !rest.is_empty() {
-                // far enough below the maximum that the exponential is 0
-                let mut last = [-1000.0; LANES];
-                last.iter_mut().zip(rest).for_each(|(x, l)| *x = l - self.max);
-                totals = add_exp::<S>(totals, S::load(last.as_ptr()));
-            }
-            (S::reduce_add(totals.0), S::reduce_add(totals.1))
+    fn run<S: Simd>(self, s: S) -> (f32, f32) {
+        let mut totals = (s.splat(0.0), s.splat(0.0));
+        let (whole, rest) = self.row.as_chunks();
+        for l in whole {
+            totals = add_exp(s, totals, s.sub(s.load(l), s.splat(self.max)));
         }
+        if !rest.is_empty() {
+            // far enough below the maximum that the exponential is 0
+            let mut last = [-1000.0; LANES];
+            last.iter_mut().zip(rest).for_each(|(x, l)| *x = l - self.max);
+            totals = add_exp(s, totals, s.load(&last));
+        }
+        (s.sum(totals.0), s.sum(totals.1))
     }
 }
 
-/// # Safety
-/// The CPU has the features of `S`.
 #[inline(always)]
-unsafe fn add_exp<S: Simd>(totals: (S::V, S::V), x: S::V) -> (S::V, S::V) {
-    // SAFETY: arithmetic only.
-    unsafe {
-        let e = exp_lanes::<S>(x);
-        (S::add(totals.0, e), S::mul_add(e, x, totals.1))
-    }
+fn add_exp<S: Simd>(s: S, totals: (S::V, S::V), x: S::V) -> (S::V, S::V) {
+    let e = exp(s, x);
+    (s.add(totals.0, e), s.fma(e, x, totals.1))
 }

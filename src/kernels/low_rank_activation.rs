@@ -1,6 +1,9 @@
 //! The function between the two matrices of a low-rank adapter, and its derivative.
 
-use super::vexp;
+use super::dispatch::CpuLevel;
+use super::lanes::Simd;
+use super::lanes_math::{gelu, silu, tanh};
+use super::slices::{Lanewise, map};
 
 /// The function applied to the low-rank code `z`, as PyTorch defines it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,70 +24,53 @@ pub enum Activation {
 impl Activation {
     /// `phi(z)` of each element.
     pub fn apply(self, z: &[f32]) -> Vec<f32> {
-        match self {
-            Activation::Linear => z.to_vec(),
-            Activation::Silu => each(z, &exp_of_negative(z), |z, e| z / (1.0 + e)),
-            Activation::Relu => z.iter().map(|&z| if z < 0.0 { 0.0 } else { z }).collect(),
-            Activation::Gelu => {
-                z.iter().map(|&z| (f64::from(z) * normal_cdf(f64::from(z))) as f32).collect()
-            }
-            Activation::Tanh => tanh_of(z),
-        }
+        let mut value = z.to_vec();
+        map(CpuLevel::detect(), &mut value, Value(self));
+        value
     }
 
     /// `phi'(z)` of each element.
     pub fn derivative(self, z: &[f32]) -> Vec<f32> {
+        let mut slope = z.to_vec();
+        map(CpuLevel::detect(), &mut slope, Slope(self));
+        slope
+    }
+
+    /// `phi(z)` and `phi'(z)`.
+    #[inline(always)]
+    fn value_and_slope<S: Simd>(self, s: S, z: S::V) -> (S::V, S::V) {
+        let (zero, one) = (s.splat(0.0), s.splat(1.0));
         match self {
-            Activation::Linear => vec![1.0; z.len()],
-            Activation::Silu => each(z, &exp_of_negative(z), |z, e| {
-                let s = 1.0 / (1.0 + e);
-                s * (1.0 + z * (1.0 - s))
-            }),
-            Activation::Relu => z.iter().map(|&z| if z > 0.0 { 1.0 } else { 0.0 }).collect(),
-            Activation::Gelu => z.iter().map(|&z| gelu_slope(f64::from(z)) as f32).collect(),
-            Activation::Tanh => tanh_of(z).iter().map(|t| 1.0 - t * t).collect(),
+            Activation::Linear => (z, one),
+            Activation::Silu => silu(s, z),
+            Activation::Relu => (s.max(zero, z), s.select_lt(zero, z, one, zero)),
+            Activation::Gelu => gelu(s, z),
+            Activation::Tanh => {
+                let t = tanh(s, z);
+                (t, s.sub(one, s.mul(t, t)))
+            }
         }
     }
 }
 
-fn each(z: &[f32], e: &[f32], f: impl Fn(f32, f32) -> f32) -> Vec<f32> {
-    z.iter().zip(e).map(|(&z, &e)| f(z, e)).collect()
-}
+#[derive(Clone, Copy)]
+struct Value(Activation);
 
-fn exp_of_negative(z: &[f32]) -> Vec<f32> {
-    let mut e: Vec<f32> = z.iter().map(|z| -z).collect();
-    vexp::exp_slice(&mut e);
-    e
-}
-
-fn tanh_of(z: &[f32]) -> Vec<f32> {
-    let mut t = z.to_vec();
-    vexp::tanh_slice(&mut t);
-    t
-}
-
-fn normal_cdf(z: f64) -> f64 {
-    0.5 * (1.0 + erf(z * std::f64::consts::FRAC_1_SQRT_2))
-}
-
-fn gelu_slope(z: f64) -> f64 {
-    let density = (-0.5 * z * z).exp() / (2.0 * std::f64::consts::PI).sqrt();
-    normal_cdf(z) + z * density
-}
-
-/// The error function by `2 x / sqrt(pi) exp(-x^2) sum of (2 x^2)^n / (1 3 5 .. (2 n + 1))`
-/// (Abramowitz and Stegun 7.1.6), whose terms all have one sign.
-fn erf(x: f64) -> f64 {
-    if x.abs() >= 6.0 {
-        return x.signum();
+impl Lanewise for Value {
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, z: S::V) -> S::V {
+        self.0.value_and_slope(s, z).0
     }
-    let (mut term, mut total, mut odd) = (1.0, 1.0, 1.0);
-    while term > total * 1e-17 {
-        odd += 2.0;
-        term *= 2.0 * x * x / odd;
-        total += term;
+}
+
+#[derive(Clone, Copy)]
+struct Slope(Activation);
+
+impl Lanewise for Slope {
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, z: S::V) -> S::V {
+        self.0.value_and_slope(s, z).1
     }
-    x * (-x * x).exp() * total * std::f64::consts::FRAC_2_SQRT_PI
 }
 
 #[cfg(test)]
@@ -98,21 +84,6 @@ mod tests {
         Activation::Gelu,
         Activation::Tanh,
     ];
-
-    #[test]
-    fn erf_has_the_tabulated_values() {
-        let table = [
-            (0.5, 0.520_499_877_813_046_5),
-            (1.0, 0.842_700_792_949_714_9),
-            (2.0, 0.995_322_265_018_952_7),
-            (3.5, 0.999_999_256_901_627_7),
-        ];
-        for (x, want) in table {
-            assert!((erf(x) - want).abs() < 1e-14 && (erf(-x) + want).abs() < 1e-14);
-        }
-        assert_eq!([erf(0.0), erf(7.0)], [0.0, 1.0]);
-        assert!(erf(f64::NAN).is_nan());
-    }
 
     #[test]
     fn derivatives_match_finite_differences() {

@@ -8,11 +8,11 @@
 use std::ops::Range;
 
 use super::dispatch::CpuLevel;
+use super::lanes::LANES;
 use super::matmul_fill::{copy_rows, fill_panel};
-use super::matmul_tile::{Element, Join, Strip, best_panels, multiply};
+use super::matmul_tile::{Element, Strip, best_panels, multiply};
 use super::pack::{PackedMatrix, Storage};
 use super::parallel::{SharedMut, for_each, part, task_count};
-use super::simd::LANES;
 
 /// How products are computed; the names are PyTorch's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,7 +77,7 @@ pub(crate) fn product(
     let panels = job.columns.div_ceil(LANES);
     let tasks = task_count(job.rows * job.k * panels * LANES, 2);
     let (row_parts, panel_parts) = grid(job.rows, panels, tasks);
-    for_each(row_parts * panel_parts, |i| {
+    for_each(0..row_parts * panel_parts, |i| {
         let rows = part(job.rows, 12, row_parts, i / panel_parts);
         let panels = part(panels, 2, panel_parts, i % panel_parts);
         job.block(rows, panels);
@@ -91,20 +91,6 @@ fn grid(rows: usize, panels: usize, tasks: usize) -> (usize, usize) {
     let grids = (least..=least.max(tasks)).map(|r| (r, tasks.div_ceil(r).min(panels)));
     let read_again = |&(r, p): &(usize, usize)| r * panels * LANES + p * rows;
     grids.filter(|(r, p)| r * p >= tasks).min_by_key(read_again).unwrap_or((least, 1))
-}
-
-/// Either product on this thread.
-pub(crate) fn product_serial(
-    level: CpuLevel,
-    axis: Axis,
-    x: &[f32],
-    w: &PackedMatrix,
-    precision: MatmulPrecision,
-    y: &mut [f32],
-) {
-    if let Some(job) = Product::new(level, axis, x, w, None, precision, y) {
-        job.block(0..job.rows, 0..job.columns.div_ceil(LANES));
-    }
 }
 
 /// A checked product.
@@ -256,12 +242,10 @@ impl<'a> Product<'a> {
             a: step.a,
             lda: step.lda,
             b,
-            ldb: LANES,
             panels: step.panels,
             panel_stride,
             init: self.start[column..].as_ptr(),
             ldi: 0,
-            join: Join::Sum,
             y: std::ptr::null_mut(),
             ldy: self.columns,
         };

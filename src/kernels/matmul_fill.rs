@@ -3,10 +3,10 @@
 
 use std::ops::Range;
 
-use super::dispatch::{CpuLevel, SimdTask, dispatch};
+use super::dispatch::CpuLevel;
+use super::lanes::{Kernel, LANES, Simd};
 use super::matmul::Axis;
 use super::pack::{PackedMatrix, RowBf16, RowF32, Storage};
-use super::simd::{LANES, Simd};
 
 /// To the nearest bf16 (ties to even), as `f32`; NaN stays NaN.
 #[inline(always)]
@@ -29,8 +29,7 @@ pub(crate) fn copy_rows(
         to.copy_from_slice(&from[..width]);
     }
     if round {
-        // SAFETY: the task holds a slice.
-        unsafe { dispatch(level, Round(into)) };
+        level.run(Round(into));
     }
 }
 
@@ -46,9 +45,7 @@ pub(crate) fn fill_panel(
     into: &mut [f32],
 ) {
     if axis == Axis::Input {
-        assert!(into.len() >= k.len().next_multiple_of(LANES) * LANES);
-        // SAFETY: the task holds slices, long enough by the assertion.
-        return unsafe { dispatch(level, Transpose { w, panel, k, round, into }) };
+        return level.run(Transpose { w, panel, k, round, into });
     }
     let start = panel * w.in_features() + k.start;
     match &w.storage {
@@ -58,25 +55,20 @@ pub(crate) fn fill_panel(
             }
         }
         Storage::Bf16(rows) => {
-            assert!(into.len() >= k.len() * LANES);
-            // SAFETY: the task holds slices, long enough by the assertion.
-            unsafe { dispatch(level, Widen { rows: &rows[start..start + k.len()], into }) };
+            level.run(Widen { rows: &rows[start..start + k.len()], into });
         }
     }
     if round && !w.is_bf16() {
-        // SAFETY: the task holds a slice.
-        unsafe { dispatch(level, Round(into)) };
+        level.run(Round(into));
     }
 }
 
 /// Rounds in place.
 struct Round<'a>(&'a mut [f32]);
 
-impl SimdTask for Round<'_> {
-    type Output = ();
-
+impl Kernel for Round<'_> {
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
+    fn run<S: Simd>(self, _: S) {
         for x in self.0 {
             *x = round_to_bf16(*x);
         }
@@ -89,15 +81,10 @@ struct Widen<'a> {
     into: &'a mut [f32],
 }
 
-impl SimdTask for Widen<'_> {
-    type Output = ();
-
+impl Kernel for Widen<'_> {
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        for (to, row) in self.into.chunks_exact_mut(LANES).zip(self.rows) {
-            // SAFETY: both sides are sixteen elements.
-            unsafe { S::store(to.as_mut_ptr(), S::load_bf16(row.0.as_ptr())) };
-        }
+    fn run<S: Simd>(self, s: S) {
+        read_bf16(s, self.rows, self.into);
     }
 }
 
@@ -110,35 +97,35 @@ struct Transpose<'a> {
     into: &'a mut [f32],
 }
 
-impl SimdTask for Transpose<'_> {
-    type Output = ();
-
+impl Kernel for Transpose<'_> {
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
+    fn run<S: Simd>(self, s: S) {
         let in_features = self.w.in_features();
         let first = self.panel * LANES;
         let count = LANES.min(in_features - first);
         let mut tile = [0.0f32; LANES * LANES];
-        for (i, k0) in self.k.clone().step_by(LANES).enumerate() {
+        for (k0, to) in self.k.step_by(LANES).zip(self.into.chunks_exact_mut(LANES * LANES)) {
             let start = k0 / LANES * in_features + first;
-            let to = self.into[i * LANES * LANES..][..LANES * LANES].as_mut_ptr();
-            // SAFETY: the tile and the target are 16 x 16, a whole source tile is 16 rows.
-            unsafe {
-                match &self.w.storage {
-                    Storage::F32(rows) if count == LANES && !self.round => {
-                        S::transpose(rows[start..start + LANES].as_ptr().cast(), to);
-                    }
-                    Storage::F32(rows) => {
-                        read_f32(&rows[start..start + count], self.round, &mut tile);
-                        S::transpose(tile.as_ptr(), to);
-                    }
-                    Storage::Bf16(rows) => {
-                        read_bf16::<S>(&rows[start..start + count], &mut tile);
-                        S::transpose(tile.as_ptr(), to);
-                    }
+            match &self.w.storage {
+                Storage::F32(rows) if count == LANES && !self.round => {
+                    transpose16(s, RowF32::elements(&rows[start..start + LANES]), to);
+                    continue;
                 }
+                Storage::F32(rows) => {
+                    read_f32(&rows[start..start + count], self.round, &mut tile);
+                }
+                Storage::Bf16(rows) => read_bf16(s, &rows[start..start + count], &mut tile),
             }
+            transpose16(s, &tile, to);
         }
+    }
+}
+
+/// Transposes a dense 16 x 16 tile.
+#[inline(always)]
+fn transpose16<S: Simd>(s: S, x: &[f32], y: &mut [f32]) {
+    for (i, j) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
+        s.transpose8(&x[i * LANES + j..], LANES, &mut y[j * LANES + i..], LANES);
     }
 }
 
@@ -151,12 +138,9 @@ fn read_f32(rows: &[RowF32], round: bool, tile: &mut [f32]) {
     }
 }
 
-/// # Safety
-/// The CPU has the features of `S`.
 #[inline(always)]
-unsafe fn read_bf16<S: Simd>(rows: &[RowBf16], tile: &mut [f32]) {
-    for (to, row) in tile.chunks_exact_mut(LANES).zip(rows) {
-        // SAFETY: both sides are sixteen elements.
-        unsafe { S::store(to.as_mut_ptr(), S::load_bf16(row.0.as_ptr())) };
+fn read_bf16<S: Simd>(s: S, rows: &[RowBf16], tile: &mut [f32]) {
+    for (to, row) in tile.as_chunks_mut().0.iter_mut().zip(rows) {
+        s.store(to, s.load_bf16(&row.0));
     }
 }

@@ -8,12 +8,12 @@ mod attention_forward;
 mod attention_tests;
 mod attention_tile;
 pub mod dispatch;
+mod dots;
 pub mod glu;
-pub mod lanes;
+mod lanes;
+mod lanes_math;
 #[cfg(target_arch = "x86_64")]
-mod lanes_avx2;
-pub mod lanes_math;
-mod lanes_tasks;
+mod lanes_x86;
 pub mod logp;
 mod logp_row;
 pub mod low_rank;
@@ -23,12 +23,10 @@ mod matmul_fill;
 mod matmul_tile;
 pub mod norm;
 pub mod pack;
-pub mod parallel;
+mod parallel;
+mod product;
 pub mod rope;
-mod simd;
-#[cfg(target_arch = "x86_64")]
-mod simd_x86;
-pub mod vexp;
+mod slices;
 
 #[cfg(test)]
 mod logp_tests;

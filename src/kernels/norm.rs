@@ -1,16 +1,17 @@
-//! Root-mean-square normalisation by rows (arXiv:1910.07467), and sums of whole tensors.
+//! Root-mean-square normalisation by rows (arXiv:1910.07467).
 //!
 //! A row's sums run over sixteen lanes in a fixed order, so its bits depend on the row alone.
 
-use super::lanes::{Job, LANES, Level, Simd};
-use super::lanes_tasks::{for_each, task_len};
+use super::dispatch::CpuLevel;
+use super::lanes::{Kernel, LANES, Simd};
+use super::parallel::{for_each, task_len};
 
 /// `y = x * rsqrt(mean(x²) + eps) * weight` for each row of `x`, `[N, weight.len()]`; with
 /// `plus_one` the factor is `1 + weight`, as Gemma stores it.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, plus_one: bool, y: &mut [f32]) {
     assert!(x.len() == y.len() && x.len().is_multiple_of(weight.len()));
     let (weight, task) = (factors(weight, plus_one), task_len(weight.len()));
-    let level = Level::detect();
+    let level = CpuLevel::detect();
     for_each(x.chunks(task).zip(y.chunks_mut(task)), |(x, y)| {
         level.run(Forward { x, weight: &weight, eps, y });
     });
@@ -27,22 +28,10 @@ pub fn rms_norm_backward(
 ) {
     assert!(x.len() == dy.len() && x.len() == dx.len() && x.len().is_multiple_of(weight.len()));
     let (weight, task) = (factors(weight, plus_one), task_len(weight.len()));
-    let level = Level::detect();
+    let level = CpuLevel::detect();
     for_each(x.chunks(task).zip(dy.chunks(task)).zip(dx.chunks_mut(task)), |((x, dy), dx)| {
         level.run(Backward { x, weight: &weight, eps, dy, dx });
     });
-}
-
-/// `y += x`.
-pub fn add_assign(y: &mut [f32], x: &[f32]) {
-    scale_add(y, 1.0, x);
-}
-
-/// `y += a * x`, each element rounded once.
-pub fn scale_add(y: &mut [f32], a: f32, x: &[f32]) {
-    assert!(x.len() == y.len());
-    let (level, task) = (Level::detect(), task_len(1));
-    for_each(x.chunks(task).zip(y.chunks_mut(task)), |(x, y)| level.run(ScaleAdd { y, a, x }));
 }
 
 fn factors(weight: &[f32], plus_one: bool) -> Vec<f32> {
@@ -67,7 +56,7 @@ struct Forward<'a> {
     y: &'a mut [f32],
 }
 
-impl Job for Forward<'_> {
+impl Kernel for Forward<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let d = self.weight.len();
@@ -89,7 +78,7 @@ struct Backward<'a> {
     dx: &'a mut [f32],
 }
 
-impl Job for Backward<'_> {
+impl Kernel for Backward<'_> {
     /// With `g = dy * weight` and `r = 1 / rms`: `dx = r g - x r³ mean(g x)`.
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -108,22 +97,6 @@ impl Job for Backward<'_> {
                 let g = s.mul(s.load_part(dy), s.load_part(w));
                 s.store_part(dx, s.fma(s.load_part(x), pull, s.mul(g, s.splat(r))));
             }
-        }
-    }
-}
-
-struct ScaleAdd<'a> {
-    y: &'a mut [f32],
-    a: f32,
-    x: &'a [f32],
-}
-
-impl Job for ScaleAdd<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let a = s.splat(self.a);
-        for (y, x) in self.y.chunks_mut(LANES).zip(self.x.chunks(LANES)) {
-            s.store_part(y, s.fma(a, s.load_part(x), s.load_part(y)));
         }
     }
 }
@@ -191,7 +164,7 @@ mod tests {
         rms_norm_backward(&x, &w, 1e-5, false, &dy, &mut dx);
         for at in (0..100).map(|row| row * d..(row + 1) * d) {
             let (mut own_y, mut own_dx) = (vec![0.0; d], vec![0.0; d]);
-            let (own, plain) = (&x[at.clone()], Level::PORTABLE);
+            let (own, plain) = (&x[at.clone()], CpuLevel::Portable);
             rms_norm(own, &w, 1e-5, false, &mut own_y);
             assert_eq!(own_y, y[at.clone()]);
             plain.run(Forward { x: own, weight: &w, eps: 1e-5, y: &mut own_y });
@@ -199,18 +172,6 @@ mod tests {
             let dy = &dy[at.clone()];
             plain.run(Backward { x: own, weight: &w, eps: 1e-5, dy, dx: &mut own_dx });
             assert_eq!(own_dx, dx[at]);
-        }
-    }
-
-    #[test]
-    fn sums_are_rounded_once() {
-        let (x, start) = (wave(40_003, 0.37), wave(40_003, 0.9));
-        let (mut y, mut z) = (start.clone(), start.clone());
-        add_assign(&mut y, &x);
-        scale_add(&mut z, -0.3, &x);
-        for i in 0..x.len() {
-            assert_eq!(y[i], start[i] + x[i]);
-            assert_eq!(z[i], (-0.3f32).mul_add(x[i], start[i]));
         }
     }
 }

@@ -3,12 +3,20 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::simd::LANES;
+use super::lanes::LANES;
 
 /// One input feature of a panel: its weights to sixteen output features.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(crate) struct RowF32(pub(crate) [f32; LANES]);
+
+impl RowF32 {
+    /// The weights of all `rows`, one after the other.
+    pub(crate) fn elements(rows: &[Self]) -> &[f32] {
+        // SAFETY: a row is sixteen floats without padding.
+        unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), rows.len() * LANES) }
+    }
+}
 
 /// As [`RowF32`], in bf16 bits.
 #[derive(Clone, Copy)]

@@ -5,6 +5,8 @@ use std::marker::PhantomData;
 
 use rayon::prelude::*;
 
+/// Floats of an element-wise task, about: long enough to be worth a thread's while.
+const TASK_FLOATS: usize = 1 << 14;
 /// Multiply-adds below which a task is not worth a thread's wake-up (about 5 microseconds).
 const MIN_TASK: usize = 1 << 18;
 
@@ -14,12 +16,18 @@ pub fn task_count(work: usize, per_thread: usize) -> usize {
     (work / MIN_TASK).clamp(1, per_thread * rayon::current_num_threads())
 }
 
-/// Calls `work` with every index below `tasks`, in parallel where there is more than one.
-pub fn for_each(tasks: usize, work: impl Fn(usize) + Sync + Send) {
-    if tasks == 1 {
-        work(0);
-    } else {
-        (0..tasks).into_par_iter().with_max_len(1).for_each(work);
+/// Floats in an element-wise task of whole rows of `width`.
+pub fn task_len(width: usize) -> usize {
+    (TASK_FLOATS / width.max(1)).max(1) * width.max(1)
+}
+
+/// Does `work` on every item, in parallel where there is more than one.
+pub fn for_each<T: Send>(items: impl Iterator<Item = T>, work: impl Fn(T) + Sync + Send) {
+    let mut items: Vec<T> = items.collect();
+    if items.len() > 1 {
+        items.into_par_iter().with_max_len(1).for_each(work);
+    } else if let Some(item) = items.pop() {
+        work(item);
     }
 }
 
@@ -92,5 +100,15 @@ mod tests {
     #[test]
     fn small_work_is_one_task() {
         assert_eq!(task_count(1000, 4), 1);
+        assert_eq!((task_len(1), task_len(576), task_len(100_000)), (1 << 14, 28 * 576, 100_000));
+    }
+
+    #[test]
+    fn every_item_is_worked_on_once() {
+        for n in [0, 1, 2, 100] {
+            let mut done = vec![0; n];
+            for_each(done.iter_mut(), |item| *item += 1);
+            assert_eq!(done, vec![1; n]);
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! Rotary position embedding (arXiv:2104.09864) of queries and keys, in the half-split layout of
 //! Hugging Face: element `i` of a head turns with element `i + half`.
 
-use super::lanes::{Job, LANES, Level, Simd};
-use super::lanes_tasks::{for_each, task_len};
+use super::dispatch::CpuLevel;
+use super::lanes::{Kernel, LANES, Simd};
+use super::parallel::{for_each, task_len};
 
 /// Cosines and sines of every position's angles.
 #[derive(Clone, Debug)]
@@ -67,7 +68,7 @@ fn rotate(x: &mut [f32], positions: &[u32], table: &RopeTable, back: bool) {
     }
     let width = x.len() / positions.len();
     assert!(x.len() == width * positions.len() && width.is_multiple_of(table.head_dim()));
-    let (level, task) = (Level::detect(), task_len(width));
+    let (level, task) = (CpuLevel::detect(), task_len(width));
     for_each(x.chunks_mut(task).zip(positions.chunks(task / width)), |(x, positions)| {
         level.run(Rotate { x, width, positions, table, back });
     });
@@ -81,7 +82,7 @@ struct Rotate<'a> {
     back: bool,
 }
 
-impl Job for Rotate<'_> {
+impl Kernel for Rotate<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let half = self.table.half;
@@ -163,7 +164,7 @@ mod tests {
             let positions = &positions[i..i + 1];
             let table = &table;
             let job = Rotate { x: &mut plain, width: 9 * 24, positions, table, back: false };
-            Level::PORTABLE.run(job);
+            CpuLevel::Portable.run(job);
             assert_eq!(plain, y);
         }
     }

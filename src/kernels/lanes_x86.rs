@@ -1,0 +1,285 @@
+//! The sixteen lanes as two registers of AVX2 with FMA, and as one register of AVX-512.
+
+use super::lanes::{Kernel, LANES, Simd};
+use std::arch::x86_64::*;
+
+/// Proof that the machine has AVX2 and FMA.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+/// Proof that the machine has AVX2, FMA and AVX-512 F, BW, DQ and VL.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512(());
+
+impl Avx2 {
+    /// # Safety
+    /// The machine has AVX2 and FMA.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+impl Avx512 {
+    /// # Safety
+    /// The machine has AVX2, FMA and AVX-512 F, BW, DQ and VL.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn run_avx2<R, K: Kernel<R>>(simd: Avx2, kernel: K) -> R {
+    kernel.run(simd)
+}
+
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+fn run_avx512<R, K: Kernel<R>>(simd: Avx512, kernel: K) -> R {
+    kernel.run(simd)
+}
+
+/// Two-operand methods that apply one intrinsic to both halves.
+macro_rules! pairwise {
+    ($($name:ident = $intrinsic:ident;)*) => {$(
+        #[inline(always)]
+        fn $name(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: holding `self` proves the features.
+            unsafe { ($intrinsic(a.0, b.0), $intrinsic(a.1, b.1)) }
+        }
+    )*};
+}
+
+/// Two-operand methods that are one intrinsic.
+macro_rules! direct {
+    ($($name:ident = $intrinsic:ident;)*) => {$(
+        #[inline(always)]
+        fn $name(self, a: Self::V, b: Self::V) -> Self::V {
+            // SAFETY: holding `self` proves the features.
+            unsafe { $intrinsic(a, b) }
+        }
+    )*};
+}
+
+/// Folds two halves of sixteen lanes to one number by halves.
+macro_rules! fold {
+    ($low:expr, $high:expr, $wide:ident, $half:ident, $single:ident) => {
+        // SAFETY: the caller's `self` proves the features.
+        unsafe {
+            let eight = $wide($low, $high);
+            let four = $half(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = $half(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32($single(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    };
+}
+
+impl Simd for Avx2 {
+    type V = (__m256, __m256);
+    const ROWS: usize = 6;
+    const WIDE: bool = false;
+
+    pairwise! {
+        add = _mm256_add_ps;
+        sub = _mm256_sub_ps;
+        mul = _mm256_mul_ps;
+        div = _mm256_div_ps;
+        min = _mm256_min_ps;
+        max = _mm256_max_ps;
+    }
+
+    #[inline(always)]
+    fn run<R, K: Kernel<R>>(self, kernel: K) -> R {
+        // SAFETY: holding `self` proves the features.
+        unsafe { run_avx2(self, kernel) }
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        // SAFETY: holding `self` proves the features.
+        let v = unsafe { _mm256_set1_ps(x) };
+        (v, v)
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::V {
+        // SAFETY: both halves lie inside `x`.
+        unsafe { (_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::V {
+        // SAFETY: both halves lie inside `x`.
+        unsafe { (widen8(x.as_ptr()), widen8(x.as_ptr().add(8))) }
+    }
+    #[inline(always)]
+    fn store(self, y: &mut [f32; LANES], v: Self::V) {
+        // SAFETY: both halves lie inside `y`.
+        unsafe {
+            _mm256_storeu_ps(y.as_mut_ptr(), v.0);
+            _mm256_storeu_ps(y.as_mut_ptr().add(8), v.1);
+        }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: holding `self` proves the features.
+        unsafe { (_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)) }
+    }
+    #[inline(always)]
+    fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V {
+        // SAFETY: holding `self` proves the features.
+        unsafe {
+            (
+                _mm256_blendv_ps(y.0, x.0, _mm256_cmp_ps::<_CMP_LT_OQ>(a.0, b.0)),
+                _mm256_blendv_ps(y.1, x.1, _mm256_cmp_ps::<_CMP_LT_OQ>(a.1, b.1)),
+            )
+        }
+    }
+    #[inline(always)]
+    fn add_exponent(self, x: Self::V, t: Self::V) -> Self::V {
+        // SAFETY: holding `self` proves the features.
+        unsafe { (add_exponent8(x.0, t.0), add_exponent8(x.1, t.1)) }
+    }
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        fold!(v.0, v.1, _mm256_add_ps, _mm_add_ps, _mm_add_ss)
+    }
+    #[inline(always)]
+    fn top(self, v: Self::V) -> f32 {
+        fold!(v.0, v.1, _mm256_max_ps, _mm_max_ps, _mm_max_ss)
+    }
+    #[inline(always)]
+    fn transpose8(self, x: &[f32], x_stride: usize, y: &mut [f32], y_stride: usize) {
+        assert!(7 * x_stride + 8 <= x.len() && 7 * y_stride + 8 <= y.len());
+        // SAFETY: the last row of eight floats ends inside both slices.
+        unsafe { transpose8(x.as_ptr(), x_stride, y.as_mut_ptr(), y_stride) }
+    }
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const ROWS: usize = 12;
+    const WIDE: bool = true;
+
+    direct! {
+        add = _mm512_add_ps;
+        sub = _mm512_sub_ps;
+        mul = _mm512_mul_ps;
+        div = _mm512_div_ps;
+        min = _mm512_min_ps;
+        max = _mm512_max_ps;
+    }
+
+    #[inline(always)]
+    fn run<R, K: Kernel<R>>(self, kernel: K) -> R {
+        // SAFETY: holding `self` proves the features.
+        unsafe { run_avx512(self, kernel) }
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        // SAFETY: holding `self` proves the features.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::V {
+        // SAFETY: sixteen floats lie inside `x`.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::V {
+        // SAFETY: sixteen numbers lie inside `x`.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+    #[inline(always)]
+    fn store(self, y: &mut [f32; LANES], v: Self::V) {
+        // SAFETY: sixteen floats lie inside `y`.
+        unsafe { _mm512_storeu_ps(y.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: holding `self` proves the features.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V {
+        // SAFETY: holding `self` proves the features.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x) }
+    }
+    #[inline(always)]
+    fn add_exponent(self, x: Self::V, t: Self::V) -> Self::V {
+        // SAFETY: holding `self` proves the features.
+        unsafe {
+            let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(t));
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), n))
+        }
+    }
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        fold!(_mm512_castps512_ps256(v), upper(v), _mm256_add_ps, _mm_add_ps, _mm_add_ss)
+    }
+    #[inline(always)]
+    fn top(self, v: Self::V) -> f32 {
+        fold!(_mm512_castps512_ps256(v), upper(v), _mm256_max_ps, _mm_max_ps, _mm_max_ss)
+    }
+    #[inline(always)]
+    fn transpose8(self, x: &[f32], x_stride: usize, y: &mut [f32], y_stride: usize) {
+        assert!(7 * x_stride + 8 <= x.len() && 7 * y_stride + 8 <= y.len());
+        // SAFETY: the last row of eight floats ends inside both slices.
+        unsafe { transpose8(x.as_ptr(), x_stride, y.as_mut_ptr(), y_stride) }
+    }
+}
+
+/// Lanes 8..16.
+///
+/// # Safety
+/// The machine has AVX-512 F.
+#[inline(always)]
+unsafe fn upper(v: __m512) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v))) }
+}
+
+/// # Safety
+/// The machine has AVX2, and eight numbers can be read.
+#[inline(always)]
+unsafe fn widen8(x: *const u16) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.cast()));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+    }
+}
+
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn add_exponent8(x: __m256, t: __m256) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(t));
+        _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n))
+    }
+}
+
+/// # Safety
+/// The machine has AVX2; eight rows of eight floats can be read from `x` and written to `y`.
+#[inline(always)]
+unsafe fn transpose8(x: *const f32, x_stride: usize, y: *mut f32, y_stride: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let half = |row: usize, at: usize| {
+            let low = _mm256_castps128_ps256(_mm_loadu_ps(x.add(row * x_stride + at)));
+            _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(x.add((row + 4) * x_stride + at)))
+        };
+        for at in [0, 4] {
+            let (a, b, c, d) = (half(0, at), half(1, at), half(2, at), half(3, at));
+            let (ab0, ab1) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let (cd0, cd1) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            let to = y.add(at * y_stride);
+            _mm256_storeu_ps(to, _mm256_shuffle_ps::<0x44>(ab0, cd0));
+            _mm256_storeu_ps(to.add(y_stride), _mm256_shuffle_ps::<0xEE>(ab0, cd0));
+            _mm256_storeu_ps(to.add(2 * y_stride), _mm256_shuffle_ps::<0x44>(ab1, cd1));
+            _mm256_storeu_ps(to.add(3 * y_stride), _mm256_shuffle_ps::<0xEE>(ab1, cd1));
+        }
+    }
+}

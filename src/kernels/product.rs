@@ -1,0 +1,218 @@
+//! Small products of matrices that lie as they are, without packing.
+
+use super::lanes::{Kernel, LANES, Simd};
+
+/// What becomes of the old number of an element.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Old {
+    /// Overwritten.
+    Drop,
+    /// The sum starts from it: cutting the depth into several products changes no bit.
+    First,
+    /// Added to the finished sum.
+    Last,
+}
+
+/// Rows that a product works on together, at most.
+const ROWS: usize = 6;
+
+/// `c = a b`, or that added to `c`. Each element sums over `depth` in ascending order by fused
+/// multiply-adds, whatever the other sizes are.
+pub(crate) struct Product<'a> {
+    /// Element (row, k) of the left matrix is `a[row * a_row + k * a_step]`.
+    pub a: &'a [f32],
+    /// Distance of the rows of `a`.
+    pub a_row: usize,
+    /// Distance of the columns of `a`.
+    pub a_step: usize,
+    /// The right matrix, `[depth, b_row]`, of which `cols` columns are used.
+    pub b: &'a [f32],
+    /// Distance of the rows of `b`.
+    pub b_row: usize,
+    /// The result, `[rows, c_row]`, of which `cols` columns are used.
+    pub c: &'a mut [f32],
+    /// Distance of the rows of `c`.
+    pub c_row: usize,
+    /// Rows of `a` and `c`.
+    pub rows: usize,
+    /// Columns of `b` and `c`.
+    pub cols: usize,
+    /// Terms of each sum.
+    pub depth: usize,
+    /// What becomes of the old `c`.
+    pub old: Old,
+}
+
+impl Kernel for Product<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        if self.rows == 0 || self.depth == 0 {
+            return;
+        }
+        self.check();
+        for row in (0..self.rows).step_by(ROWS) {
+            // SAFETY: checked above; as many rows are left as are taken.
+            unsafe {
+                match (self.rows - row, S::WIDE) {
+                    (1, _) => self.rows::<S, 1, 4>(s, row),
+                    (2, false) => self.rows::<S, 2, 2>(s, row),
+                    (2, true) => self.rows::<S, 2, 4>(s, row),
+                    (3, false) => self.rows::<S, 3, 2>(s, row),
+                    (3, true) => self.rows::<S, 3, 4>(s, row),
+                    (4, false) => self.rows::<S, 4, 1>(s, row),
+                    (4, true) => self.rows::<S, 4, 2>(s, row),
+                    (5, false) => self.rows::<S, 5, 1>(s, row),
+                    (5, true) => self.rows::<S, 5, 2>(s, row),
+                    (_, false) => self.rows::<S, ROWS, 1>(s, row),
+                    (_, true) => self.rows::<S, ROWS, 2>(s, row),
+                }
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    fn check(&self) {
+        let (rows, depth, cols) = (self.rows - 1, self.depth - 1, self.cols);
+        assert!(rows * self.a_row + depth * self.a_step < self.a.len());
+        assert!(depth * self.b_row + cols <= self.b.len());
+        assert!(rows * self.c_row + cols <= self.c.len());
+    }
+
+    /// Multiplies `R` rows from `row` on by all columns, `C` vectors of them at a time.
+    ///
+    /// # Safety
+    /// `check` has passed, and `row + R <= rows`.
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const R: usize, const C: usize>(&mut self, s: S, row: usize) {
+        let (cols, wide) = (self.cols, self.cols / (C * LANES) * (C * LANES));
+        let whole = cols / LANES * LANES;
+        // SAFETY: the caller's promise; no block goes beyond `cols`.
+        unsafe {
+            for col in (0..wide).step_by(C * LANES) {
+                self.block::<S, R, C>(s, row, col, LANES);
+            }
+            for col in (wide..whole).step_by(LANES) {
+                self.block::<S, R, 1>(s, row, col, LANES);
+            }
+            if whole < cols {
+                self.block::<S, R, 1>(s, row, whole, cols - whole);
+            }
+        }
+    }
+
+    /// Multiplies `R` rows from `row` on by `C` vectors of columns from `col` on, each of the
+    /// first `n` lanes.
+    ///
+    /// # Safety
+    /// `check` has passed, `row + R <= rows`, `col + (C - 1) * 16 + n <= cols` and `n <= 16`.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // the indices are also offsets of the pointers
+    unsafe fn block<S: Simd, const R: usize, const C: usize>(
+        &mut self,
+        s: S,
+        row: usize,
+        col: usize,
+        n: usize,
+    ) {
+        // SAFETY: by `check`, every offset below lies inside its slice.
+        unsafe {
+            let c = self.c.as_mut_ptr().add(row * self.c_row + col);
+            let at = |i: usize, j: usize| c.add(i * self.c_row + j * LANES);
+            let mut sums = [[s.splat(0.0); C]; R];
+            if self.old == Old::First {
+                for i in 0..R {
+                    for j in 0..C {
+                        sums[i][j] = load(s, at(i, j), n);
+                    }
+                }
+            }
+            let mut a = self.a.as_ptr().add(row * self.a_row);
+            let mut b = self.b.as_ptr().add(col);
+            for _ in 0..self.depth {
+                let mut right = [s.splat(0.0); C];
+                for j in 0..C {
+                    right[j] = load(s, b.add(j * LANES), n);
+                }
+                for i in 0..R {
+                    let left = s.splat(*a.add(i * self.a_row));
+                    for j in 0..C {
+                        sums[i][j] = s.fma(left, right[j], sums[i][j]);
+                    }
+                }
+                a = a.wrapping_add(self.a_step);
+                b = b.wrapping_add(self.b_row);
+            }
+            for i in 0..R {
+                for j in 0..C {
+                    if self.old == Old::Last {
+                        sums[i][j] = s.add(load(s, at(i, j), n), sums[i][j]);
+                    }
+                    s.store_part(std::slice::from_raw_parts_mut(at(i, j), n), sums[i][j]);
+                }
+            }
+        }
+    }
+}
+
+/// The first `n` lanes.
+///
+/// # Safety
+/// So many floats, at most sixteen, can be read.
+#[inline(always)]
+unsafe fn load<S: Simd>(s: S, x: *const f32, n: usize) -> S::V {
+    // SAFETY: the caller's promise.
+    s.load_part(unsafe { std::slice::from_raw_parts(x, n) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::dispatch::CpuLevel;
+    use crate::kernels::testing::noise;
+
+    /// `c` after a product of any of these sizes, by plain loops in the promised order.
+    fn plain(a: &[f32], b: &[f32], c: &[f32], depth: usize, cols: usize, old: Old) -> Vec<f32> {
+        let sum = |at: usize| {
+            let start = if old == Old::First { c[at] } else { 0.0 };
+            let (i, j) = (at / cols, at % cols);
+            let sum =
+                (0..depth).fold(start, |sum, k| a[i * depth + k].mul_add(b[k * cols + j], sum));
+            if old == Old::Last { c[at] + sum } else { sum }
+        };
+        (0..c.len()).map(sum).collect()
+    }
+
+    #[test]
+    fn products_are_chains_in_the_order_of_depth() {
+        for (rows, depth, cols) in [(1, 5, 70), (2, 3, 33), (9, 8, 16), (11, 1, 7), (28, 9, 128)] {
+            let (a, b, c) = (noise(1, rows * depth), noise(2, depth * cols), noise(3, rows * cols));
+            let flipped: Vec<f32> =
+                (0..a.len()).map(|at| a[at % rows * depth + at / rows]).collect();
+            for old in [Old::Drop, Old::First, Old::Last] {
+                let want = plain(&a, &b, &c, depth, cols, old);
+                for level in [CpuLevel::Portable, CpuLevel::Avx2, CpuLevel::Avx512] {
+                    for (a, a_row, a_step) in [(&a, depth, 1), (&flipped, 1, rows)] {
+                        let (mut c, b_row, c_row) = (c.clone(), cols, cols);
+                        let b = &b;
+                        let c_all = &mut c[..];
+                        level.run(Product {
+                            a,
+                            a_row,
+                            a_step,
+                            b,
+                            b_row,
+                            c: c_all,
+                            c_row,
+                            rows,
+                            cols,
+                            depth,
+                            old,
+                        });
+                        assert_eq!(c, want);
+                    }
+                }
+            }
+        }
+    }
+}
