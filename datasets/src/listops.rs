@@ -114,8 +114,8 @@ pub fn generate(split: &str, n: usize, seed: u64, limits: &Limits) -> Result<Vec
 /// The published test set: 10,000 problems of depth up to 19.
 ///
 /// `path` is the file `test_d20s.tsv` or a folder that holds it; without one it is looked for as
-/// `listops/test_d20s.tsv` by [`locate::find`]. A line is the value, a tab and the expression, whose
-/// binary-tree parentheses are dropped (the tab is shown as a blank):
+/// `listops/test_d20s.tsv` by [`locate::find`]. A line is the value, a tab and the expression,
+/// whose binary-tree parentheses are dropped (the tab is shown as a blank):
 ///
 /// ```text
 /// 0 ( ( ( ( ( [SM 6 ) 5 ) 9 ) 0 ) ] )
