@@ -33,8 +33,8 @@ const WANTED: &str = "wanted text, or messages, or prompt and completion \
                       (rename with columns, or make them with prompt_template)";
 
 impl Example {
-    /// Recognises the columns `text` | `messages` | `prompt` + `completion`; others are ignored, and
-    /// so is a column that is null.
+    /// Recognises the columns `text` | `messages` | `prompt` + `completion`; others are ignored,
+    /// and so is a column that is null.
     ///
     /// `prompt` and `completion` are text or messages. A completion of messages is one message of
     /// the assistant; it makes a conversation of a prompt that is text.

@@ -34,7 +34,7 @@ const SPLITS: [(&str, u64, usize); 3] =
     [("train", 0, 10_000), ("test", 1, 1_000), ("validation", 2, 500)];
 
 /// Expressions tried for one problem before the limits are refused.
-const ATTEMPTS: u64 = 10_000;
+const ATTEMPTS: u64 = 1_000;
 
 /// No expression is longer, whatever the limits are.
 const MOST_TOKENS: usize = 10_000;
@@ -114,11 +114,11 @@ pub fn generate(split: &str, n: usize, seed: u64, limits: &Limits) -> Result<Vec
 /// The published test set: 10,000 problems of depth up to 19.
 ///
 /// `path` is the file `test_d20s.tsv` or a folder that holds it; without one it is looked for as
-/// `listops/test_d20s.tsv` by [`locate::find`]. A line is the value, a tab and the expression, whose
-/// binary-tree parentheses are dropped:
+/// `listops/test_d20s.tsv` by [`locate::find`]. A line is the value, a tab and the expression,
+/// whose binary-tree parentheses are dropped (the tab is shown as a blank):
 ///
 /// ```text
-/// 0	( ( ( ( ( [SM 6 ) 5 ) 9 ) 0 ) ] )
+/// 0 ( ( ( ( ( [SM 6 ) 5 ) 9 ) 0 ) ] )
 /// ```
 ///
 /// # Errors
@@ -362,5 +362,9 @@ mod tests {
         }
     }
 
-    const PINNED: [&str; 3] = ["", "", ""];
+    const PINNED: [&str; 3] = [
+        "[MED [MIN 0 9 0 7 ] [SM 2 1 7 ] [MAX 7 9 9 ] 6 ]",
+        "[MAX 8 [MAX 5 6 ] [MED 9 8 5 ] [MIN 4 7 7 ] ]",
+        "[MAX 5 9 ]",
+    ];
 }

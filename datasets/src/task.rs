@@ -178,11 +178,7 @@ impl Task {
             Task::Gsm8k => gsm8k::load(path, split)?,
             Task::ListOps if split == "official" => listops::official(path)?,
             Task::ListOps => listops::generate(split, max, options.seed, &options.listops)?,
-            Task::Instruct => {
-                let message = "instruct has no gold answers to grade; the tasks with some are \
-                               gsm8k and listops";
-                return Err(Error::usage(message));
-            }
+            Task::Instruct => return Err(ungraded()),
         };
         problems.truncate(most(max));
         Ok(problems)
@@ -213,15 +209,17 @@ impl Task {
                 format!("{}: split {train} is both trained and evaluated on", self.name());
             return Err(Error::usage(message));
         }
-        let data = self.problems(train, options.max_train, options)?;
-        let grader = self.grader().unwrap_or(Grader::Exact);
         Ok(TaskData {
-            train: data,
+            train: self.problems(train, options.max_train, options)?,
             test: self.problems(test, options.max_test, options)?,
-            grader,
+            grader: self.grader().ok_or_else(ungraded)?,
             max_completion_length: self.max_completion_length(),
         })
     }
+}
+
+fn ungraded() -> Error {
+    Error::usage("instruct has no gold answers to grade; the tasks with some are gsm8k and listops")
 }
 
 fn most(max: usize) -> usize {
@@ -242,7 +240,8 @@ mod tests {
         assert_eq!(error.exit_code(), 2);
         assert_eq!(
             error.to_string(),
-            "no task is called listop; did you mean listops?; the tasks are gsm8k, listops, instruct"
+            "no task is called listop; did you mean listops?; the tasks are gsm8k, listops, \
+             instruct"
         );
         assert!(!Task::by_name("weather").unwrap_err().to_string().contains("mean"));
     }

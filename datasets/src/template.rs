@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior};
 use serde_json::Value;
 
@@ -119,7 +120,7 @@ fn render(name: &str, source: &str, row: &Row) -> Result<String> {
         Error::usage(format!("{name}{line}: {}{detail}", error.kind()))
     };
     let template = environment.template_from_str(source).map_err(failed)?;
-    template.render(minijinja::Value::from(minijinja::value::Serde(row))).map_err(|error| {
+    template.render(Serde(row)).map_err(|error| {
         if error.kind() != ErrorKind::UndefinedError {
             return failed(error);
         }
