@@ -13,7 +13,7 @@ const IRRATIONAL: [&str; 4] = [r"\sqrt", r"\pi", "√", "π"];
 /// 1. after the last `####` that a number follows (`#### Step 2` is a heading, as in lm-eval's
 ///    strict match);
 /// 2. the last `\boxed{…}`, then the last `<answer>…</answer>`: none if these hold no number;
-/// 3. after the last "answer is" or "answer:", if a number follows there;
+/// 3. after the last "answer is" (in the same sentence) or "answer:" (at once), if a number follows;
 /// 4. the last number of the text, as in lm-eval's flexible match.
 ///
 /// Where a calculation is written (`#### 9 * 2 = 18`) its result counts. Thoughts up to `</think>`
@@ -26,7 +26,10 @@ pub fn final_number(completion: &str) -> Option<Number> {
     if let Some(inside) = place::boxed(&text).or_else(|| place::tagged(&text)) {
         return enclosed(inside);
     }
-    let phrase = place::after_phrase(&text).and_then(stated);
+    let phrase = place::after_phrase(&text).and_then(|after| {
+        let before = &text[..text.len() - after.len()];
+        stated(after.as_bytes(), before.ends_with(':'))
+    });
     phrase.or_else(|| last_number(text.as_bytes()))
 }
 
@@ -71,16 +74,15 @@ fn enclosed(inside: &str) -> Option<Number> {
     (!goes_on).then_some(found.number)
 }
 
-/// The number stated after "answer is" or "answer:": right there, or in the rest of the line's
-/// sentence.
-fn stated(after: &str) -> Option<Number> {
-    let text = after.as_bytes();
-    let start = skip_dressing(text, 0);
-    let rest = &after[start..];
-    let end = rest.find('\n').into_iter().chain(rest.find(". ")).min();
-    let sentence = &text[..start + end.unwrap_or(rest.len())];
-    let found = next_number(sentence, start)?;
-    Some(result(sentence, found).number)
+/// The number stated after "answer is" (within its sentence) or "answer:" (right there, since
+/// `Answer: Tom has 3 …` opens a solution).
+fn stated(after: &[u8], opens: bool) -> Option<Number> {
+    let start = skip_dressing(after, 0);
+    let is_end = |at: &usize| after[*at] == b'\n' || after[*at..].starts_with(b". ");
+    let end = (start..after.len()).find(is_end).unwrap_or(after.len());
+    let sentence = &after[..end];
+    let found = if opens { number_at(sentence, start) } else { next_number(sentence, start) };
+    found.map(|found| result(sentence, found).number)
 }
 
 /// The last number of a text.
@@ -153,6 +155,8 @@ mod tests {
         assert_reads("#### Step 2\nso \\boxed{18}", "18");
         assert_reads("#### 1. Find it\n9 * 2 = 18", "18");
         assert_reads("Answer: She sells 48/2 = 24 in May.", "24");
+        assert_reads("Answer: She sells 48/2 = 24 in May. In all she sells 48 + 24 = 72.", "72");
+        assert_reads("The answer is therefore 18 eggs, 2 more.\\nRight?", "18");
         assert_reads("The answer is clear.\nShe has 18", "18");
     }
 
@@ -242,7 +246,7 @@ mod tests {
         let digits = n.unsigned_abs().to_string();
         let mut out = String::new();
         for (i, digit) in digits.chars().enumerate() {
-            if i > 0 && (digits.len() - i) % 3 == 0 {
+            if i > 0 && (digits.len() - i).is_multiple_of(3) {
                 out.push(',');
             }
             out.push(digit);
