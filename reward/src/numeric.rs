@@ -156,7 +156,7 @@ mod tests {
         assert_reads("#### 1. Find it\n9 * 2 = 18", "18");
         assert_reads("Answer: She sells 48/2 = 24 in May.", "24");
         assert_reads("Answer: She sells 48/2 = 24 in May. In all she sells 48 + 24 = 72.", "72");
-        assert_reads("The answer is therefore 18 eggs, 2 more.\\nRight?", "18");
+        assert_reads("The answer is therefore 18 eggs, 2 more.\nRight?", "18");
         assert_reads("The answer is clear.\nShe has 18", "18");
     }
 
