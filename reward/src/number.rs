@@ -7,7 +7,7 @@
 //! proper   := digits '/' digits, smaller than 1
 //! decimal  := (digits | d{1,3}(,ddd)+)? ('.' digits)? (e sign? digits)?
 //! ```
-//! Text is read after [`crate::tidy`], so that one spelling of each sign is enough. What follows a
+//! Text is read after `tidy`, so that one spelling of each sign is enough. What follows a
 //! number (units, a full stop, emphasis) is not part of it.
 
 use crate::ratio::Value;
@@ -41,10 +41,9 @@ impl Number {
     }
 }
 
-/// A number and the bytes that it takes.
+/// A number and the byte after it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Found {
-    pub start: usize,
     pub end: usize,
     pub number: Number,
 }
@@ -54,7 +53,7 @@ pub(crate) fn next_number(text: &[u8], from: usize) -> Option<Found> {
     let mut at = from;
     while at < text.len() {
         match read(text, at) {
-            Some((end, Some(number))) => return Some(Found { start: at, end, number }),
+            Some((end, Some(number))) => return Some(Found { end, number }),
             Some((end, None)) => at = end,
             None => at += 1,
         }
@@ -65,7 +64,7 @@ pub(crate) fn next_number(text: &[u8], from: usize) -> Option<Found> {
 /// The number that begins exactly at `at`.
 pub(crate) fn number_at(text: &[u8], at: usize) -> Option<Found> {
     let (end, number) = read(text, at)?;
-    Some(Found { start: at, end, number: number? })
+    Some(Found { end, number: number? })
 }
 
 /// Reads what looks like a number at `at`: where it ends, and the number unless it is a division

@@ -59,7 +59,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_searched_without_panic(text in r"(\PC|\\boxed\{|\}|<answer>|answer is){0,20}") {
+        fn any_text_is_searched_without_panic(
+            text in r"(\PC|\\boxed\{|\}|<answer>|answer is){0,20}",
+        ) {
             let _ = (boxed(&text), tagged(&text), after_phrase(&text), after_thought(&text));
         }
     }
