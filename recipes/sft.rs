@@ -41,7 +41,8 @@ fn run(config: &SftConfig) -> Result<()> {
     let encoder = Encoder::for_model(&text, &source)?;
     let data = SftData::load(&config.data, config.train.seed)?;
     let (train, test) = data.tokenise(&encoder, &config.data, shape.max_position_embeddings)?;
-    let adapters = config.adapter.build(&shape, config.train.seed, config.model.engine()?.device())?;
+    let adapters =
+        config.adapter.build(&shape, config.train.seed, config.model.engine()?.device())?;
     if config.train.dry_run {
         print!("{}", config::to_toml(config)?);
         return Ok(());

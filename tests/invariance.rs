@@ -50,7 +50,8 @@ fn adapter_sets(policy: &Policy) -> Vec<(String, Adapters)> {
         let adapters = steering(policy, SteeringKind::Linear, site, Positions::All);
         sets.push((format!("linear {site}"), adapters));
     }
-    for positions in [Positions::Ends { first: 0, last: 1 }, Positions::Ends { first: 2, last: 3 }] {
+    for positions in [Positions::Ends { first: 0, last: 1 }, Positions::Ends { first: 2, last: 3 }]
+    {
         for kind in [SteeringKind::Vector, SteeringKind::Silu] {
             let adapters = steering(policy, kind, Site::PostBlock, positions);
             sets.push((format!("{kind} at {positions}"), adapters));

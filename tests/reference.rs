@@ -65,7 +65,8 @@ fn steering(policy: &Policy, refs: &HashMap<String, Tensor>, kind: SteeringKind)
 }
 
 fn check(label: &str, run: &Run, refs: &HashMap<String, Tensor>, prefix: &str, tolerance: f32) {
-    let name = |what: &str| if prefix.is_empty() { what.into() } else { format!("{prefix}.{what}") };
+    let name =
+        |what: &str| if prefix.is_empty() { what.into() } else { format!("{prefix}.{what}") };
     let logits = max_diff(&run.logits, &refs[&name("logits")]);
     assert!(logits <= tolerance, "{label}: logits differ by {logits}");
     let loss = refs[&name("loss")].to_vec1::<f32>().unwrap()[0];

@@ -21,7 +21,11 @@ fn greedy_answers_to_ten_questions_equal_those_of_transformers() {
     let Some(questions) = shared("data/gsm8k/test.jsonl") else { return };
     let path = fetch::smollm2_path().unwrap();
     if !path.is_file() {
-        eprintln!("SKIPPED: {} is missing; run `steer model fetch {}`", path.display(), fetch::SMOLLM2);
+        eprintln!(
+            "SKIPPED: {} is missing; run `steer model fetch {}`",
+            path.display(),
+            fetch::SMOLLM2
+        );
         return;
     }
     let engine = Engine::cpu();
@@ -49,8 +53,7 @@ fn greedy_answers_to_ten_questions_equal_those_of_transformers() {
     let wanted = include_str!("fixtures/gsm8k_greedy.txt").lines();
     for ((request, completion), line) in requests.iter().zip(&completions).zip(wanted) {
         let (prompt, new) = (&request.prompt, &completion.tokens);
-        let found =
-            format!("{} {} {} {}", prompt.len(), digest(prompt), new.len(), digest(new));
+        let found = format!("{} {} {} {}", prompt.len(), digest(prompt), new.len(), digest(new));
         assert_eq!(found, line, "{}", text.tokenizer.decode(new, false).unwrap());
     }
 }

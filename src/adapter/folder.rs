@@ -10,9 +10,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value as Json, json};
 
-use super::{
-    Adapter, Lora, LoraConfig, Positions, Site, Steering, SteeringConfig, SteeringKind,
-};
+use super::{Adapter, Lora, LoraConfig, Positions, Site, Steering, SteeringConfig, SteeringKind};
 use crate::model::{Matrix, ModelConfig};
 use crate::{Error, Result};
 
@@ -193,7 +191,8 @@ fn load_lora(dir: &Path, model: &ModelConfig, device: &Device) -> Result<Lora> {
 
 /// Refuses what a PEFT configuration may ask for and this code does not compute.
 fn check_peft(path: &Path, file: &PeftConfig) -> Result<()> {
-    let refuse = |what: &str| Error::failure(format!("{}: {what} is not supported", path.display()));
+    let refuse =
+        |what: &str| Error::failure(format!("{}: {what} is not supported", path.display()));
     if file.peft_type != "LORA" {
         return Err(refuse(&format!("peft_type {}", file.peft_type)));
     }
@@ -275,15 +274,15 @@ fn pretty(value: &impl Serialize) -> Result<Vec<u8>> {
 
 fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    serde_json::from_slice(&bytes)
-        .map_err(|e| Error::failure(format!("{}: {e}", path.display())))
+    serde_json::from_slice(&bytes).map_err(|e| Error::failure(format!("{}: {e}", path.display())))
 }
 
 /// Reads all tensors of a file as f32.
 pub(super) fn read_safetensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|e| Error::failure(format!("{}: damaged safetensors file: {e}", path.display())))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
+        Error::failure(format!("{}: damaged safetensors file: {e}", path.display()))
+    })?;
     let mut tensors = BTreeMap::new();
     for (key, view) in file.tensors() {
         let dtype = match view.dtype() {

@@ -75,9 +75,16 @@ impl Lora {
     ///
     /// # Errors
     /// If the rank is 0, no matrix is named or the dropout is not in [0, 1).
-    pub fn new(config: LoraConfig, model: &ModelConfig, seed: u64, device: &Device) -> Result<Self> {
+    pub fn new(
+        config: LoraConfig,
+        model: &ModelConfig,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
         if config.r == 0 || config.target_modules.is_empty() {
-            return Err(Error::usage("lora_r must be at least 1 and lora_target_modules not empty"));
+            return Err(Error::usage(
+                "lora_r must be at least 1 and lora_target_modules not empty",
+            ));
         }
         let mut parameters = BTreeMap::new();
         for layer in 0..model.layers.len() {
@@ -111,10 +118,13 @@ impl Lora {
             for matrix in Matrix::ALL {
                 let (inputs, outputs) = model.linear_shape(matrix);
                 let (a, b) = (key(layer, matrix, "A"), key(layer, matrix, "B"));
-                let Some(start) = parameters.get(&a).or_else(|| parameters.get(&b)) else { continue };
+                let Some(start) = parameters.get(&a).or_else(|| parameters.get(&b)) else {
+                    continue;
+                };
                 let r = start.dims().iter().copied().min().unwrap_or(0);
                 let module = format!("model.layers.{layer}.{}", matrix.module());
-                let named = |name: &String| module == *name || module.ends_with(&format!(".{name}"));
+                let named =
+                    |name: &String| module == *name || module.ends_with(&format!(".{name}"));
                 let alpha = alphas.iter().find(|(name, _)| named(name)).map(|(_, alpha)| *alpha);
                 scales.insert((layer, matrix), config.scale(r, alpha.unwrap_or(config.lora_alpha)));
                 shapes.insert(a, vec![r, inputs]);
@@ -157,10 +167,7 @@ impl Adapter for Lora {
     ) -> Result<Value> {
         let Some(alpha) = self.scales.get(&(layer, matrix)).copied() else { return Ok(y) };
         let (a, b) = (key(layer, matrix, "A"), key(layer, matrix, "B"));
-        let (a, b) = (
-            tape.param(&a, &self.parameters[&a]),
-            tape.param(&b, &self.parameters[&b]),
-        );
+        let (a, b) = (tape.param(&a, &self.parameters[&a]), tape.param(&b, &self.parameters[&b]));
         let form = LowRank { alpha, activation: Activation::Linear };
         let dropped = match self.dropout {
             None => x.clone(),

@@ -44,8 +44,7 @@ pub enum Site {
 
 impl Site {
     /// All sites.
-    pub const ALL: [Site; 4] =
-        [Site::PostBlock, Site::PostMlp, Site::PreMlp, Site::PostAttention];
+    pub const ALL: [Site; 4] = [Site::PostBlock, Site::PostMlp, Site::PreMlp, Site::PostAttention];
 }
 
 impl fmt::Display for Site {

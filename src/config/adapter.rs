@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::check::{require, require_positive};
 use super::choices::Adapter;
 use super::values::{Layers, TargetModules};
-use crate::adapter::{Positions, Site, SteeringKind};
 use crate::Result;
+use crate::adapter::{Positions, Site, SteeringKind};
 
 /// The adapter: steering, LoRA or both.
 #[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -129,12 +129,9 @@ impl Policy {
         Trace::new(self, embedded, self.pass(batch, adapters), checkpointing)
     }
 
-    pub(super) fn pass<'a>(
-        &self,
-        batch: &'a Batch,
-        adapters: &'a [Box<dyn Adapter>],
-    ) -> Pass<'a> {
-        let rotary = |(freqs, factor): &(Vec<f32>, f32)| Rotary::new(&batch.positions, freqs, *factor);
+    pub(super) fn pass<'a>(&self, batch: &'a Batch, adapters: &'a [Box<dyn Adapter>]) -> Pass<'a> {
+        let rotary =
+            |(freqs, factor): &(Vec<f32>, f32)| Rotary::new(&batch.positions, freqs, *factor);
         let rotaries = self.inv_freqs.iter().map(rotary).collect();
         let segments = batch.shared_segments();
         Pass { batch, segments, rotaries, adapters, cache: None }

@@ -104,7 +104,8 @@ fn twin(
             chain.push(parent);
         }
         let gather = |x: &Tensor| {
-            let rows = chain.iter().rev().map(|j| x.narrow(0, segments[*j].start, segments[*j].len));
+            let rows =
+                chain.iter().rev().map(|j| x.narrow(0, segments[*j].start, segments[*j].len));
             Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)
         };
         let queries = q.narrow(0, segment.start, segment.len)?;

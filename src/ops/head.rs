@@ -8,7 +8,6 @@ use super::tape::{Tape, Value};
 use crate::Result;
 use crate::kernels::logp::{self, LogpForward, LogpOptions, Target};
 
-
 /// What the head says about a list of targets.
 #[derive(Clone, Debug)]
 pub struct Logps {

@@ -95,7 +95,9 @@ impl Weight {
     pub fn rows(&self, engine: &Engine, ids: &[u32]) -> Result<Tensor> {
         let (rows, width) = (self.out_features(), self.in_features());
         if let Some(id) = ids.iter().find(|id| **id as usize >= rows) {
-            return Err(Error::failure(format!("token id {id} is outside the vocabulary of {rows}")));
+            return Err(Error::failure(format!(
+                "token id {id} is outside the vocabulary of {rows}"
+            )));
         }
         match &*self.0 {
             Storage::Packed(packed) => {

@@ -19,7 +19,6 @@ pub fn add(tape: &Tape, a: &Value, b: &Value) -> Result<Value> {
     }))
 }
 
-
 /// x [N, D] + v [D] on every row.
 pub fn add_vector(tape: &Tape, x: &Value, v: &Value) -> Result<Value> {
     let y = x.tensor().broadcast_add(v.tensor())?;

@@ -75,7 +75,6 @@ impl Sink<'_> {
         self.slots[node] = Some(sum);
         Ok(())
     }
-
 }
 
 /// The record of one forward pass.

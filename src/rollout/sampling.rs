@@ -166,9 +166,8 @@ fn keep(logits: &[f32], params: &SamplingParams, weight: impl Fn(f32) -> f64) ->
     if params.top_k == 0 && params.top_p >= 1.0 && params.min_p <= 0.0 {
         return tokens;
     }
-    let likely_first = |a: &u32, b: &u32| {
-        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-    };
+    let likely_first =
+        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     if params.top_k > 0 && params.top_k < tokens.len() {
         tokens.select_nth_unstable_by(params.top_k - 1, likely_first);
         tokens.truncate(params.top_k);

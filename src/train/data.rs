@@ -22,25 +22,26 @@ pub struct SftData {
 impl SftData {
     /// Loads what `dataset_name` names: a task, a file, a folder or a hub id.
     ///
-    /// A task's gold answers must all grade right, or nothing is trained. Of a single file, the last
-    /// `max_eval_samples` rows of a seeded shuffle are held out.
+    /// A task's gold answers must all grade right, or nothing is trained; its generated problems are
+    /// the same for every seed of a run. Of a single file, `max_eval_samples` rows that `seed` picks
+    /// are held out.
     ///
     /// # Errors
     /// If nothing of that name exists, a row is malformed (file and line), or a gold answer does not
     /// grade right.
     pub fn load(args: &DataArgs, seed: u64) -> Result<Self> {
         match Task::find(args.dataset()?) {
-            Some(task) => Self::of_task(task, args, seed),
+            Some(task) => Self::of_task(task, args),
             None => Self::of_rows(args, seed),
         }
     }
 
-    fn of_task(task: Task, args: &DataArgs, seed: u64) -> Result<Self> {
+    fn of_task(task: Task, args: &DataArgs) -> Result<Self> {
         if args.prompt_template.is_some() || args.completion_template.is_some() {
             let what = "prompt_template and completion_template are for your own rows";
             return Err(Error::usage(format!("{what}: {} brings its own prompts", task.name())));
         }
-        let options = task_options(args, seed);
+        let options = task_options(args);
         let (train, test) = (&args.dataset_train_split, &args.dataset_test_split);
         if train == test {
             return Err(Error::usage(format!("split '{train}' is both trained and evaluated on")));
@@ -123,9 +124,9 @@ impl SftData {
 ///
 /// # Errors
 /// As [`SftData::load`]; also if the data set is no task.
-pub fn problems(args: &DataArgs, seed: u64) -> Result<(Vec<Problem>, Grader)> {
+pub fn problems(args: &DataArgs) -> Result<(Vec<Problem>, Grader)> {
     let task = Task::by_name(args.dataset()?)?;
-    let (options, split) = (task_options(args, seed), &args.dataset_test_split);
+    let (options, split) = (task_options(args), &args.dataset_test_split);
     let problems = task.problems(split, options.max_test, &options)?;
     let tasks = || format!("accuracy wants a task with gold answers; {} has none", task.name());
     let grader = task.grader().ok_or_else(|| Error::usage(tasks()))?;
@@ -153,13 +154,12 @@ pub fn token_example(
     }
 }
 
-fn task_options(args: &DataArgs, seed: u64) -> TaskOptions {
+fn task_options(args: &DataArgs) -> TaskOptions {
     TaskOptions {
         train_split: args.dataset_train_split.clone(),
         test_split: args.dataset_test_split.clone(),
         max_train: args.max_train_samples,
         max_test: args.max_eval_samples,
-        seed,
         listops: datasets::listops::Limits {
             max_depth: args.listops_max_depth,
             min_args: args.listops_min_args,
@@ -186,7 +186,9 @@ fn locate(name: &str) -> Result<PathBuf> {
     }
     let parts: Vec<&str> = name.split('/').collect();
     let id = parts.len() == 2 && parts.iter().all(|part| !part.is_empty() && *part != "..");
-    let file = path.extension().is_some_and(|end| ["json", "jsonl", "parquet"].map(Some).contains(&end.to_str()));
+    let file = path
+        .extension()
+        .is_some_and(|end| ["json", "jsonl", "parquet"].map(Some).contains(&end.to_str()));
     if id && !file {
         return hub::fetch_dataset(name);
     }

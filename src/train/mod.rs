@@ -1,15 +1,15 @@
 //! Training: what a step learns from, the update, and everything that lets a run go on as if unbroken.
 pub mod batching;
-pub mod data;
-pub mod example;
-pub mod memory;
-pub mod objective;
-pub mod tokenize;
 pub mod checkpoint;
 pub mod claim;
+pub mod data;
+pub mod example;
 pub mod files;
+pub mod memory;
+pub mod objective;
 pub mod optimizer;
 pub mod run;
 pub mod schedule;
 pub mod sft;
+pub mod tokenize;
 pub mod update;

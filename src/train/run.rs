@@ -237,7 +237,9 @@ impl<'a> SftRun<'a> {
         };
         match write() {
             Ok(()) => Error::failure(format!("{error}; the state is in {}", folder.display())),
-            Err(second) => Error::failure(format!("{error}; the state could not be kept: {second}")),
+            Err(second) => {
+                Error::failure(format!("{error}; the state could not be kept: {second}"))
+            }
         }
     }
 }

@@ -197,7 +197,10 @@ impl<'a> SftTrainer<'a> {
         let device = self.policy.engine().device();
         let saved = crate::adapter::load(folder, self.policy.config(), device)?;
         let same = saved.len() == self.adapters.len()
-            && saved.iter().zip(&self.adapters).all(|(a, b)| a.parameters().keys().eq(b.parameters().keys()));
+            && saved
+                .iter()
+                .zip(&self.adapters)
+                .all(|(a, b)| a.parameters().keys().eq(b.parameters().keys()));
         if !same {
             let folder = folder.display();
             return Err(Error::usage(format!("{folder}: the adapter here is of another kind")));

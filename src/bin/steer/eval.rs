@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use serde::{Deserialize, Serialize};
 use indicatif::{ProgressBar, ProgressStyle};
 use reward::Outcome;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use steersman::adapter::load_all;
 use steersman::config::{DataArgs, GenerationArgs, ModelArgs, Repeated, RunConfig};
@@ -19,7 +19,7 @@ use steersman::train::tokenize::Encoder;
 use steersman::{Error, Result};
 
 /// Flags of `steer eval`.
-#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
 #[command(rename_all = "snake_case")]
 #[serde(default)]
 pub struct EvalArgs {
@@ -36,26 +36,12 @@ pub struct EvalArgs {
     adapter: Repeated,
     /// JSONL file for every answer: id, completion, gold, outcome, stop
     output: Option<PathBuf>,
-    /// Seed of generated data
-    seed: u64,
-}
-
-impl Default for EvalArgs {
-    fn default() -> Self {
-        EvalArgs {
-            model: ModelArgs::default(),
-            data: DataArgs::default(),
-            generation: GenerationArgs::default(),
-            adapter: Repeated::default(),
-            output: None,
-            seed: 42,
-        }
-    }
 }
 
 impl RunConfig for EvalArgs {
     const COMMAND: &'static str = "steer eval";
-    const ABOUT: &'static str = "Greedy accuracy on a task's held-out problems, with its 95 % interval";
+    const ABOUT: &'static str =
+        "Greedy accuracy on a task's held-out problems, with its 95 % interval";
 
     fn validate(&self) -> Result<()> {
         self.model.validate()?;
@@ -66,7 +52,7 @@ impl RunConfig for EvalArgs {
 
 /// Runs the command.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let (problems, grader) = problems(&args.data, args.seed)?;
+    let (problems, grader) = problems(&args.data)?;
     let engine = args.model.engine()?;
     let model = LoadedModel::load(&args.model.model_name_or_path, args.model.storage(), &engine)?;
     let template = args.model.chat_template_path.as_deref();

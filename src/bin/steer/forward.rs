@@ -41,7 +41,8 @@ struct Input {
 
 impl RunConfig for ForwardArgs {
     const COMMAND: &'static str = "steer forward";
-    const ABOUT: &'static str = "Logits, log-probs, loss and gradients of given token ids, as a file";
+    const ABOUT: &'static str =
+        "Logits, log-probs, loss and gradients of given token ids, as a file";
 
     fn validate(&self) -> Result<()> {
         self.model.validate()?;
@@ -61,7 +62,8 @@ pub fn run(args: &ForwardArgs) -> Result<()> {
     let adapters = load_all(&args.adapter.0, policy.config(), engine.device())?;
     let input = read_input(path, policy)?;
     let (mut batch, mut all, mut weights) = (Batch::new(), Vec::new(), Vec::new());
-    for ((ids, mask), prompt_length) in input.ids.iter().zip(&input.mask).zip(&input.prompt_lengths) {
+    for ((ids, mask), prompt_length) in input.ids.iter().zip(&input.mask).zip(&input.prompt_lengths)
+    {
         let start = batch.len() as u32;
         batch.push(ids, *prompt_length, None);
         for t in 1..ids.len() {
@@ -134,7 +136,9 @@ fn read_input(path: &Path, policy: &Policy) -> Result<Input> {
     }
     let context = policy.config().max_position_embeddings;
     if t > context {
-        return Err(bad(&format!("sequences of {t} tokens exceed the model's context of {context}")));
+        return Err(bad(&format!(
+            "sequences of {t} tokens exceed the model's context of {context}"
+        )));
     }
     let table = |name: &str, shape: &[usize]| -> Result<Option<Vec<i64>>> {
         let Some(tensor) = tensors.get(name) else { return Ok(None) };

@@ -10,7 +10,9 @@ use serde_json::{Map, Value, json};
 use steersman::adapter::{Adapter, load_all};
 use steersman::config::{ModelArgs, Repeated, RunConfig};
 use steersman::model::{LoadedModel, TextModel};
-use steersman::rollout::{GenerateOptions, Generator, Progress, Request, SamplingParams, StopReason};
+use steersman::rollout::{
+    GenerateOptions, Generator, Progress, Request, SamplingParams, StopReason,
+};
 use steersman::{Error, Result};
 
 /// Flags of `steer generate`.

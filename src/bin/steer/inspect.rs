@@ -33,7 +33,8 @@ impl Default for InspectArgs {
 
 impl RunConfig for InspectArgs {
     const COMMAND: &'static str = "steer model inspect";
-    const ABOUT: &'static str = "What a model is and what each adapter would train, from its configuration alone";
+    const ABOUT: &'static str =
+        "What a model is and what each adapter would train, from its configuration alone";
 
     fn validate(&self) -> Result<()> {
         match self.rank {

@@ -57,7 +57,9 @@ fn unknown(args: &[String], program: &str, commands: &[&str]) -> Error {
         None => Error::usage(format!("{program} wants a command: {}", commands.join(", "))),
         Some(word) => {
             let near = did_you_mean(word, commands.iter().copied());
-            Error::usage(format!("{program} has no command '{word}'{near} (steer --help lists all)"))
+            Error::usage(format!(
+                "{program} has no command '{word}'{near} (steer --help lists all)"
+            ))
         }
     }
 }
