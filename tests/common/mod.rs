@@ -1,6 +1,8 @@
 //! What several test files need: the shared fixtures, and comparisons of tensors.
 #![allow(dead_code)]
 
+pub mod program;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

@@ -1,0 +1,321 @@
+//! Supervised runs of the real program on a tiny model: what a killed run leaves behind, and what the
+//! keys of a run promise.
+
+mod common;
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use common::program::{
+    Ran, SFT, adapter_files, checkpoints, command, copy_model, metrics, names, run, series, text,
+    toy_rows,
+};
+use common::shared;
+use serde_json::Value;
+
+/// A tiny model, rows to learn, and a folder for runs.
+struct Place {
+    folder: tempfile::TempDir,
+    model: PathBuf,
+    rows: PathBuf,
+}
+
+impl Place {
+    fn new() -> Option<Self> {
+        let model = shared("models/stories260k")?;
+        let folder = tempfile::tempdir().unwrap();
+        let rows = toy_rows(folder.path(), 64);
+        Some(Place { folder, model, rows })
+    }
+
+    fn dir(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The arguments of a run of 40 steps into the folder `name`.
+    fn args(&self, name: &str, extra: &str) -> Vec<String> {
+        let fixed = "--max_steps 40 --per_device_train_batch_size 4 --max_eval_samples 8 \
+                     --learning_rate 1e-2 --logging_steps 3 --save_steps 7";
+        let dir = self.dir(name);
+        let paths = [
+            ("--model_name_or_path", text(&self.model)),
+            ("--dataset_name", text(&self.rows)),
+            ("--output_dir", text(&dir)),
+        ];
+        let paths = paths.into_iter().flat_map(|(flag, path)| [flag, path]);
+        let words = fixed.split_whitespace().chain(extra.split_whitespace());
+        paths.chain(words).map(String::from).collect()
+    }
+
+    fn run(&self, name: &str, extra: &str) -> Ran {
+        let args = self.args(name, extra);
+        run(SFT, &args.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// Starts a run and kills it, as kill -9 does, as soon as `moment` has come.
+    fn kill(&self, name: &str, extra: &str, moment: Moment) {
+        let args = self.args(name, extra);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let mut child =
+            command(SFT, &args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let (dir, start) = (self.dir(name), Instant::now());
+        while !moment(&dir) {
+            assert!(start.elapsed() < Duration::from_secs(30), "the moment never came");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        child.kill().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(9), "the run was over too soon");
+    }
+}
+
+/// The metrics without the times, which no two runs share.
+fn timeless(output_dir: &Path) -> Vec<Value> {
+    let mut lines = metrics(output_dir);
+    for line in &mut lines {
+        line.as_object_mut().unwrap().remove("step_time");
+    }
+    lines
+}
+
+fn assert_same_run(found: &Path, wanted: &Path, what: &str) {
+    assert_eq!(timeless(found), timeless(wanted), "{what}: metrics");
+    assert!(adapter_files(found).len() >= 2, "{what}: no adapter");
+    assert!(adapter_files(found) == adapter_files(wanted), "{what}: the adapter differs");
+    assert_eq!(names(found), names(wanted), "{what}");
+    for step in checkpoints(wanted) {
+        let file = format!("checkpoint-{step}/optimizer.safetensors");
+        let same = fs::read(found.join(&file)).unwrap() == fs::read(wanted.join(&file)).unwrap();
+        assert!(same, "{what}: {file} differs");
+    }
+}
+
+/// A point in a run's life, told from its folder.
+type Moment = fn(&Path) -> bool;
+
+fn lines(dir: &Path) -> usize {
+    fs::read_to_string(dir.join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+}
+
+/// When runs are killed; where there are two moments, the resumed run is killed again.
+const MOMENTS: [(&str, &[Moment]); 5] = [
+    ("before the first checkpoint", &[|dir| lines(dir) >= 2]),
+    (
+        "while a checkpoint is written, then as one appears",
+        &[|dir| dir.join(".checkpoint-7.tmp").exists(), |dir| dir.join("checkpoint-14").exists()],
+    ),
+    ("between two checkpoints", &[|dir| dir.join("checkpoint-14").exists() && lines(dir) >= 7]),
+    (
+        "twice, right behind a checkpoint",
+        &[|dir| dir.join("checkpoint-21").exists(), |dir| dir.join("checkpoint-28").exists()],
+    ),
+    ("near the end", &[|dir| dir.join("checkpoint-35").exists() && lines(dir) >= 14]),
+];
+
+/// Kills runs at every moment and resumes them to their end: the same files as an unbroken run.
+fn check_kills(extra: &str) {
+    let Some(place) = Place::new() else { return };
+    place.run("unbroken", extra).ok();
+    let unbroken = place.dir("unbroken");
+    let resume = format!("{extra} --resume_from_checkpoint latest");
+    for (i, (what, moments)) in MOMENTS.into_iter().enumerate() {
+        let name = format!("killed-{i}");
+        for (kill, moment) in moments.iter().enumerate() {
+            place.kill(&name, if kill == 0 { extra } else { &resume }, *moment);
+        }
+        place.run(&name, &resume).ok();
+        assert_same_run(&place.dir(&name), &unbroken, &format!("{extra}, {what}"));
+    }
+    place.run("unbroken", &resume).ok();
+    assert_same_run(&unbroken, &place.dir("killed-0"), "a finished run, resumed");
+}
+
+#[test]
+fn killed_steering_ends_in_the_same_bytes() {
+    check_kills("--adapter steering --steering_kind linear --eval_steps 6");
+}
+
+#[test]
+fn killed_lora_with_dropout_ends_in_the_same_bytes() {
+    check_kills("--adapter lora --lora_dropout 0.1 --lora_r 2");
+}
+
+#[test]
+fn killed_joint_with_neftune_ends_in_the_same_bytes() {
+    check_kills("--adapter joint --neftune_noise_alpha 5 --lora_r 2 --weight_decay 0.01");
+}
+
+#[test]
+fn killed_packing_with_the_best_at_the_end_ends_in_the_same_bytes() {
+    check_kills(
+        "--packing --max_length 32 --per_device_train_batch_size 2 --eval_steps 6 \
+         --load_best_model_at_end --logging_steps 2",
+    );
+}
+
+#[test]
+fn a_damaged_checkpoint_is_skipped_with_a_warning() {
+    let Some(place) = Place::new() else { return };
+    place.run("a", "").ok();
+    let wanted = adapter_files(&place.dir("a"));
+    let newest = *checkpoints(&place.dir("a")).last().unwrap();
+    let file = place.dir("a").join(format!("checkpoint-{newest}/optimizer.safetensors"));
+    let mut bytes = fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let ran = place.run("a", "--resume_from_checkpoint latest").ok();
+    let warning = ran.stderr.lines().find(|line| line.starts_with("warning: ")).unwrap();
+    assert!(warning.contains("optimizer.safetensors is damaged"), "{warning}");
+    assert!(place.dir("a").join(format!("checkpoint-{newest}.damaged")).is_dir());
+    assert!(adapter_files(&place.dir("a")) == wanted);
+}
+
+#[test]
+fn another_runs_folder_is_refused_and_left_as_it_is() {
+    let Some(place) = Place::new() else { return };
+    place.run("a", "").ok();
+    let (before, log) = (adapter_files(&place.dir("a")), metrics(&place.dir("a")));
+    let ran = place.run("a", "--seed 7");
+    assert!(ran.only_sentence(2).contains("already holds a run"), "{}", ran.stderr);
+    assert!(adapter_files(&place.dir("a")) == before && metrics(&place.dir("a")) == log);
+}
+
+/// Rows on which training soon makes the held-out loss worse.
+fn place_that_overfits() -> Option<Place> {
+    let mut place = Place::new()?;
+    let folder = place.dir("split");
+    fs::create_dir(&folder).unwrap();
+    let rows = fs::read_to_string(&place.rows).unwrap();
+    fs::write(folder.join("train.jsonl"), rows).unwrap();
+    let other = "Once upon a time there was a little girl. She liked to play in the park.";
+    fs::write(folder.join("test.jsonl"), format!("{{\"text\": \"{other}\"}}\n")).unwrap();
+    place.rows = folder;
+    Some(place)
+}
+
+#[test]
+fn the_best_checkpoint_is_kept_and_restored() {
+    let Some(place) = place_that_overfits() else { return };
+    let keys = "--eval_steps 2 --load_best_model_at_end --save_total_limit 2";
+    place.run("a", keys).ok();
+    let dir = place.dir("a");
+    let evaluations: Vec<(u64, f64)> = metrics(&dir)
+        .iter()
+        .filter_map(|line| Some((line["step"].as_u64()?, line.get("eval_loss")?.as_f64()?)))
+        .filter(|(step, _)| *step > 0)
+        .collect();
+    let best = evaluations.iter().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap().0;
+    assert!(best < 28, "the rows do not overfit: {evaluations:?}");
+    let kept = checkpoints(&dir);
+    assert_eq!((kept.len(), kept[0]), (3, best), "{kept:?}");
+    assert!(adapter_files(&dir) == adapter_files(&dir.join(format!("checkpoint-{best}"))));
+}
+
+#[test]
+fn early_stopping_ends_a_run_that_no_longer_improves() {
+    let Some(place) = place_that_overfits() else { return };
+    place.run("a", "--eval_steps 2 --early_stopping_patience 2").ok();
+    let found = series(&place.dir("a"), "eval_loss");
+    assert!(found.len() < 21, "not stopped: {found:?}");
+    let (rest, last) = found.split_at(found.len() - 2);
+    let best = rest[1..].iter().fold(f64::INFINITY, |best, loss| best.min(*loss));
+    assert!(last.iter().all(|loss| *loss >= best), "{found:?}");
+    let steps: Vec<u64> = metrics(&place.dir("a"))
+        .iter()
+        .filter_map(|line| line.get("eval_loss").and(line["step"].as_u64()))
+        .collect();
+    assert!(steps.is_sorted_by(|a, b| a < b), "an evaluation came twice: {steps:?}");
+}
+
+#[test]
+fn old_checkpoints_are_removed_and_the_last_step_is_saved() {
+    let Some(place) = Place::new() else { return };
+    place.run("a", "--save_total_limit 2").ok();
+    assert_eq!(checkpoints(&place.dir("a")), [35, 40]);
+    place.run("b", "--save_steps 0").ok();
+    assert_eq!(checkpoints(&place.dir("b")), [40]);
+    let saved = place.dir("b").join("checkpoint-40");
+    assert!(adapter_files(&place.dir("b")) == adapter_files(&saved));
+}
+
+#[test]
+fn the_loss_falls_on_rows_that_can_be_learnt() {
+    let Some(place) = Place::new() else { return };
+    for adapter in ["steering", "lora --lora_r 4"] {
+        let name = &adapter[..4];
+        place.run(name, &format!("--adapter {adapter} --eval_steps 10")).ok();
+        let losses = series(&place.dir(name), "loss");
+        let held_out = series(&place.dir(name), "eval_loss");
+        assert!(losses[losses.len() - 1] < 0.5 * losses[0], "{adapter}: {losses:?}");
+        assert!(held_out.len() == 5 && held_out.is_sorted_by(|a, b| a > b), "{held_out:?}");
+    }
+}
+
+#[test]
+fn what_changes_memory_only_changes_no_loss() {
+    let Some(place) = Place::new() else { return };
+    let keys = "--max_steps 12 --logging_steps 1 --neftune_noise_alpha 5 --adapter joint \
+                --lora_dropout 0.1 --learning_rate 1e-3 --save_steps 0";
+    place.run("whole", &format!("{keys} --per_device_train_batch_size 8")).ok();
+    let wanted = series(&place.dir("whole"), "loss");
+    for (name, other) in [
+        ("micro", "--per_device_train_batch_size 8 --micro_batch_tokens 20"),
+        ("recompute", "--per_device_train_batch_size 8 --gradient_checkpointing"),
+        ("accumulate", "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"),
+    ] {
+        place.run(name, &format!("{keys} {other}")).ok();
+        let found = series(&place.dir(name), "loss");
+        assert_eq!((found.len(), wanted.len()), (12, 12));
+        for (a, b) in found.iter().zip(&wanted) {
+            assert!((a - b).abs() <= 1e-5, "{name}: {found:?} instead of {wanted:?}");
+        }
+    }
+}
+
+#[test]
+fn a_dry_run_checks_without_weights_and_prints_a_recipe() {
+    let Some(mut place) = Place::new() else { return };
+    let keys = "--adapter joint --lora_r 2 --warmup_steps 5 --steering_layers 0-2";
+    place.run("by-flags", keys).ok();
+    let wanted = adapter_files(&place.dir("by-flags"));
+    let copy = place.dir("model");
+    let model = std::mem::replace(&mut place.model, copy);
+    copy_model(&model, &place.model);
+    fs::remove_file(place.model.join("model.safetensors")).unwrap();
+    let printed = place.run("dry", &format!("{keys} --dry_run")).ok().stdout;
+    assert!(!place.dir("dry").exists(), "a dry run left files");
+    assert!(printed.contains("warmup_steps = 5"), "{printed}");
+
+    copy_model(&model, &place.model);
+    let recipe = place.dir("recipe.toml");
+    fs::write(&recipe, printed).unwrap();
+    run(SFT, &[text(&recipe), "--dry_run", "false"]).ok();
+    assert_eq!(adapter_files(&place.dir("dry"))[1], wanted[1]);
+    let resolved = place.dir("by-flags").join("config.toml");
+    let again = place.dir("again");
+    run(SFT, &[text(&resolved), "--output-dir", text(&again)]).ok();
+    assert!(adapter_files(&again) == wanted);
+}
+
+#[test]
+fn a_loss_that_is_no_number_stops_the_run_and_leaves_a_dump() {
+    let Some(place) = Place::new() else { return };
+    let ran = place.run("a", "--learning_rate 1e30");
+    let said = ran.sentence(1);
+    assert!(said.starts_with("step 2 (training rows ") && said.contains("NaN"), "{said}");
+    let dump = place.dir("a").join("dump-2");
+    assert!(said.ends_with(text(&dump)), "{said}");
+    assert!(names(&dump).contains(&"error.txt".to_string()), "{:?}", names(&dump));
+    assert!(adapter_files(&place.dir("a")).is_empty(), "a final adapter of a failed run");
+}
+
+#[test]
+fn an_evaluation_that_is_no_number_is_not_hidden() {
+    let Some(place) = Place::new() else { return };
+    let ran = place.run("a", "--learning_rate 1e30 --max_steps 1 --warmup_steps 0");
+    let said = ran.sentence(1);
+    assert!(said.contains("eval_loss") && said.contains("NaN"), "{said}");
+    assert!(adapter_files(&place.dir("a")).is_empty(), "a final adapter of a failed run");
+}
