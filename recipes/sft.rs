@@ -34,7 +34,8 @@ fn main() -> ExitCode {
 
 fn run(config: &SftConfig) -> Result<()> {
     // ---- data: rows, then tokens -------------------------------------------------------------
-    let source = ModelSource::resolve(&config.model.model_name_or_path)?;
+    let find = if config.train.dry_run { ModelSource::find } else { ModelSource::resolve };
+    let source = find(&config.model.model_name_or_path)?;
     let shape = ModelConfig::load(&source)?;
     let template = config.model.chat_template_path.as_deref();
     let text = TextModel::load(&source, template, shape.vocab_size)?;

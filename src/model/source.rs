@@ -31,6 +31,18 @@ impl ModelSource {
     /// Usage: nothing of that name; what is accepted is said, and a known name that resembles it.
     /// Failure: the folder is incomplete (what is missing is said) or the download failed.
     pub fn resolve(model_name_or_path: &str) -> Result<ModelSource> {
+        let source = Self::find(model_name_or_path)?;
+        if let ModelSource::Folder(folder) = &source {
+            check_weights(folder)?;
+        }
+        Ok(source)
+    }
+
+    /// As [`ModelSource::resolve`], for those who need no weights: a folder may lack them.
+    ///
+    /// # Errors
+    /// As [`ModelSource::resolve`], missing weights aside.
+    pub fn find(model_name_or_path: &str) -> Result<ModelSource> {
         let name = model_name_or_path;
         let path = Path::new(name);
         if path.is_dir() {
@@ -50,24 +62,30 @@ impl ModelSource {
     }
 }
 
-/// Checks that a folder can be opened as a model.
+/// Checks that a folder is a model's.
 fn folder(path: &Path) -> Result<ModelSource> {
-    let missing = |what: &str| {
-        Err(Error::failure(format!("the model folder {} has no {what}", path.display())))
-    };
-    if !path.join("config.json").is_file() {
-        return missing("config.json");
+    match path.join("config.json").is_file() {
+        true => Ok(ModelSource::Folder(path.to_path_buf())),
+        false => Err(missing(path, "config.json")),
     }
+}
+
+/// Checks that a model's folder has its weights.
+fn check_weights(path: &Path) -> Result<()> {
     if !path.join(SINGLE).is_file() {
         let index = path.join(INDEX);
         if !index.is_file() {
-            return missing("model.safetensors or model.safetensors.index.json");
+            return Err(missing(path, "model.safetensors or model.safetensors.index.json"));
         }
         if let Some(shard) = shard_files(&index)?.iter().find(|name| !path.join(name).is_file()) {
-            return missing(&format!("{shard}, which its index names"));
+            return Err(missing(path, &format!("{shard}, which its index names")));
         }
     }
-    Ok(ModelSource::Folder(path.to_path_buf()))
+    Ok(())
+}
+
+fn missing(folder: &Path, what: &str) -> Error {
+    Error::failure(format!("the model folder {} has no {what}", folder.display()))
 }
 
 fn file(path: &Path) -> Result<ModelSource> {

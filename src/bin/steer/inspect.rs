@@ -56,11 +56,8 @@ pub fn run(args: &InspectArgs) -> Result<()> {
 /// Reads a configuration; unlike other commands this one needs no weights.
 fn load(name: &str) -> Result<ModelConfig> {
     let path = Path::new(name);
-    if path.is_dir() {
-        return ModelConfig::load(&ModelSource::Folder(path.to_path_buf()));
-    }
-    if !path.extension().is_some_and(|end| end == "json") {
-        return ModelConfig::load(&ModelSource::resolve(name)?);
+    if path.is_dir() || !path.extension().is_some_and(|end| end == "json") {
+        return ModelConfig::load(&ModelSource::find(name)?);
     }
     let text = std::fs::read(path).map_err(Error::io(path))?;
     let damaged = |e| Error::failure(format!("{name} is not JSON: {e}"));
