@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::files::{remove_folder_atomic, verify, write_atomic, write_folder_atomic};
+use super::objective::Totals;
 use crate::report::MetricLine;
 use crate::{Error, Result};
 
@@ -42,6 +43,21 @@ pub struct TrainerState {
     pub evaluations_without_best: u64,
     /// Every line of metrics so far.
     pub log_history: Vec<MetricLine>,
+    /// The steps since the last line of metrics.
+    #[serde(default)]
+    pub window: Window,
+}
+
+/// Sums over the steps that the next line of metrics will tell of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    /// Sums over their targets.
+    pub totals: Totals,
+    /// Seconds that they took.
+    pub seconds: f64,
+    /// How many they are.
+    pub steps: u32,
 }
 
 /// A place in the stream of training rows.
@@ -198,6 +214,7 @@ mod tests {
             best_step: Some(3),
             evaluations_without_best: 2,
             log_history: vec![MetricLine::new(7, metrics)],
+            window: Window { totals: Totals::default(), seconds: 0.1, steps: 3 },
         };
         state.save(dir.path()).unwrap();
         assert_eq!(TrainerState::load(dir.path()).unwrap(), state);

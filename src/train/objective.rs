@@ -8,6 +8,7 @@
 use candle_core::{DType, Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::example::PackedExamples;
@@ -17,7 +18,8 @@ use crate::ops::{Gradients, Logps, Tape, Target, Value, accumulate};
 use crate::{Error, Result};
 
 /// Sums over targets, from which means are taken.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Totals {
     /// Sum of negative log-likelihoods, in nats.
     pub nll: f64,

@@ -9,11 +9,10 @@ use crate::eval::Proportion;
 use crate::report::{Event, MetricLine, Metrics, Reporter};
 use crate::{Error, Result};
 
-use super::checkpoint::{self, checkpoint_dir, prune};
+use super::checkpoint::{self, Window, checkpoint_dir, prune};
 use super::claim::{CONFIG_FILE, Claim, claim_output_dir};
 use super::example::TokenExample;
 use super::files::write_atomic;
-use super::objective::Totals;
 use super::sft::{SftTrainer, StepReport};
 
 /// Measures the accuracy of the current adapters, if the data can be graded.
@@ -34,15 +33,6 @@ pub struct SftRun<'a> {
     base: BaseModel,
     claim: Claim,
     reporter: Reporter,
-    window: Window,
-}
-
-/// What happened since the last line of metrics.
-#[derive(Default)]
-struct Window {
-    totals: Totals,
-    time: Duration,
-    steps: u32,
 }
 
 impl<'a> SftRun<'a> {
@@ -56,7 +46,7 @@ impl<'a> SftRun<'a> {
             claim_output_dir(&train.output_dir, &to_toml(config)?, &train.resume_from_checkpoint)?;
         let step = claim.checkpoint.as_ref().map(|(step, _)| *step);
         let reporter = Reporter::for_run(&train.output_dir, step)?;
-        Ok(SftRun { config, base, claim, reporter, window: Window::default() })
+        Ok(SftRun { config, base, claim, reporter })
     }
 
     /// Takes up the run where its last checkpoint left it, if it is resumed.
@@ -89,16 +79,17 @@ impl<'a> SftRun<'a> {
             Ok(None) => return Ok(None),
             Err(error) => return Err(self.dump(trainer, error)),
         };
-        let time = start.elapsed();
-        let (step, tokens) = (report.step, report.totals.tokens as u64);
-        self.reporter.emit(Event::Step { step, tokens, seconds: time.as_secs_f64() })?;
-        self.window.totals += report.totals;
-        self.window.time += time;
-        self.window.steps += 1;
+        let (step, time) = (report.step, start.elapsed());
+        self.reporter.emit(report.event(time))?;
+        let window = &mut trainer.state_mut().window;
+        window.totals += report.totals;
+        window.seconds += time.as_secs_f64();
+        window.steps += 1;
         let last = step == trainer.total_steps();
         if last || step.is_multiple_of(self.config.train.logging_steps as u64) {
-            let Window { totals, time, steps } = std::mem::take(&mut self.window);
-            let line = StepReport { totals, ..report }.line(trainer.state(), time / steps);
+            let Window { totals, seconds, steps } = std::mem::take(&mut trainer.state_mut().window);
+            let time = Duration::from_secs_f64(seconds / f64::from(steps));
+            let line = StepReport { totals, ..report }.line(trainer.state(), time);
             trainer.state_mut().log_history.push(line.clone());
             self.reporter.emit(Event::Logged(line))?;
         }
