@@ -59,7 +59,7 @@ fn load(name: &str) -> Result<ModelConfig> {
     if path.is_dir() {
         return ModelConfig::load(&ModelSource::Folder(path.to_path_buf()));
     }
-    if !path.extension().is_some_and(|end| end == "json") {
+    if path.extension().is_none_or(|end| end != "json") {
         return ModelConfig::load(&ModelSource::resolve(name)?);
     }
     let text = std::fs::read(path).map_err(Error::io(path))?;
