@@ -1,4 +1,8 @@
-//! Where models come from: configurations against transformers, damaged files, GGUF, the hub.
+//! Where models come from: configurations against transformers, safetensors, GGUF, the hub.
 
 #[path = "model_sources/configs.rs"]
 mod configs;
+#[path = "model_sources/gguf.rs"]
+mod gguf;
+#[path = "model_sources/safetensors.rs"]
+mod weights;
