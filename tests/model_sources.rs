@@ -4,5 +4,7 @@
 mod configs;
 #[path = "model_sources/gguf.rs"]
 mod gguf;
+#[path = "model_sources/hub.rs"]
+mod hub;
 #[path = "model_sources/safetensors.rs"]
 mod weights;

@@ -1,5 +1,6 @@
 //! `config.json` of every family against what transformers makes of it (`make_configs.py`).
 
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use steersman::model::{Matrix, ModelConfig};
 
@@ -147,6 +148,7 @@ fn what_is_not_served_is_refused_by_name() {
         (json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}), "dynamic"),
         (json!({"rope_scaling": {"rope_type": "linear"}}), "'factor'"),
         (json!({"rope_scaling": {"mrope_section": [1, 2]}}), "mrope_section"),
+        (json!({"rope_theta": 0}), "'rope_theta' must be positive"),
         (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
         (json!({"num_local_experts": 8}), "num_local_experts"),
         (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
@@ -173,4 +175,42 @@ fn what_is_not_served_is_refused_by_name() {
     }
     assert!(refused(json!([])).contains("object"));
     assert!(refused(json!({"hidden_size": 2})).contains("'model_type' is missing"));
+}
+
+/// Values of every kind, some of them sensible.
+fn any_value() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        (0i64..64).prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        "[a-z_]{0,12}".prop_map(Value::from),
+        Just(json!([])),
+        Just(json!(["full_attention", "sliding_attention"])),
+        Just(json!({"rope_type": "yarn", "factor": -1})),
+        Just(json!({"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 0.1})),
+        Just(json!({"full_attention": {"rope_type": "llama3"}})),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn odd_values_are_refused_or_give_a_usable_configuration(
+        changes in proptest::collection::vec((0usize..64, any_value()), 1..4),
+        case in 0usize..64,
+    ) {
+        let cases = cases();
+        let mut config = cases[case % cases.len()]["config"].clone();
+        let keys: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
+        let more = ["rope_scaling", "rope_parameters", "layer_types", "sliding_window", "head_dim"];
+        let keys: Vec<&str> = keys.iter().map(String::as_str).chain(more).collect();
+        for (at, value) in changes {
+            config[keys[at % keys.len()]] = value;
+        }
+        if let Ok(config) = ModelConfig::from_json(&config) {
+            prop_assert!(config.parameters() > 0);
+            prop_assert!(config.layers.iter().all(|layer| layer.rope < config.ropes.len()));
+        }
+    }
 }
