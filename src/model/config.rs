@@ -1,5 +1,5 @@
 //! What the policy must know of a model, as plain data: sizes, switches, one window and one rotary
-//! table per layer. Families differ only in these values, so nothing downstream asks for the family.
+//! table per layer. Families differ only in these values: nothing downstream asks for the family.
 
 use std::fmt;
 
