@@ -199,7 +199,7 @@ fn gradients_of_packed_and_unpacked_sequences_agree() {
         let all = sequences(&folder);
         let apart: Vec<_> = all.iter().map(|ids| vec![ids.clone()]).collect();
         for (name, adapters) in adapter_sets(&policy).into_iter().skip(1) {
-            let packed = gradients(&policy, &adapters, &[all.clone()], false);
+            let packed = gradients(&policy, &adapters, std::slice::from_ref(&all), false);
             let unpacked = gradients(&policy, &adapters, &apart, false);
             assert_eq!(packed.len(), adapters.iter().map(|a| a.parameters().len()).sum::<usize>());
             for (key, grad) in &packed {
@@ -216,8 +216,8 @@ fn checkpointing_changes_no_gradient() {
     let policy = policy(&folder, &Engine::cpu());
     let all = sequences(&folder);
     for (name, adapters) in adapter_sets(&policy).into_iter().skip(1) {
-        let kept = gradients(&policy, &adapters, &[all.clone()], false);
-        let again = gradients(&policy, &adapters, &[all.clone()], true);
+        let kept = gradients(&policy, &adapters, std::slice::from_ref(&all), false);
+        let again = gradients(&policy, &adapters, std::slice::from_ref(&all), true);
         for (key, grad) in &kept {
             assert_eq!(relative(&again[key], grad), 0.0, "{name}: {key}");
         }

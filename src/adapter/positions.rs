@@ -110,6 +110,7 @@ impl From<Positions> for String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn every_spelling_reads_back_to_the_same_positions() {
@@ -140,5 +141,18 @@ mod tests {
         assert_eq!(rows("all"), None);
         assert_eq!(rows("last"), Some(vec![4, 9]));
         assert_eq!(rows("first=1,last=2"), Some(vec![0, 3, 4, 8, 9]));
+    }
+
+    proptest! {
+        #[test]
+        fn positions_print_as_they_are_read(first in 0..9usize, last in 1..9usize) {
+            let positions = Positions::Ends { first, last };
+            prop_assert_eq!(positions.to_string().parse::<Positions>(), Ok(positions));
+        }
+
+        #[test]
+        fn no_text_panics(text in ".{0,20}") {
+            let _ = text.parse::<Positions>().is_ok();
+        }
     }
 }

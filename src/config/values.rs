@@ -272,17 +272,6 @@ mod tests {
     }
 
     #[test]
-    fn positions_are_counted_from_both_ends_of_the_prompt() {
-        let parse = |text: &str| text.parse::<Positions>();
-        assert_eq!(parse("last"), Ok(Positions::Ends { first: 0, last: 1 }));
-        assert_eq!(parse("last=3, first=2"), Ok(Positions::Ends { first: 2, last: 3 }));
-        assert_eq!(parse("last=1").unwrap().to_string(), "last");
-        for bad in ["", "first", "first=0", "first=1,first=2", "f2+l3", "middle=1"] {
-            assert!(parse(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
     fn modules_are_known_names_in_a_fixed_order() {
         let modules: TargetModules = "v_proj,q_proj".parse().unwrap();
         assert_eq!(modules.names(), ["q_proj", "v_proj"]);
@@ -326,15 +315,8 @@ mod tests {
         }
 
         #[test]
-        fn positions_print_as_they_are_read(first in 0..9usize, last in 1..9usize) {
-            let positions = Positions::Ends { first, last };
-            prop_assert_eq!(positions.to_string().parse::<Positions>(), Ok(positions));
-        }
-
-        #[test]
         fn no_text_panics(text in ".{0,20}") {
             let _ = text.parse::<Layers>().is_ok();
-            let _ = text.parse::<Positions>().is_ok();
             let _ = text.parse::<Columns>().is_ok();
             let _ = text.parse::<TargetModules>().is_ok();
         }

@@ -10,13 +10,13 @@ use crate::ops::Segment;
 /// its children; in cached decoding the ancestors are in the cache.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
-    /// Token ids, [N].
+    /// Token ids, `[N]`.
     pub input_ids: Vec<u32>,
-    /// Position of each token in its own chain, [N].
+    /// Position of each token in its own chain, `[N]`.
     pub positions: Vec<u32>,
-    /// Length of the prompt of each token's chain, [N]; positions below it are prompt.
+    /// Length of the prompt of each token's chain, `[N]`; positions below it are prompt.
     pub prompt_lengths: Vec<u32>,
-    /// Key of each token's random numbers, [N]: its sample and its position.
+    /// Key of each token's random numbers, `[N]`: its sample and its position.
     pub token_keys: Vec<u64>,
     segments: Vec<Segment>,
     sample: u64,

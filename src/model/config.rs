@@ -1,5 +1,5 @@
 //! What the policy must know of a model, as plain data: sizes, switches, one window and one rotary
-//! table per layer. Families differ only in these values, so nothing downstream asks for the family.
+//! table per layer. Families differ only in these values: nothing downstream asks for the family.
 
 use std::fmt;
 
@@ -127,7 +127,7 @@ pub struct ModelConfig {
     pub o_bias: bool,
     /// gate, up and down have a bias.
     pub mlp_bias: bool,
-    /// RMS norms over each head of q and k (weights `self_attn.q_norm`, `k_norm`, [head_dim]),
+    /// RMS norms over each head of q and k (weights `self_attn.q_norm`, `k_norm`, `[head_dim]`),
     /// before the rotation.
     pub qk_norm: bool,
     /// Four norms a block (Gemma): `input_layernorm` and `pre_feedforward_layernorm` before

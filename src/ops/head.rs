@@ -32,7 +32,7 @@ pub fn logits(tape: &Tape, h: &Tensor, head: &Weight, softcap: Option<f64>) -> R
     Ok(capped(z, softcap.map(|cap| cap as f32))?)
 }
 
-/// sum over t of `weights[t]` * log p(targets[t]) as one number [1], differentiable in h [N, D].
+/// sum over t of `weights[t]` * log p(targets`[t]`) as one number `[1]`, differentiable in h [N, D].
 ///
 /// The weights are known before the pass, so that it computes the gradient of h on its way: two
 /// products with the head instead of three. Returns the sum and what the head said.
@@ -66,7 +66,7 @@ pub fn weighted_logps(
     Ok((value, Logps::new(forward)))
 }
 
-/// log p(target) of each target as a differentiable value [targets], for losses whose weights depend
+/// log p(target) of each target as a differentiable value `[targets]`, for losses whose weights depend
 /// on it; the backward pass recomputes the logits chunk by chunk.
 pub fn token_logps(
     tape: &Tape,

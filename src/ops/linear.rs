@@ -173,7 +173,7 @@ impl fmt::Debug for Weight {
     }
 }
 
-/// y = x Wᵀ + b for x [N, in] and b [out]; W and b are frozen.
+/// y = x Wᵀ + b for x [N, in] and b `[out]`; W and b are frozen.
 pub fn linear(tape: &Tape, x: &Value, w: &Weight, bias: Option<&Tensor>) -> Result<Value> {
     let y = w.apply(tape.engine(), x.tensor(), bias)?;
     Ok(tape.push(y, &[x], || {

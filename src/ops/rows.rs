@@ -19,7 +19,7 @@ pub fn add(tape: &Tape, a: &Value, b: &Value) -> Result<Value> {
     }))
 }
 
-/// x [N, D] + v [D] on every row.
+/// x [N, D] + v `[D]` on every row.
 pub fn add_vector(tape: &Tape, x: &Value, v: &Value) -> Result<Value> {
     let y = x.tensor().broadcast_add(v.tensor())?;
     Ok(tape.push(y, &[x, v], || {

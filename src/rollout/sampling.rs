@@ -109,7 +109,7 @@ pub fn argmax(logits: &[f32]) -> u32 {
     best as u32
 }
 
-/// Draws the next token from logits [V], which the processors change in place; `seen` are the tokens
+/// Draws the next token from logits `[V]`, which the processors change in place; `seen` are the tokens
 /// of the sequence so far.
 ///
 /// # Errors

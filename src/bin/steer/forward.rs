@@ -24,9 +24,9 @@ pub struct ForwardArgs {
     model: ModelArgs,
     /// Adapter folder, ours or PEFT's LoRA; may be given several times
     adapter: Repeated,
-    /// Safetensors file with `input_ids` [B, T] and optionally `loss_mask` [B, T], `prompt_lengths` [B]
+    /// Safetensors file with `input_ids` [B, T] and optionally `loss_mask` [B, T], `prompt_lengths` `[B]`
     input: Option<PathBuf>,
-    /// Safetensors file to write: `logits` [B, T, V], `logps` [B, T-1], `loss` [1]
+    /// Safetensors file to write: `logits` [B, T, V], `logps` [B, T-1], `loss` `[1]`
     output: Option<PathBuf>,
     /// Write the gradient of the loss for each adapter parameter as `grad.<key>`
     gradients: bool,

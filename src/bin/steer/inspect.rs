@@ -56,7 +56,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
 /// Reads a configuration; unlike other commands this one needs no weights.
 fn load(name: &str) -> Result<ModelConfig> {
     let path = Path::new(name);
-    if path.is_dir() || !path.extension().is_some_and(|end| end == "json") {
+    if path.is_dir() || path.extension().is_none_or(|end| end != "json") {
         return ModelConfig::load(&ModelSource::find(name)?);
     }
     let text = std::fs::read(path).map_err(Error::io(path))?;
