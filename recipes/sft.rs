@@ -69,11 +69,11 @@ fn run(config: &SftConfig) -> Result<()> {
     let mut run = SftRun::start(config, model.base()?)?;
     run.resume(&mut trainer)?;
     run.evaluate_before(&mut trainer, held_out)?;
-    while let Some(report) = run.step(&mut trainer)? {
-        if run.evaluates_at(report.step) {
+    while run.step(&mut trainer)?.is_some() {
+        if run.evaluates_now(&trainer) {
             run.evaluate(&mut trainer, held_out)?;
         }
-        if run.saves_at(report.step) {
+        if run.saves_now(&trainer) {
             run.save(&trainer)?;
         }
     }

@@ -76,9 +76,9 @@ impl Reporter {
     }
 
     /// The reporter of a training run: the terminal, and `metrics.jsonl` in `output_dir`, which is
-    /// continued after `resumed_step` or begun afresh if that is `None`.
-    pub fn for_run(output_dir: &Path, resumed_step: Option<u64>) -> Result<Self> {
-        let metrics = MetricsFile::open(&output_dir.join(METRICS_FILE), resumed_step)?;
+    /// begun with the lines of the checkpoint that is resumed.
+    pub fn for_run(output_dir: &Path, history: &[MetricLine]) -> Result<Self> {
+        let metrics = MetricsFile::open(&output_dir.join(METRICS_FILE), history)?;
         Ok(Self::new().with(Terminal::stderr()).with(metrics))
     }
 

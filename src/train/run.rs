@@ -9,7 +9,7 @@ use crate::eval::Proportion;
 use crate::report::{Event, MetricLine, Metrics, Reporter};
 use crate::{Error, Result};
 
-use super::checkpoint::{self, Window, checkpoint_dir, prune};
+use super::checkpoint::{self, TrainerState, Window, checkpoint_dir, prune};
 use super::claim::{CONFIG_FILE, Claim, claim_output_dir};
 use super::example::TokenExample;
 use super::files::write_atomic;
@@ -44,8 +44,11 @@ impl<'a> SftRun<'a> {
         let train = &config.train;
         let claim =
             claim_output_dir(&train.output_dir, &to_toml(config)?, &train.resume_from_checkpoint)?;
-        let step = claim.checkpoint.as_ref().map(|(step, _)| *step);
-        let reporter = Reporter::for_run(&train.output_dir, step)?;
+        let history = match &claim.checkpoint {
+            Some((_, folder)) => TrainerState::load(folder)?.log_history,
+            None => Vec::new(),
+        };
+        let reporter = Reporter::for_run(&train.output_dir, &history)?;
         Ok(SftRun { config, base, claim, reporter })
     }
 
@@ -77,7 +80,7 @@ impl<'a> SftRun<'a> {
         let report = match trainer.step() {
             Ok(Some(report)) => report,
             Ok(None) => return Ok(None),
-            Err(error) => return Err(self.dump(trainer, error)),
+            Err(error) => return Err(self.dump(trainer, trainer.state().global_step + 1, error)),
         };
         let (step, time) = (report.step, start.elapsed());
         self.reporter.emit(report.event(time))?;
@@ -96,16 +99,15 @@ impl<'a> SftRun<'a> {
         Ok(Some(report))
     }
 
-    /// Whether the configuration wants an evaluation after this step.
-    pub fn evaluates_at(&self, step: u64) -> bool {
-        let every = self.config.train.eval_steps as u64;
-        every > 0 && step.is_multiple_of(every)
+    /// Whether there is an evaluation now: every `eval_steps` steps, and after the last one.
+    pub fn evaluates_now(&self, trainer: &SftTrainer) -> bool {
+        is_due(trainer, self.config.train.eval_steps)
     }
 
     /// Evaluates, notes the best value so far, and with `load_best_model_at_end` saves it.
     ///
     /// # Errors
-    /// If the metric of the best model is missing or a file cannot be written.
+    /// If the loss is not a finite number, or a file cannot be written.
     pub fn evaluate(&mut self, trainer: &mut SftTrainer, held_out: HeldOut) -> Result<()> {
         let train = &self.config.train;
         let at_end = trainer.state().global_step == trainer.total_steps();
@@ -153,18 +155,22 @@ impl<'a> SftRun<'a> {
             metrics.set("eval_accuracy_high", accuracy.high);
             metrics.set("eval_samples", accuracy.trials as f64);
         }
-        let line = MetricLine::new(trainer.state().global_step, metrics);
+        let step = trainer.state().global_step;
+        let line = MetricLine::new(step, metrics);
         if line.metrics.iter().next().is_some() {
             trainer.state_mut().log_history.push(line.clone());
             self.reporter.emit(Event::Evaluated(line.clone()))?;
         }
+        if let Some(loss) = line.metrics.get("eval_loss").filter(|loss| !loss.is_finite()) {
+            let error = Error::failure(format!("step {step}: eval_loss became {loss}"));
+            return Err(self.dump(trainer, step, error));
+        }
         Ok(line)
     }
 
-    /// Whether the configuration wants a checkpoint after this step.
-    pub fn saves_at(&self, step: u64) -> bool {
-        let every = self.config.train.save_steps as u64;
-        every > 0 && step.is_multiple_of(every)
+    /// Whether there is a checkpoint now: every `save_steps` steps, and after the last one.
+    pub fn saves_now(&self, trainer: &SftTrainer) -> bool {
+        is_due(trainer, self.config.train.save_steps)
     }
 
     /// Saves a checkpoint of this step, unless there is one, and removes old ones.
@@ -192,34 +198,55 @@ impl<'a> SftRun<'a> {
         patience > 0 && trainer.state().evaluations_without_best >= patience
     }
 
-    /// Evaluates a last time, goes back to the best checkpoint if asked, and writes the adapter into
+    /// Saves the last step, goes back to the best checkpoint if asked, and writes the adapter into
     /// the run's folder.
     ///
     /// # Errors
     /// If a file cannot be written whole.
     pub fn finish(&mut self, trainer: &mut SftTrainer, held_out: HeldOut) -> Result<()> {
-        let step = trainer.state().global_step;
-        let (every, last) = (self.config.train.eval_steps as u64, trainer.total_steps());
-        if every == 0 || !step.is_multiple_of(every) || step < last {
-            self.evaluate(trainer, held_out)?;
-        }
-        let output_dir = &self.config.train.output_dir;
-        let best = trainer.state().best_step;
-        if let Some(best) = best.filter(|_| self.config.train.load_best_model_at_end) {
+        self.save(trainer)?;
+        let (output_dir, step) = (&self.config.train.output_dir, trainer.state().global_step);
+        let best = trainer.state().best_step.filter(|_| self.config.train.load_best_model_at_end);
+        if let Some(best) = best {
             trainer.restore_adapters(&checkpoint_dir(output_dir, best))?;
         }
         crate::adapter::save(output_dir, trainer.adapters(), &self.base)?;
-        let mut message = String::new();
-        for line in accuracy_lines(trainer) {
-            message += &format!("{line}\n");
-        }
-        message += &format!("adapter: {}", output_dir.display());
+        let message = match self.accuracies(trainer, held_out, best.unwrap_or(step))? {
+            Some((before, after)) => {
+                format!("accuracy before: {before}\naccuracy after: {after}\n")
+            }
+            None => String::new(),
+        };
+        let message = message + &format!("adapter: {}", output_dir.display());
         self.reporter.emit(Event::RunEnded { step, message })
     }
 
+    /// Accuracy before training and that of the final adapter, which is the one of step `kept`; it
+    /// is measured now unless its evaluation did so.
+    fn accuracies(
+        &mut self,
+        trainer: &mut SftTrainer,
+        held_out: HeldOut,
+        kept: u64,
+    ) -> Result<Option<(Proportion, Proportion)>> {
+        if self.config.train.eval_accuracy == EvalAccuracy::No {
+            return Ok(None);
+        }
+        let history = &trainer.state().log_history;
+        let before = history.iter().find_map(accuracy_of);
+        let known = history.iter().rev().filter(|line| line.step == kept).find_map(accuracy_of);
+        let after = match known {
+            Some(after) => Some(after),
+            None => {
+                let held_out = HeldOut { examples: &[], ..held_out };
+                accuracy_of(&self.measure(trainer, held_out, true)?)
+            }
+        };
+        Ok(before.zip(after))
+    }
+
     /// Keeps what a failed step worked on, and says where.
-    fn dump(&self, trainer: &SftTrainer, error: Error) -> Error {
-        let step = trainer.state().global_step + 1;
+    fn dump(&self, trainer: &SftTrainer, step: u64, error: Error) -> Error {
         let folder = self.config.train.output_dir.join(format!("dump-{step}"));
         let write = || -> Result<()> {
             std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
@@ -243,21 +270,14 @@ fn metric_name(metric: BestMetric) -> &'static str {
     }
 }
 
-/// The first and the last accuracy of a run, with their intervals.
-fn accuracy_lines(trainer: &SftTrainer) -> Vec<String> {
-    let measured = |line: &&MetricLine| line.metrics.get("eval_accuracy").is_some();
-    let history = &trainer.state().log_history;
-    let (first, last) = (history.iter().find(measured), history.iter().rev().find(measured));
-    let show = |what: &str, line: &MetricLine| {
-        let value = |name: &str| line.metrics.get(name).unwrap_or(f64::NAN);
-        let trials = value("eval_samples") as usize;
-        let successes = (value("eval_accuracy") * trials as f64).round() as usize;
-        format!("accuracy {what}: {}", Proportion::new(successes, trials))
-    };
-    match (first, last) {
-        (Some(first), Some(last)) if first.step < last.step => {
-            vec![show("before", first), show("after", last)]
-        }
-        _ => Vec::new(),
-    }
+/// The accuracy that a line of metrics tells of.
+fn accuracy_of(line: &MetricLine) -> Option<Proportion> {
+    let (rate, trials) = (line.metrics.get("eval_accuracy")?, line.metrics.get("eval_samples")?);
+    Some(Proportion::new((rate * trials).round() as usize, trials as usize))
+}
+
+/// Whether something that comes every so many steps (0 = never), and at the end, comes now.
+fn is_due(trainer: &SftTrainer, every: usize) -> bool {
+    let step = trainer.state().global_step;
+    step == trainer.total_steps() || (every > 0 && step.is_multiple_of(every as u64))
 }
