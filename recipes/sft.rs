@@ -9,7 +9,7 @@
 
 use std::process::ExitCode;
 
-use steersman::config::{self, Request, SftConfig};
+use steersman::config::{self, EvalAccuracy, Request, SftConfig};
 use steersman::eval::{Proportion, accuracy};
 use steersman::model::{LoadedModel, ModelConfig, ModelSource, TextModel};
 use steersman::rollout::GenerateOptions;
@@ -41,6 +41,9 @@ fn run(config: &SftConfig) -> Result<()> {
     let text = TextModel::load(&source, template, shape.vocab_size)?;
     let encoder = Encoder::for_model(&text, &source)?;
     let data = SftData::load(&config.data, config.train.seed)?;
+    if config.train.eval_accuracy != EvalAccuracy::No {
+        data.graded()?;
+    }
     let (train, test) = data.tokenise(&encoder, &config.data, shape.max_position_embeddings)?;
     let adapters =
         config.adapter.build(&shape, config.train.seed, config.model.engine()?.device())?;

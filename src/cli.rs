@@ -14,10 +14,15 @@ pub fn main(run: impl FnOnce(Vec<String>) -> Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            eprintln!("error: {}", one_line(&error.to_string()));
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// A message of a library, which may have several lines, as one.
+fn one_line(message: &str) -> String {
+    message.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 /// Turns `--learning-rate=1e-3` into `--learning_rate=1e-3`; values stay as they are.

@@ -60,7 +60,11 @@ impl fmt::Display for Error {
         match self {
             Error::Usage(message) | Error::Failure(message) => f.write_str(message),
             Error::Io { path, source } => write!(f, "{}: {}", path.display(), lower(source)),
-            Error::Tensor(source) => write!(f, "tensor operation failed: {source}"),
+            Error::Tensor(source) => {
+                let text = source.to_string();
+                let first = text.lines().next().unwrap_or_default();
+                write!(f, "tensor operation failed: {first}")
+            }
             Error::Data(source) => source.fmt(f),
         }
     }

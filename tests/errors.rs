@@ -155,11 +155,11 @@ fn unknown_keys_and_values() {
     place.refused(&["--learning-rat", "1"], 2, &["did you mean --learning_rate"]);
     place.refused(&["--dtype", "bf61"], 2, &["--dtype", "bf61", "bf16"]);
     place.refused(&["--adapter", "steerin"], 2, &["did you mean", "steering"]);
-    place.refused(&["--steering_layers", "3-9"], 2, &["9"]);
+    place.refused(&["--steering_layers", "3-9"], 2, &["steering_layers", "0 to 4"]);
     place.refused(&["--lora_target_modules", "q_pro", "--adapter", "lora"], 2, &["q_proj"]);
     place.refused(&["--learning_rate"], 2, &["--learning_rate", "needs a value"]);
     place.refused(&["--learning_rate", "-1"], 2, &["learning_rate"]);
-    place.refused(&["--eval_accuracy", "ends"], 2, &["gold answers"]);
+    place.refused(&["--eval_accuracy", "ends"], 2, &["gold answers (gsm8k, listops)"]);
 }
 
 #[test]
@@ -169,18 +169,27 @@ fn malformed_rows() {
     for (name, bad, wanted) in [
         ("json", "{\"prompt\": \"a\", \"completion\"\n", "not a JSON object"),
         ("array", "[1, 2]\n", "a row is an object"),
-        ("column", "{\"question\": \"a\"}\n", "question"),
-        ("type", "{\"prompt\": \"a\", \"completion\": 3}\n", "completion"),
     ] {
         let file = format!("{name}.jsonl");
         let rows = place.write(&file, &format!("{good}{good}{bad}{good}"));
         place.refused(&["--dataset_name", &rows], 1, &[&format!("{file}:3"), wanted]);
     }
+    for (name, bad, wanted) in [
+        ("column", "{\"question\": \"a\"}\n", "question"),
+        ("type", "{\"prompt\": \"a\", \"completion\": 3}\n", "completion"),
+    ] {
+        let file = format!("{name}.jsonl");
+        let rows = place.write(&file, &format!("{good}{good}{bad}{}", good.repeat(9)));
+        for held_out in ["0", "6"] {
+            let flags = ["--dataset_name", &rows, "--max_eval_samples", held_out];
+            place.refused(&flags, 2, &[&format!("{file}: row 3: "), wanted]);
+        }
+    }
     let empty = place.write("empty.jsonl", "");
-    place.refused(&["--dataset_name", &empty], 1, &["empty.jsonl"]);
+    place.refused(&["--dataset_name", &empty], 2, &["empty.jsonl: the file holds no row"]);
     let other = place.write("rows.txt", good);
     place.refused(&["--dataset_name", &other], 2, &["rows.txt"]);
-    place.refused(&["--prompt_template", "{{ nam }}"], 2, &["rows.jsonl:1", "nam"]);
+    place.refused(&["--prompt_template", "{{ nam }}"], 2, &["rows.jsonl: row 1: ", "nam"]);
     place.refused(&["--prompt_template", "{{ prompt"], 2, &["prompt_template"]);
 }
 
@@ -188,11 +197,14 @@ fn malformed_rows() {
 fn a_row_that_is_too_long() {
     let Some(place) = Place::new() else { return };
     let row = |n: usize| format!("{{\"text\": \"{}\"}}\n", "once upon a time ".repeat(n));
-    let rows = place.write("long.jsonl", &(row(1) + &row(200)));
-    let flags = ["--dataset_name", &rows, "--max_length", "0"];
-    place.refused(&flags, 1, &["long.jsonl", "row 2", "the model's context of 512"]);
-    let flags = ["--dataset_name", &rows, "--max_length", "16"];
-    place.refused(&flags, 1, &["long.jsonl", "row 2", "max_length of 16"]);
+    let rows = place.write("long.jsonl", &(row(1).repeat(4) + &row(200) + &row(1)));
+    for held_out in ["0", "3"] {
+        let flags = ["--dataset_name", &rows, "--max_eval_samples", held_out, "--max_length"];
+        let wanted = ["long.jsonl", "row 5", "the model's context of 512"];
+        place.refused(&[&flags[..], &["0"]].concat(), 1, &wanted);
+        let wanted = ["long.jsonl", "row 5", "max_length of 16"];
+        place.refused(&[&flags[..], &["16"]].concat(), 1, &wanted);
+    }
 }
 
 #[test]

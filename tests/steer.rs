@@ -9,7 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use common::program::{STEER, command, ran, run, text};
 use common::{FAMILIES, max_diff, reference, relative, shared};
 use serde_json::{Value, json};
@@ -401,13 +401,12 @@ fn eval_runs_on_the_default_model() {
 }
 
 #[test]
-fn a_word_for_a_precision_is_the_same_everywhere() {
+fn lower_precisions_stay_within_their_error() {
     let Some(family) = Family::new("llama-tied") else { return };
     let highest = family.forward(&[], &[]);
-    for (precision, tolerance) in [("high", 1e-4), ("medium", 0.1)] {
+    for (precision, tolerance) in [("high", 1e-4), ("medium", 0.05)] {
         let found = family.forward(&["--matmul-precision", precision], &[]);
-        let off = max_diff(&found["logits"], &highest["logits"]);
-        assert!(off > 0.0 && off < tolerance, "{precision}: {off}");
+        let off = relative(&found["logits"], &highest["logits"]);
+        assert!(off < tolerance, "{precision}: {off}");
     }
-    assert_eq!(highest["logits"].dtype(), DType::F32);
 }

@@ -3,21 +3,24 @@
 use std::path::{Path, PathBuf};
 
 use datasets::{Example, Grader, Problem, Row, Task, TaskOptions, Template};
-use datasets::{map_rows, read_rows, read_split, split_off};
+use datasets::{read_rows, read_split, split_off};
 use reward::check_gold;
 
 use super::example::TokenExample;
-use super::tokenize::{Encoder, check_lengths};
+use super::tokenize::{Encoder, check_length};
 use crate::config::DataArgs;
 use crate::model::hub;
 use crate::{Error, Result};
 
 /// The data of a supervised run before tokenisation.
 pub struct SftData {
-    train: Vec<Example>,
-    test: Vec<Example>,
+    train: Vec<Numbered<Example>>,
+    test: Vec<Numbered<Example>>,
     problems: Option<(Vec<Problem>, Grader)>,
 }
+
+/// Something with the number of its row in the file or split, from 1.
+type Numbered<T> = (usize, T);
 
 impl SftData {
     /// Loads what `dataset_name` names: a task, a file, a folder or a hub id.
@@ -56,8 +59,8 @@ impl SftData {
             }
         };
         Ok(SftData {
-            train: task.examples(train, options.max_train, &options)?,
-            test: task.examples(test, options.max_test, &options)?,
+            train: numbered(task.examples(train, options.max_train, &options)?),
+            test: numbered(task.examples(test, options.max_test, &options)?),
             problems,
         })
     }
@@ -65,11 +68,15 @@ impl SftData {
     fn of_rows(args: &DataArgs, seed: u64) -> Result<Self> {
         let path = locate(args.dataset()?)?;
         let (mut train, mut test) = if path.is_file() {
-            let rows = read_rows(&path)?;
+            let rows = numbered(read_rows(&path)?);
+            if rows.is_empty() {
+                return Err(Error::usage(format!("{}: the file holds no row", path.display())));
+            }
             let held_out = args.max_eval_samples.min(rows.len() / 2);
             split_off(rows, held_out, seed)?
         } else {
-            (read_split(&path, &args.dataset_train_split)?, test_split(&path, args)?)
+            let train = read_split(&path, &args.dataset_train_split)?;
+            (numbered(train), numbered(test_split(&path, args)?))
         };
         limit(&mut train, args.max_train_samples);
         limit(&mut test, args.max_eval_samples);
@@ -79,10 +86,11 @@ impl SftData {
             system_prompt: args.system_prompt.clone(),
             columns: args.columns.0.clone(),
         };
-        let examples = |rows: &[Row]| -> Result<Vec<Example>> {
-            let result = map_rows(rows, |row| template.apply(row));
-            result.map_err(|error| Error::usage(format!("{}: {error}", path.display())))
+        let example = |(number, row): &Numbered<Row>| -> Result<Numbered<Example>> {
+            let named = |error| Error::usage(format!("{}: row {number}: {error}", path.display()));
+            Ok((*number, template.apply(row).map_err(named)?))
         };
+        let examples = |rows: &[Numbered<Row>]| rows.iter().map(example).collect::<Result<_>>();
         Ok(SftData { train: examples(&train)?, test: examples(&test)?, problems: None })
     }
 
@@ -96,11 +104,13 @@ impl SftData {
         args: &DataArgs,
         context: usize,
     ) -> Result<(Vec<TokenExample>, Vec<TokenExample>)> {
-        let tokens = |examples: &[Example], what: &str| -> Result<Vec<TokenExample>> {
-            let encode = |example| token_example(encoder, example, args);
-            let tokens = examples.iter().map(encode).collect::<Result<Vec<_>>>()?;
-            check_lengths(&tokens, args.max_length, context, what)?;
-            Ok(tokens)
+        let tokens = |examples: &[Numbered<Example>], what: &str| -> Result<Vec<TokenExample>> {
+            let encode = |(number, example): &Numbered<Example>| {
+                let tokens = token_example(encoder, example, args)?;
+                check_length(&tokens, args.max_length, context, &format!("{what}: row {number}"))?;
+                Ok(tokens)
+            };
+            examples.iter().map(encode).collect()
         };
         let name = args.dataset()?;
         let train = tokens(&self.train, &format!("{name} {}", args.dataset_train_split))?;
@@ -114,7 +124,10 @@ impl SftData {
     pub fn graded(&self) -> Result<(&[Problem], Grader)> {
         let graded = self.problems.as_ref().map(|(problems, grader)| (&problems[..], *grader));
         graded.ok_or_else(|| {
-            let tasks = Task::names().join(", ");
+            let names = Task::names().into_iter();
+            let graded =
+                names.filter(|name| Task::find(name).is_some_and(|t| t.grader().is_some()));
+            let tasks = graded.collect::<Vec<_>>().join(", ");
             Error::usage(format!("accuracy wants a data set with gold answers ({tasks})"))
         })
     }
@@ -208,7 +221,11 @@ fn test_split(path: &Path, args: &DataArgs) -> Result<Vec<Row>> {
     }
 }
 
-fn limit(rows: &mut Vec<Row>, most: usize) {
+fn numbered<T>(rows: Vec<T>) -> Vec<Numbered<T>> {
+    (1..).zip(rows).collect()
+}
+
+fn limit<T>(rows: &mut Vec<T>, most: usize) {
     if most > 0 {
         rows.truncate(most);
     }

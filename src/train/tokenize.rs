@@ -116,33 +116,25 @@ impl<'a> Encoder<'a> {
     }
 }
 
-/// Refuses or drops examples that the run cannot hold.
-///
-/// An example longer than `max_length` is an error that names it, unless `max_length` is 0 and it
-/// fits the model's context; examples without a target are errors too.
+/// Refuses an example that the run cannot hold: longer than `max_length` tokens (0 = the model's
+/// context), or without a target.
 ///
 /// # Errors
-/// Names the first such example by its number from 1.
-pub fn check_lengths(
-    examples: &[TokenExample],
+/// Says what is wrong with it, after its name `what`.
+pub fn check_length(
+    example: &TokenExample,
     max_length: usize,
     context: usize,
     what: &str,
 ) -> Result<()> {
     let limit = if max_length == 0 { context } else { max_length.min(context) };
-    for (i, example) in examples.iter().enumerate() {
-        let (number, len) = (i + 1, example.input_ids.len());
-        if len > limit {
-            let by = if limit == context { "the model's context" } else { "max_length" };
-            return Err(Error::failure(format!(
-                "{what}: row {number} has {len} tokens, more than {by} of {limit}"
-            )));
-        }
-        if example.targets() == 0 {
-            return Err(Error::failure(format!(
-                "{what}: row {number} has no token that counts in the loss"
-            )));
-        }
+    let len = example.input_ids.len();
+    if len > limit {
+        let by = if limit == context { "the model's context" } else { "max_length" };
+        return Err(Error::failure(format!("{what} has {len} tokens, more than {by} of {limit}")));
     }
-    Ok(())
+    match example.targets() {
+        0 => Err(Error::failure(format!("{what} has no token that counts in the loss"))),
+        _ => Ok(()),
+    }
 }

@@ -33,7 +33,8 @@ impl Ran {
     pub fn sentence(&self, code: i32) -> &str {
         assert_eq!(self.code, Some(code), "{self:?}");
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
-        assert_eq!(self.stderr.matches("error: ").count(), 1, "{}", self.stderr);
+        let errors = self.stderr.lines().filter(|line| line.starts_with("error: ")).count();
+        assert_eq!(errors, 1, "{}", self.stderr);
         let last = self.stderr.lines().last().unwrap_or_default();
         let said = last.strip_prefix("error: ").unwrap_or_else(|| panic!("{}", self.stderr));
         let first = said.chars().next().unwrap();
