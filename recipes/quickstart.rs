@@ -6,7 +6,7 @@
 //! Left out, and to be found in `recipes/sft.rs`: checkpoints and resuming, evaluation during
 //! training, other data, other adapters.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -30,7 +30,14 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const SEED: u64 = 1;
 
 fn main() -> ExitCode {
-    cli::main(|_| run(Path::new("runs/quickstart")))
+    cli::main(|_| run(&free_folder()))
+}
+
+/// `runs/quickstart`, or the first of `runs/quickstart-2`, `-3`, ... that is not there yet.
+fn free_folder() -> PathBuf {
+    let first = PathBuf::from("runs/quickstart");
+    let others = (2..).map(|i| PathBuf::from(format!("runs/quickstart-{i}")));
+    std::iter::once(first.clone()).chain(others).find(|path| !path.exists()).unwrap_or(first)
 }
 
 fn run(output_dir: &Path) -> Result<()> {
