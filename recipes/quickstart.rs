@@ -116,5 +116,5 @@ fn measure(
         eos_token_ids: model.generation.eos_token_ids.clone(),
         ..Default::default()
     };
-    Ok(accuracy(model, encoder, adapters, problems, &options, &mut |_| {})?.proportion())
+    Ok(accuracy(model, encoder, adapters, problems, &options)?.proportion())
 }

@@ -7,6 +7,7 @@ use super::Proportion;
 use crate::Result;
 use crate::adapter::Adapter;
 use crate::model::LoadedModel;
+use crate::report::Progress;
 use crate::rollout::{GenerateOptions, Generator, Request, StopReason};
 use crate::train::tokenize::Encoder;
 
@@ -46,7 +47,7 @@ impl Accuracy {
     }
 }
 
-/// Answers every problem and grades the answers; `progress` sees the number of finished ones.
+/// Answers every problem and grades the answers, with progress on stderr.
 ///
 /// # Errors
 /// If a prompt cannot be rendered or does not fit the context.
@@ -56,7 +57,6 @@ pub fn accuracy(
     adapters: &[Box<dyn Adapter>],
     (problems, grader): (&[Problem], Grader),
     options: &GenerateOptions,
-    progress: &mut dyn FnMut(usize),
 ) -> Result<Accuracy> {
     let requests = problems
         .iter()
@@ -66,7 +66,9 @@ pub fn accuracy(
         })
         .collect::<Result<Vec<_>>>()?;
     let generator = Generator::new(&model.policy, adapters, options, None);
-    let completions = generator.run(&requests, progress)?;
+    let mut progress = Progress::new("answers", requests.len());
+    let completions = generator.run(&requests, &mut |done| progress.set(done))?;
+    drop(progress);
     let new_tokens = completions.iter().map(|completion| completion.tokens.len()).sum();
     let answers = problems.iter().zip(completions).map(|(problem, completion)| {
         let text = encoder.tokenizer().decode(&completion.tokens, true)?;

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use reward::Outcome;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -64,14 +63,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         eos_token_ids: model.generation.eos_token_ids.clone(),
         ..Default::default()
     };
-    let bar = ProgressBar::new(problems.len() as u64);
-    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} answers  eta {eta}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let start = Instant::now();
     let graded = (&problems[..], grader);
-    let mut progress = |done: usize| bar.set_position(done as u64);
-    let found = accuracy(&model, &encoder, &adapters, graded, &options, &mut progress)?;
-    bar.finish_and_clear();
+    let found = accuracy(&model, &encoder, &adapters, graded, &options)?;
     show(&found, start.elapsed().as_secs_f64());
     args.output.as_ref().map_or(Ok(()), |path| write_answers(path, &found))
 }
