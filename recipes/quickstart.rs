@@ -54,10 +54,10 @@ fn run(output_dir: &Path) -> Result<()> {
     let steering = Steering::new(steering, config, SEED, model.policy.engine().device())?;
     println!("training {} of {} parameters", steering.parameter_count(), config.parameters());
 
-    let before = measure(&model, &encoder, &[], data.graded()?)?;
+    let before = measure(&model, &text, &[], data.graded()?)?;
     println!("accuracy before: {before}");
     let adapters = fit(&recipe, &model, Box::new(steering), &train)?;
-    let after = measure(&model, &encoder, &adapters, data.graded()?)?;
+    let after = measure(&model, &text, &adapters, data.graded()?)?;
 
     std::fs::create_dir_all(output_dir).map_err(Error::io(output_dir))?;
     save(output_dir, &adapters, &model.base()?)?;
@@ -107,7 +107,7 @@ fn fit(
 /// Greedy accuracy on `problems`.
 fn measure(
     model: &LoadedModel,
-    encoder: &Encoder,
+    text: &TextModel,
     adapters: &[Box<dyn Adapter>],
     problems: (&[Problem], Grader),
 ) -> Result<Proportion> {
@@ -116,5 +116,5 @@ fn measure(
         eos_token_ids: model.generation.eos_token_ids.clone(),
         ..Default::default()
     };
-    Ok(accuracy(model, encoder, adapters, problems, &options)?.proportion())
+    Ok(accuracy(model, text, adapters, problems, &options)?.proportion())
 }
