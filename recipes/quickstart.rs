@@ -6,7 +6,7 @@
 //! Left out, and to be found in `recipes/sft.rs`: checkpoints and resuming, evaluation during
 //! training, other data, other adapters.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -30,7 +30,14 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const SEED: u64 = 1;
 
 fn main() -> ExitCode {
-    cli::main(|_| run(Path::new("runs/quickstart")))
+    cli::main(|_| run(&free_folder()))
+}
+
+/// `runs/quickstart`, or the first of `runs/quickstart-2`, `-3`, ... that is not there yet.
+fn free_folder() -> PathBuf {
+    let first = PathBuf::from("runs/quickstart");
+    let others = (2..).map(|i| PathBuf::from(format!("runs/quickstart-{i}")));
+    std::iter::once(first.clone()).chain(others).find(|path| !path.exists()).unwrap_or(first)
 }
 
 fn run(output_dir: &Path) -> Result<()> {
@@ -47,10 +54,10 @@ fn run(output_dir: &Path) -> Result<()> {
     let steering = Steering::new(steering, config, SEED, model.policy.engine().device())?;
     println!("training {} of {} parameters", steering.parameter_count(), config.parameters());
 
-    let before = measure(&model, &encoder, &[], data.graded()?)?;
+    let before = measure(&model, &text, &[], data.graded()?)?;
     println!("accuracy before: {before}");
     let adapters = fit(&recipe, &model, Box::new(steering), &train)?;
-    let after = measure(&model, &encoder, &adapters, data.graded()?)?;
+    let after = measure(&model, &text, &adapters, data.graded()?)?;
 
     std::fs::create_dir_all(output_dir).map_err(Error::io(output_dir))?;
     save(output_dir, &adapters, &model.base()?)?;
@@ -100,7 +107,7 @@ fn fit(
 /// Greedy accuracy on `problems`.
 fn measure(
     model: &LoadedModel,
-    encoder: &Encoder,
+    text: &TextModel,
     adapters: &[Box<dyn Adapter>],
     problems: (&[Problem], Grader),
 ) -> Result<Proportion> {
@@ -109,5 +116,5 @@ fn measure(
         eos_token_ids: model.generation.eos_token_ids.clone(),
         ..Default::default()
     };
-    Ok(accuracy(model, encoder, adapters, problems, &options, &mut |_| {})?.proportion())
+    Ok(accuracy(model, text, adapters, problems, &options)?.proportion())
 }

@@ -63,7 +63,7 @@ fn run(config: &SftConfig) -> Result<()> {
     };
     let measure = |trainer: &SftTrainer| -> Result<Proportion> {
         let (problems, adapters) = (data.graded()?, trainer.adapters());
-        let answers = accuracy(&model, &encoder, adapters, problems, &options, &mut |_| {})?;
+        let answers = accuracy(&model, &text, adapters, problems, &options)?;
         Ok(answers.proportion())
     };
     let held_out = HeldOut { examples: &test, accuracy: Some(&measure) };

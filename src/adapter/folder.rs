@@ -138,7 +138,7 @@ pub fn load_all(
 pub fn save(dir: &Path, adapters: &[Box<dyn Adapter>], base: &BaseModel) -> Result<()> {
     for adapter in adapters {
         for (name, bytes) in adapter.files(base)? {
-            crate::train::files::write_atomic(&dir.join(name), &bytes)?;
+            crate::files::write_atomic(&dir.join(name), &bytes)?;
         }
     }
     Ok(())

@@ -6,9 +6,9 @@ use reward::{Outcome, grade};
 use super::Proportion;
 use crate::Result;
 use crate::adapter::Adapter;
-use crate::model::LoadedModel;
+use crate::model::{LoadedModel, TextModel};
+use crate::report::Progress;
 use crate::rollout::{GenerateOptions, Generator, Request, StopReason};
-use crate::train::tokenize::Encoder;
 
 /// One graded answer.
 #[derive(Clone, Debug)]
@@ -46,33 +46,34 @@ impl Accuracy {
     }
 }
 
-/// Answers every problem and grades the answers; `progress` sees the number of finished ones.
+/// Answers every problem and grades the answers, with progress on stderr.
 ///
 /// # Errors
 /// If a prompt cannot be rendered or does not fit the context.
 pub fn accuracy(
     model: &LoadedModel,
-    encoder: &Encoder,
+    text: &TextModel,
     adapters: &[Box<dyn Adapter>],
     (problems, grader): (&[Problem], Grader),
     options: &GenerateOptions,
-    progress: &mut dyn FnMut(usize),
 ) -> Result<Accuracy> {
     let requests = problems
         .iter()
         .map(|problem| {
-            let prompt = encoder.chat_prompt(&problem.prompt)?;
+            let prompt = text.chat_prompt(&problem.prompt)?;
             Ok(Request { prompt, prompt_id: problem.id, sample: 0 })
         })
         .collect::<Result<Vec<_>>>()?;
     let generator = Generator::new(&model.policy, adapters, options, None);
-    let completions = generator.run(&requests, progress)?;
+    let mut progress = Progress::new("answers", requests.len());
+    let completions = generator.run(&requests, &mut |done| progress.set(done))?;
+    drop(progress);
     let new_tokens = completions.iter().map(|completion| completion.tokens.len()).sum();
     let answers = problems.iter().zip(completions).map(|(problem, completion)| {
-        let text = encoder.tokenizer().decode(&completion.tokens, true)?;
-        let outcome = grade(grader, &text, &problem.gold);
+        let said = text.tokenizer.decode(&completion.tokens, true)?;
+        let outcome = grade(grader, &said, &problem.gold);
         let (id, gold, stop) = (problem.id, problem.gold.clone(), completion.stop);
-        Ok(Answer { id, completion: text, gold, outcome, stop })
+        Ok(Answer { id, completion: said, gold, outcome, stop })
     });
     Ok(Accuracy { answers: answers.collect::<Result<_>>()?, new_tokens })
 }

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use candle_core::DType;
+use serde::Serialize;
+use serde_json::Map;
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -113,5 +115,14 @@ impl TextModel {
     /// If the model has none: says what to do.
     pub fn template(&self) -> Result<&ChatTemplate> {
         self.template.as_ref().map_err(|error| Error::usage(error.to_string()))
+    }
+
+    /// Tokens of a conversation up to where the assistant's answer begins.
+    ///
+    /// # Errors
+    /// If the model has no chat template or the template refuses the messages.
+    pub fn chat_prompt<M: Serialize + ?Sized>(&self, messages: &M) -> Result<Vec<u32>> {
+        let text = self.template()?.render(messages, true, &Map::new())?;
+        self.tokenizer.encode(&text, false)
     }
 }

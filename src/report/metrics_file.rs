@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::{Event, MetricLine, Sink};
-use crate::train::files::{disk_error, write_atomic};
+use crate::files::{disk_error, write_atomic};
 use crate::{Error, Result};
 
 /// Name of the file in a run's folder.
@@ -61,8 +61,8 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::files::tiny_disk::TinyDisk;
     use crate::report::Metrics;
-    use crate::train::files::tiny_disk::TinyDisk;
 
     fn line(step: u64) -> MetricLine {
         MetricLine::new(step, Metrics::new().with("loss", 0.5).with("grad_norm", f64::NAN))

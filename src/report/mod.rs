@@ -4,12 +4,14 @@
 mod metrics;
 mod metrics_file;
 mod pace;
+mod progress;
 mod terminal;
 
 use std::path::{Path, PathBuf};
 
 pub use metrics::{MetricLine, Metrics};
 pub use metrics_file::{METRICS_FILE, MetricsFile};
+pub use progress::Progress;
 pub use terminal::{Terminal, duration};
 
 use crate::Result;

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::files::{remove_folder_atomic, verify, write_atomic, write_folder_atomic};
 use super::objective::Totals;
+use crate::files::{remove_folder_atomic, verify, write_atomic, write_folder_atomic};
 use crate::report::MetricLine;
 use crate::{Error, Result};
 

@@ -5,8 +5,8 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::{PREFIX, checkpoint_dir, latest_good, list};
-use super::files::{disk_error, remove_temporaries, verify, write_atomic};
 use crate::config::Resume;
+use crate::files::{disk_error, remove_temporaries, verify, write_atomic};
 use crate::report::METRICS_FILE;
 use crate::{Error, Result};
 

@@ -4,7 +4,6 @@ pub mod checkpoint;
 pub mod claim;
 pub mod data;
 pub mod example;
-pub mod files;
 pub mod memory;
 pub mod objective;
 pub mod optimizer;

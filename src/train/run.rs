@@ -12,8 +12,8 @@ use crate::{Error, Result};
 use super::checkpoint::{self, TrainerState, Window, checkpoint_dir, prune};
 use super::claim::{CONFIG_FILE, Claim, claim_output_dir};
 use super::example::TokenExample;
-use super::files::write_atomic;
 use super::sft::{SftTrainer, StepReport};
+use crate::files::write_atomic;
 
 /// Measures the accuracy of the current adapters, if the data can be graded.
 pub type AccuracyCheck<'a> = &'a dyn Fn(&SftTrainer) -> Result<Proportion>;

@@ -166,7 +166,7 @@ impl<'a> SftTrainer<'a> {
     pub fn save(&self, folder: &Path, base: &BaseModel) -> Result<()> {
         crate::adapter::save(folder, &self.adapters, base)?;
         let optimizer = self.optimizer.to_safetensors()?;
-        super::files::write_atomic(&folder.join(OPTIMIZER_FILE), &optimizer)?;
+        crate::files::write_atomic(&folder.join(OPTIMIZER_FILE), &optimizer)?;
         self.state.save(folder)
     }
 

@@ -3,7 +3,6 @@
 //! A completion always ends with an end-of-sequence token, and that token is a target: a model that
 //! never sees its end never learns to stop.
 
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::example::TokenExample;
@@ -43,21 +42,12 @@ impl<'a> Encoder<'a> {
         &self.text.tokenizer
     }
 
-    /// Tokens of a chat prompt, up to where the assistant's answer begins.
-    ///
-    /// # Errors
-    /// If the model has no chat template or the template refuses the messages.
-    pub fn chat_prompt<M: Serialize + ?Sized>(&self, messages: &M) -> Result<Vec<u32>> {
-        let text = self.text.template()?.render(messages, true, &Map::new())?;
-        self.tokenizer().encode(&text, false)
-    }
-
     /// A chat prompt and its answer; only the answer counts unless `whole`.
     ///
     /// The answer's tokens are those that the template writes for it, its end-of-turn token last.
     ///
     /// # Errors
-    /// As [`Encoder::chat_prompt`].
+    /// If the model has no chat template or the template refuses the messages.
     pub fn chat(&self, messages: &[Value], answer: &str, whole: bool) -> Result<TokenExample> {
         let template = self.text.template()?;
         let before = template.render(messages, true, &Map::new())?;
@@ -73,7 +63,7 @@ impl<'a> Encoder<'a> {
     /// A conversation; all of it counts, or with `assistant_only` what the assistant says.
     ///
     /// # Errors
-    /// As [`Encoder::chat_prompt`]; with `assistant_only` also if the template neither marks the
+    /// As [`Encoder::chat`]; with `assistant_only` also if the template neither marks the
     /// assistant's text nor renders prefixes of a conversation as prefixes.
     pub fn messages(&self, messages: &[Value], assistant_only: bool) -> Result<TokenExample> {
         let template = self.text.template()?;

@@ -4,18 +4,16 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use reward::Outcome;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use steersman::adapter::load_all;
 use steersman::config::{DataArgs, GenerationArgs, ModelArgs, Repeated, RunConfig};
 use steersman::eval::{Accuracy, accuracy};
+use steersman::files::write_atomic;
 use steersman::model::{LoadedModel, TextModel};
 use steersman::rollout::GenerateOptions;
 use steersman::train::data::problems;
-use steersman::train::files::write_atomic;
-use steersman::train::tokenize::Encoder;
 use steersman::{Error, Result};
 
 /// Flags of `steer eval`.
@@ -57,21 +55,15 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let model = LoadedModel::load(&args.model.model_name_or_path, args.model.storage(), &engine)?;
     let template = args.model.chat_template_path.as_deref();
     let text = TextModel::load(&model.source, template, model.policy.config().vocab_size)?;
-    let encoder = Encoder::for_model(&text, &model.source)?;
     let adapters = load_all(&args.adapter.0, model.policy.config(), engine.device())?;
     let options = GenerateOptions {
         max_new_tokens: args.generation.max_completion_length,
         eos_token_ids: model.generation.eos_token_ids.clone(),
         ..Default::default()
     };
-    let bar = ProgressBar::new(problems.len() as u64);
-    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} answers  eta {eta}");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let start = Instant::now();
     let graded = (&problems[..], grader);
-    let mut progress = |done: usize| bar.set_position(done as u64);
-    let found = accuracy(&model, &encoder, &adapters, graded, &options, &mut progress)?;
-    bar.finish_and_clear();
+    let found = accuracy(&model, &text, &adapters, graded, &options)?;
     show(&found, start.elapsed().as_secs_f64());
     args.output.as_ref().map_or(Ok(()), |path| write_answers(path, &found))
 }

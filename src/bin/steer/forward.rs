@@ -9,9 +9,9 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use steersman::adapter::{Adapter, load_all};
 use steersman::config::{ModelArgs, Repeated, RunConfig};
+use steersman::files::write_atomic;
 use steersman::model::{Batch, LoadedModel, Policy};
 use steersman::ops::{Tape, Target};
-use steersman::train::files::write_atomic;
 use steersman::{Error, Result};
 
 /// Flags of `steer forward`.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use steersman::adapter::{Adapter, load_all};
 use steersman::config::{ModelArgs, Repeated, RunConfig};
 use steersman::model::{LoadedModel, TextModel};
@@ -122,7 +122,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     match &args.prompt {
         Some(prompt) if args.raw => session.answer(&session.encode(prompt, true)?, 0).map(drop),
         Some(prompt) => {
-            let ids = session.chat_prompt(&session.opening(prompt))?;
+            let ids = session.text.chat_prompt(&session.opening(prompt))?;
             session.answer(&ids, 0).map(drop)
         }
         None => session.chat(),
@@ -140,10 +140,6 @@ impl Session<'_> {
             system.map(|system| json!({"role": "system", "content": system})).collect();
         messages.push(json!({"role": "user", "content": prompt}));
         messages
-    }
-
-    fn chat_prompt(&self, messages: &[Value]) -> Result<Vec<u32>> {
-        self.encode(&self.text.template()?.render(messages, true, &Map::new())?, false)
     }
 
     /// Prints the answer as it grows and returns it.
@@ -210,7 +206,7 @@ impl Session<'_> {
                 true => messages = self.opening(line),
                 false => messages.push(json!({"role": "user", "content": line})),
             }
-            let answer = self.answer(&self.chat_prompt(&messages)?, turn)?;
+            let answer = self.answer(&self.text.chat_prompt(&messages)?, turn)?;
             messages.push(json!({"role": "assistant", "content": answer}));
             turn += 1;
         }
