@@ -27,10 +27,23 @@ use steersman::{Error, Result, cli};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+const HELP: &str = "\
+usage: quickstart
+
+Gets SmolLM2, trains rank-8 linear post-block steering on generated ListOps, and prints the accuracy on
+held-out problems before and after. The adapter goes to runs/quickstart.";
+
 const SEED: u64 = 1;
 
 fn main() -> ExitCode {
-    cli::main(|_| run(&free_folder()))
+    cli::main(|args| match args.first().map(String::as_str) {
+        None => run(&free_folder()),
+        Some("--help" | "-h") => {
+            println!("{HELP}");
+            Ok(())
+        }
+        Some(arg) => Err(Error::usage(format!("quickstart takes no arguments, not '{arg}'"))),
+    })
 }
 
 /// `runs/quickstart`, or the first of `runs/quickstart-2`, `-3`, ... that is not there yet.

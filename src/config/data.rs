@@ -12,7 +12,7 @@ use crate::{Error, Result};
 #[command(next_help_heading = "Data", rename_all = "snake_case")]
 #[serde(default)]
 pub struct DataArgs {
-    /// Task name (gsm8k, listops), path of a JSONL, JSON or parquet file, or hub id.
+    /// Task name (gsm8k, listops, instruct), path of a JSONL, JSON or parquet file, or hub id.
     pub dataset_name: Option<String>,
     /// Split that is trained on.
     pub dataset_train_split: String,
@@ -74,7 +74,7 @@ impl DataArgs {
     pub fn dataset(&self) -> Result<&str> {
         self.dataset_name.as_deref().filter(|name| !name.is_empty()).ok_or_else(|| {
             Error::usage(
-                "dataset_name is not set; give a task (gsm8k, listops), a file or a hub id",
+                "dataset_name is not set; give a task (gsm8k, listops, instruct), a file or a hub id",
             )
         })
     }

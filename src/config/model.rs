@@ -18,8 +18,8 @@ pub struct ModelArgs {
     pub model_name_or_path: String,
     /// Storage of the base's matrices; auto = the checkpoint's own, bf16 for quantised GGUF.
     pub dtype: Dtype,
-    /// Products with frozen matrices: highest = f32, high = bf16 halves (error about 4e-6),
-    /// medium = bf16.
+    /// Products with frozen matrices: highest = f32; high = error about 4e-6 or less; medium = both
+    /// operands rounded to bf16.
     pub matmul_precision: MatmulPrecision,
     /// Device the model runs on.
     pub device: Device,

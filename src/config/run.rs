@@ -17,7 +17,7 @@ use crate::Result;
 pub struct TrainArgs {
     /// Folder of the run; it must not hold another run.
     pub output_dir: PathBuf,
-    /// Name shown in logs and in the model card; unset = the folder's name.
+    /// Name shown in logs; unset = the folder's name.
     pub run_name: Option<String>,
     /// Seed of everything random.
     pub seed: u64,

@@ -98,14 +98,14 @@ fn file(path: &Path) -> Result<ModelSource> {
     )))
 }
 
-/// A name whose file `steer model fetch` puts into the cache.
+/// A name whose file lies in the cache, or is downloaded there as `steer model fetch` does.
 fn known(name: &str) -> Result<ModelSource> {
     let path = fetch::smollm2_path()?;
-    if path.is_file() {
-        return Ok(ModelSource::Gguf(path));
+    if path.is_file() || !Hub::from_env()?.offline {
+        return Ok(ModelSource::Gguf(fetch::fetch_smollm2()?));
     }
     Err(Error::failure(format!(
-        "{name} is not on this machine yet; run `steer model fetch {name}`"
+        "{name} is not on this machine, and HF_HUB_OFFLINE forbids to get it"
     )))
 }
 
