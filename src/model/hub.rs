@@ -18,12 +18,13 @@ use crate::model::transfer::Transfer;
 use crate::model::weights_safetensors::{INDEX, SINGLE, shard_files};
 
 /// Files of a model that may be missing.
-const OPTIONAL: [&str; 5] = [
+const OPTIONAL: [&str; 6] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
 ];
 
 /// What a hub id names.
@@ -31,6 +32,8 @@ const OPTIONAL: [&str; 5] = [
 pub enum RepoKind {
     /// A model: configuration, tokenizer and safetensors are fetched.
     Model,
+    /// A model without its weights.
+    ModelConfig,
     /// A data set: every file that can be read (JSON, JSON lines, parquet) is fetched.
     Dataset,
 }
@@ -91,6 +94,11 @@ impl Hub {
         {
             return Ok(folder);
         }
+        if kind == RepoKind::ModelConfig
+            && let Some(config) = cached.get("config.json")
+        {
+            return Ok(parent(&config));
+        }
         if self.offline {
             return self.offline_folder(kind, id, &cached);
         }
@@ -102,7 +110,8 @@ impl Hub {
             .map_err(|error| self.explain(id, "files", &error))?;
         let download = Download { hub: self, id, api: api.repo(repo), cached };
         match kind {
-            RepoKind::Model => download.model(),
+            RepoKind::Model => download.model(true),
+            RepoKind::ModelConfig => download.model(false),
             RepoKind::Dataset => download.dataset(),
         }
     }
@@ -133,7 +142,7 @@ impl Hub {
 impl RepoKind {
     fn repo_type(self) -> RepoType {
         match self {
-            RepoKind::Model => RepoType::Model,
+            RepoKind::Model | RepoKind::ModelConfig => RepoType::Model,
             RepoKind::Dataset => RepoType::Dataset,
         }
     }
@@ -157,20 +166,13 @@ struct Download<'a> {
 
 impl Download<'_> {
     /// The weights come last: a cache that has them has everything.
-    fn model(&self) -> Result<PathBuf> {
+    fn model(&self, weights: bool) -> Result<PathBuf> {
         let mut paths = vec![self.file("config.json")?];
         for name in OPTIONAL {
             paths.extend(self.optional(name)?);
         }
-        match self.optional(SINGLE)? {
-            Some(path) => paths.push(path),
-            None => {
-                let index = self.optional(INDEX)?.ok_or_else(|| self.no_weights())?;
-                for shard in shard_files(&index)? {
-                    paths.push(self.file(&shard)?);
-                }
-                paths.push(index);
-            }
+        if weights {
+            paths.extend(self.weights()?);
         }
         let folder = parent(&paths[0]);
         if paths.iter().any(|path| parent(path) != folder) {
@@ -180,6 +182,16 @@ impl Download<'_> {
             )));
         }
         Ok(folder)
+    }
+
+    fn weights(&self) -> Result<Vec<PathBuf>> {
+        if let Some(path) = self.optional(SINGLE)? {
+            return Ok(vec![path]);
+        }
+        let index = self.optional(INDEX)?.ok_or_else(|| self.no_weights())?;
+        let shards = shard_files(&index)?;
+        let shards = shards.iter().map(|shard| self.file(shard)).collect::<Result<Vec<_>>>()?;
+        Ok(shards.into_iter().chain([index]).collect())
     }
 
     fn no_weights(&self) -> Error {
@@ -196,7 +208,7 @@ impl Download<'_> {
         let data: Vec<&str> = files.into_iter().filter(|name| is_data(name)).collect();
         if data.is_empty() {
             return Err(Error::usage(format!(
-                "the data set {} has no JSON, JSON lines, CSV or parquet files",
+                "the data set {} has no JSON, JSON lines or parquet files",
                 self.id
             )));
         }
@@ -294,7 +306,7 @@ fn is_data(name: &str) -> bool {
     let path = Path::new(name);
     let inside = path.components().all(|part| matches!(part, Component::Normal(_)));
     let extension = path.extension().and_then(|extension| extension.to_str());
-    inside && matches!(extension, Some("json" | "jsonl" | "csv" | "parquet"))
+    inside && matches!(extension, Some("json" | "jsonl" | "parquet"))
 }
 
 /// The HTTP status of a refused request. The client's error type belongs to a crate of its own,

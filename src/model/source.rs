@@ -31,19 +31,23 @@ impl ModelSource {
     /// Usage: nothing of that name; what is accepted is said, and a known name that resembles it.
     /// Failure: the folder is incomplete (what is missing is said) or the download failed.
     pub fn resolve(model_name_or_path: &str) -> Result<ModelSource> {
-        let source = Self::find(model_name_or_path)?;
+        let source = Self::locate(model_name_or_path, RepoKind::Model)?;
         if let ModelSource::Folder(folder) = &source {
             check_weights(folder)?;
         }
         Ok(source)
     }
 
-    /// As [`ModelSource::resolve`], for those who need no weights: a folder may lack them.
+    /// As [`ModelSource::resolve`], for those who need no weights: a folder may lack them, and from
+    /// the hub they are not fetched.
     ///
     /// # Errors
     /// As [`ModelSource::resolve`], missing weights aside.
     pub fn find(model_name_or_path: &str) -> Result<ModelSource> {
-        let name = model_name_or_path;
+        Self::locate(model_name_or_path, RepoKind::ModelConfig)
+    }
+
+    fn locate(name: &str, kind: RepoKind) -> Result<ModelSource> {
         let path = Path::new(name);
         if path.is_dir() {
             return folder(path);
@@ -55,7 +59,7 @@ impl ModelSource {
             return known(name);
         }
         if is_hub_id(name) {
-            let folder = Hub::from_env()?.fetch(RepoKind::Model, name)?;
+            let folder = Hub::from_env()?.fetch(kind, name)?;
             return Ok(ModelSource::Folder(folder));
         }
         Err(Error::usage(not_found(name)))

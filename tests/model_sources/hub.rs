@@ -143,6 +143,18 @@ fn a_model_is_downloaded_once_and_then_used_without_a_request() {
 }
 
 #[test]
+fn a_models_configuration_is_fetched_without_its_weights() {
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::new("owner/name", &MODEL);
+    let hub = server.hub(cache.path());
+    let folder = hub.fetch(RepoKind::ModelConfig, "owner/name").unwrap();
+    assert_eq!(read(&folder, "tokenizer.json"), "{}");
+    assert!(!folder.join("model.safetensors").exists());
+    assert_eq!(fetch(&hub).unwrap(), folder);
+    assert_eq!(read(&folder, "model.safetensors"), "these are the weights");
+}
+
+#[test]
 fn shards_are_fetched_by_their_index() {
     let cache = tempfile::tempdir().unwrap();
     let index = r#"{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors",
