@@ -214,6 +214,31 @@ fn the_best_checkpoint_is_kept_and_restored() {
 }
 
 #[test]
+fn the_accuracy_after_training_is_that_of_the_adapter_that_is_kept() {
+    let Some(place) = Place::new() else { return };
+    let template = place.dir("template.jinja");
+    fs::write(&template, "{% for m in messages %}{{ m.content }} = {% endfor %}").unwrap();
+    let keys = format!(
+        "--dataset_name listops --chat_template_path {} --eval_accuracy ends --eval_steps 4 \
+         --max_completion_length 2 --max_train_samples 40 --max_steps 8",
+        text(&template)
+    );
+    let accuracies = |name: &str| series(&place.dir(name), "eval_accuracy").len();
+    let said = place.run("last", &keys).ok().stderr;
+    assert!(said.contains("accuracy before: ") && said.contains("accuracy after: "), "{said}");
+    assert_eq!(accuracies("last"), 2);
+
+    let keys = format!("{keys} --load_best_model_at_end --greater_is_better true");
+    let said = place.run("best", &keys).ok().stderr;
+    assert!(said.contains("accuracy after: "), "{said}");
+    assert_eq!(accuracies("best"), 2);
+    let before = timeless(&place.dir("best"));
+    assert_eq!(before.last().unwrap().get("eval_loss"), None, "the last is not the best");
+    place.run("best", &format!("{keys} --resume_from_checkpoint latest")).ok();
+    assert_eq!(timeless(&place.dir("best")), before);
+}
+
+#[test]
 fn early_stopping_ends_a_run_that_no_longer_improves() {
     let Some(place) = place_that_overfits() else { return };
     place.run("a", "--eval_steps 2 --early_stopping_patience 2").ok();

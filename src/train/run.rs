@@ -110,8 +110,9 @@ impl<'a> SftRun<'a> {
     /// If the loss is not a finite number, or a file cannot be written.
     pub fn evaluate(&mut self, trainer: &mut SftTrainer, held_out: HeldOut) -> Result<()> {
         let train = &self.config.train;
-        let at_end = trainer.state().global_step == trainer.total_steps();
-        let wanted = train.eval_accuracy == EvalAccuracy::Steps || at_end;
+        let last = trainer.state().global_step == trainer.total_steps();
+        let final_adapter = last && !train.load_best_model_at_end;
+        let wanted = train.eval_accuracy == EvalAccuracy::Steps || final_adapter;
         let line = self.measure(trainer, held_out, wanted)?;
         let Some(value) = line.metrics.get(metric_name(train.metric_for_best_model)) else {
             return Ok(());
