@@ -7,8 +7,11 @@
 mod folder;
 mod init;
 mod lora;
+mod peft;
 mod positions;
 mod steering;
+#[cfg(test)]
+mod testing;
 
 use std::collections::BTreeMap;
 use std::fmt;
