@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use super::base::BaseModel;
 use super::peft;
 use super::{Adapter, Lora, Positions, Site, Steering, SteeringConfig, SteeringKind};
 use crate::model::ModelConfig;
@@ -21,15 +22,6 @@ pub(super) const LORA_WEIGHTS: &str = "adapter_model.safetensors";
 
 const FORMAT: &str = "steersman-steering";
 const VERSION: u32 = 1;
-
-/// The model that an adapter belongs to.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BaseModel {
-    /// The folder, file or hub id that it was loaded from.
-    pub name_or_path: String,
-    /// Hash of its weights, if known.
-    pub sha256: Option<String>,
-}
 
 /// `steering_config.json`.
 #[derive(Serialize, Deserialize)]

@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor};
 
-use super::folder::{self, BaseModel, LORA_CONFIG, LORA_WEIGHTS};
+use super::base::BaseModel;
+use super::folder::{self, LORA_CONFIG, LORA_WEIGHTS};
 use super::peft::{self, Patterns};
 use super::{Adapter, init};
 use crate::model::{Batch, Matrix, ModelConfig};

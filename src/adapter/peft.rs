@@ -7,7 +7,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value as Json, json};
 
 use super::LoraConfig;
-use super::folder::{self, BaseModel};
+use super::base::BaseModel;
+use super::folder;
 use super::lora::{Update, module};
 use crate::model::Matrix;
 use crate::{Error, Result};

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::model::ModelConfig;
 
 /// A llama of three layers whose hidden size is 10.
-pub(super) fn tiny_model() -> ModelConfig {
+pub(crate) fn tiny_model() -> ModelConfig {
     ModelConfig::from_json(&json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": 10, "num_hidden_layers": 3, "num_attention_heads": 1,
