@@ -12,6 +12,7 @@ use std::process::Stdio;
 use candle_core::{Device, Tensor};
 use common::program::{STEER, command, ran, run, text};
 use common::{FAMILIES, max_diff, reference, relative, shared};
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use steersman::model::fetch;
 
@@ -275,6 +276,52 @@ fn positions_within_the_prompt_are_steered_and_no_others() {
                 assert_eq!(same(&below, &base, b, t), t < first, "{name} {positions} {b} {t}");
             }
         }
+    }
+}
+
+#[test]
+fn positions_need_prompt_lengths_and_a_parameter_out_of_reach_has_a_zero_gradient() {
+    let Some(family) = Family::new("qwen3") else { return };
+    let adapter = family.steering("linear", 0..family.layers(), "last");
+    let flags = ["--adapter", text(&adapter), "--gradients"];
+    let (b, _) = family.refs["input_ids"].dims2().unwrap();
+    let lengths = Tensor::zeros(b, candle_core::DType::I64, &Device::Cpu).unwrap();
+    let found = family.forward(&flags, &[("prompt_lengths", lengths)]);
+    assert_eq!(gradient_count(&found), 2 * family.layers());
+    for (key, grad) in found.iter().filter(|(key, _)| key.starts_with("grad.")) {
+        let sum: f32 = grad.abs().unwrap().sum_all().unwrap().to_scalar().unwrap();
+        assert_eq!(sum, 0.0, "{key}");
+    }
+    family.forward(&[], &[]);
+    let (input, output) = (family.path("in.safetensors"), family.path("none.safetensors"));
+    let args = ["forward", "--model-name-or-path", text(&family.folder), "--input", text(&input)];
+    let said = run(STEER, &[&args[..], &["--output", text(&output)], &flags].concat());
+    assert!(said.only_sentence(1).contains("'prompt_lengths' is missing"));
+}
+
+#[test]
+fn ids_and_masks_of_other_types_beside_other_tensors_are_read() {
+    let Some(family) = Family::new("qwen3") else { return };
+    let wanted = family.forward(&[], &[]);
+    let values = |name: &str| family.refs[name].flatten_all().unwrap().to_vec1::<i64>().unwrap();
+    let ids: Vec<u8> =
+        values("input_ids").iter().flat_map(|id| (*id as i32).to_le_bytes()).collect();
+    let mask: Vec<u8> = values("loss_mask").iter().map(|counts| *counts as u8).collect();
+    let shape = family.refs["input_ids"].dims().to_vec();
+    let view = |dtype, data| TensorView::new(dtype, shape.clone(), data).unwrap();
+    let tensors = [
+        ("input_ids", view(Dtype::I32, &ids)),
+        ("loss_mask", view(Dtype::BOOL, &mask)),
+        ("notes", view(Dtype::I8, &mask)),
+    ];
+    let (input, output) = (family.path("types.safetensors"), family.path("out.safetensors"));
+    fs::write(&input, safetensors::serialize(tensors, None).unwrap()).unwrap();
+    let args = ["forward", "--model-name-or-path", text(&family.folder), "--dtype", "f32"];
+    let files = ["--input", text(&input), "--output", text(&output)];
+    run(STEER, &[&args[..], &files].concat()).ok();
+    let found = candle_core::safetensors::load(&output, &Device::Cpu).unwrap();
+    for name in ["logits", "loss"] {
+        assert_eq!(max_diff(&found[name], &wanted[name]), 0.0, "{name}");
     }
 }
 

@@ -8,10 +8,11 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value as Json, json};
 
-use super::{Adapter, Lora, LoraConfig, Positions, Site, Steering, SteeringConfig, SteeringKind};
-use crate::model::{Matrix, ModelConfig};
+use super::base::BaseModel;
+use super::peft;
+use super::{Adapter, Lora, Positions, Site, Steering, SteeringConfig, SteeringKind};
+use crate::model::ModelConfig;
 use crate::{Error, Result};
 
 pub(super) const STEERING_CONFIG: &str = "steering_config.json";
@@ -21,15 +22,6 @@ pub(super) const LORA_WEIGHTS: &str = "adapter_model.safetensors";
 
 const FORMAT: &str = "steersman-steering";
 const VERSION: u32 = 1;
-
-/// The model that an adapter belongs to.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BaseModel {
-    /// The folder, file or hub id that it was loaded from.
-    pub name_or_path: String,
-    /// Hash of its weights, if known.
-    pub sha256: Option<String>,
-}
 
 /// `steering_config.json`.
 #[derive(Serialize, Deserialize)]
@@ -66,24 +58,6 @@ fn one() -> f64 {
 
 fn f32_name() -> String {
     "float32".to_string()
-}
-
-/// The fields of PEFT's `adapter_config.json` that change what a LoRA computes.
-#[derive(Deserialize)]
-struct PeftConfig {
-    peft_type: String,
-    r: usize,
-    lora_alpha: f64,
-    #[serde(default)]
-    lora_dropout: f64,
-    #[serde(default)]
-    use_rslora: bool,
-    #[serde(default)]
-    target_modules: Json,
-    #[serde(default)]
-    alpha_pattern: BTreeMap<String, f64>,
-    #[serde(flatten)]
-    rest: BTreeMap<String, Json>,
 }
 
 /// Loads every adapter in `dir`.
@@ -173,62 +147,10 @@ fn load_steering(dir: &Path, model: &ModelConfig, device: &Device) -> Result<Ste
 }
 
 fn load_lora(dir: &Path, model: &ModelConfig, device: &Device) -> Result<Lora> {
-    let path = dir.join(LORA_CONFIG);
-    let file: PeftConfig = read_json(&path)?;
-    check_peft(&path, &file)?;
-    let config = LoraConfig {
-        r: file.r,
-        lora_alpha: file.lora_alpha,
-        lora_dropout: file.lora_dropout,
-        use_rslora: file.use_rslora,
-        target_modules: target_modules(&file.target_modules),
-    };
+    let (config, alphas) = peft::read(&dir.join(LORA_CONFIG))?;
     let weights = dir.join(LORA_WEIGHTS);
     let parameters = read_safetensors(&weights, device)?;
-    let origin = weights.display().to_string();
-    Lora::with_parameters(config, model, parameters, &file.alpha_pattern, &origin)
-}
-
-/// Refuses what a PEFT configuration may ask for and this code does not compute.
-fn check_peft(path: &Path, file: &PeftConfig) -> Result<()> {
-    let refuse =
-        |what: &str| Error::failure(format!("{}: {what} is not supported", path.display()));
-    if file.peft_type != "LORA" {
-        return Err(refuse(&format!("peft_type {}", file.peft_type)));
-    }
-    let plain = |value: &Json| match value {
-        Json::Null | Json::Bool(false) => true,
-        Json::String(text) => text == "none",
-        Json::Array(items) => items.is_empty(),
-        Json::Object(items) => items.is_empty(),
-        _ => false,
-    };
-    let special = [
-        "bias",
-        "fan_in_fan_out",
-        "use_dora",
-        "use_qalora",
-        "use_bdlora",
-        "lora_bias",
-        "modules_to_save",
-        "layer_replication",
-        "trainable_token_indices",
-        "alora_invocation_tokens",
-        "target_parameters",
-    ];
-    match special.iter().find(|key| file.rest.get(**key).is_some_and(|value| !plain(value))) {
-        Some(key) => Err(refuse(&format!("{key} = {}", file.rest[*key]))),
-        None => Ok(()),
-    }
-}
-
-fn target_modules(json: &Json) -> BTreeSet<Matrix> {
-    let names: Vec<&str> = match json {
-        Json::Array(items) => items.iter().filter_map(Json::as_str).collect(),
-        _ => return Matrix::ALL.into(),
-    };
-    let named = |matrix: &Matrix| names.iter().any(|name| name.ends_with(matrix.short_name()));
-    Matrix::ALL.into_iter().filter(named).collect()
+    Lora::with_parameters(config, model, parameters, &alphas, &weights.display().to_string())
 }
 
 pub(super) fn steering_json(config: &SteeringConfig, base: &BaseModel) -> Result<Vec<u8>> {
@@ -247,32 +169,12 @@ pub(super) fn steering_json(config: &SteeringConfig, base: &BaseModel) -> Result
     })
 }
 
-pub(super) fn lora_json(config: &LoraConfig, base: &BaseModel) -> Result<Vec<u8>> {
-    let modules: Vec<_> = config.target_modules.iter().map(|matrix| matrix.short_name()).collect();
-    pretty(&json!({
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name_or_path,
-        "base_model_sha256": base.sha256,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "target_modules": modules,
-        "bias": "none",
-        "fan_in_fan_out": false,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "modules_to_save": null,
-    }))
-}
-
-fn pretty(value: &impl Serialize) -> Result<Vec<u8>> {
+pub(super) fn pretty(value: &impl Serialize) -> Result<Vec<u8>> {
     let json = serde_json::to_vec_pretty(value);
     json.map_err(|e| Error::failure(format!("adapter configuration cannot be written: {e}")))
 }
 
-fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
+pub(super) fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     serde_json::from_slice(&bytes).map_err(|e| Error::failure(format!("{}: {e}", path.display())))
 }

@@ -8,8 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor};
 
-use super::folder::{self, BaseModel, LORA_CONFIG, LORA_WEIGHTS};
-use super::{Adapter, check_layers, init};
+use super::base::BaseModel;
+use super::folder::{self, LORA_CONFIG, LORA_WEIGHTS};
+use super::peft::{self, Patterns};
+use super::{Adapter, init};
 use crate::model::{Batch, Matrix, ModelConfig};
 use crate::ops::{self, Activation, LowRank, Tape, Value};
 use crate::{Error, Result};
@@ -55,19 +57,45 @@ impl LoraConfig {
     }
 }
 
+/// The update of one matrix.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Update {
+    /// Its rank.
+    pub r: usize,
+    /// Numerator of its factor.
+    pub alpha: f64,
+    /// Its factor.
+    scale: f32,
+}
+
 /// A low-rank update of some matrices.
 #[derive(Clone, Debug)]
 pub struct Lora {
     config: LoraConfig,
     parameters: BTreeMap<String, Tensor>,
-    scales: BTreeMap<(usize, Matrix), f32>,
+    updates: BTreeMap<(usize, Matrix), Update>,
+    /// Number of the model's layers.
+    layer_count: usize,
     /// (seed, step) of the masks while training.
     dropout: Option<(u64, u64)>,
 }
 
+/// The full name of a matrix in the model.
+pub(super) fn module(layer: usize, matrix: Matrix) -> String {
+    format!("model.layers.{layer}.{}", matrix.module())
+}
+
 /// PEFT's key of one of the two factors.
-pub(super) fn key(layer: usize, matrix: Matrix, factor: &str) -> String {
-    format!("base_model.model.model.layers.{layer}.{}.lora_{factor}.weight", matrix.module())
+fn key(layer: usize, matrix: Matrix, factor: &str) -> String {
+    format!("base_model.model.{}.lora_{factor}.weight", module(layer, matrix))
+}
+
+/// The rank of A [r, in], or else of B [out, r].
+fn rank(a: Option<&Tensor>, b: Option<&Tensor>) -> Option<usize> {
+    let of = |factor: Option<&Tensor>, axis: usize| {
+        factor.map(|factor| factor.dims().get(axis).copied().unwrap_or(0))
+    };
+    of(a, 0).or(of(b, 1))
 }
 
 impl Lora {
@@ -97,7 +125,7 @@ impl Lora {
                 parameters.insert(b, init::zeros((outputs, config.r), device)?);
             }
         }
-        Self::with_parameters(config, model, parameters, &BTreeMap::new(), "lora")
+        Self::with_parameters(config, model, parameters, &Patterns::new(), "lora")
     }
 
     /// An adapter with given parameters; `alphas` overrides `lora_alpha` for some modules.
@@ -107,34 +135,29 @@ impl Lora {
         config: LoraConfig,
         model: &ModelConfig,
         parameters: BTreeMap<String, Tensor>,
-        alphas: &BTreeMap<String, f64>,
+        alphas: &Patterns,
         origin: &str,
     ) -> Result<Self> {
         if !(0.0..1.0).contains(&config.lora_dropout) {
             return Err(Error::usage("lora_dropout must be at least 0 and below 1"));
         }
-        let (mut shapes, mut scales, mut layers) = (BTreeMap::new(), BTreeMap::new(), vec![]);
+        let (mut shapes, mut updates) = (BTreeMap::new(), BTreeMap::new());
         for layer in 0..model.layers.len() {
             for matrix in Matrix::ALL {
                 let (inputs, outputs) = model.linear_shape(matrix);
                 let (a, b) = (key(layer, matrix, "A"), key(layer, matrix, "B"));
-                let Some(start) = parameters.get(&a).or_else(|| parameters.get(&b)) else {
-                    continue;
-                };
-                let r = start.dims().iter().copied().min().unwrap_or(0);
-                let module = format!("model.layers.{layer}.{}", matrix.module());
-                let named =
-                    |name: &String| module == *name || module.ends_with(&format!(".{name}"));
-                let alpha = alphas.iter().find(|(name, _)| named(name)).map(|(_, alpha)| *alpha);
-                scales.insert((layer, matrix), config.scale(r, alpha.unwrap_or(config.lora_alpha)));
+                let Some(r) = rank(parameters.get(&a), parameters.get(&b)) else { continue };
+                let alpha = peft::lookup(alphas, &module(layer, matrix));
+                let alpha = alpha.unwrap_or(config.lora_alpha);
+                let scale = config.scale(r, alpha);
+                updates.insert((layer, matrix), Update { r, alpha, scale });
                 shapes.insert(a, vec![r, inputs]);
                 shapes.insert(b, vec![outputs, r]);
-                layers.push(layer);
             }
         }
-        check_layers(&layers, model)?;
         folder::check_shapes(&shapes, &parameters, origin)?;
-        Ok(Lora { config, parameters, scales, dropout: None })
+        let layer_count = model.layers.len();
+        Ok(Lora { config, parameters, updates, layer_count, dropout: None })
     }
 
     /// The adapter's configuration.
@@ -153,7 +176,7 @@ impl Adapter for Lora {
     }
 
     fn lowest_layer(&self) -> Option<usize> {
-        self.scales.keys().map(|(layer, _)| *layer).min()
+        self.updates.keys().map(|(layer, _)| *layer).min()
     }
 
     fn update(
@@ -165,7 +188,9 @@ impl Adapter for Lora {
         y: Value,
         batch: &Batch,
     ) -> Result<Value> {
-        let Some(alpha) = self.scales.get(&(layer, matrix)).copied() else { return Ok(y) };
+        let Some(alpha) = self.updates.get(&(layer, matrix)).map(|update| update.scale) else {
+            return Ok(y);
+        };
         let (a, b) = (key(layer, matrix, "A"), key(layer, matrix, "B"));
         let (a, b) = (tape.param(&a, &self.parameters[&a]), tape.param(&b, &self.parameters[&b]));
         let form = LowRank { alpha, activation: Activation::Linear };
@@ -188,8 +213,25 @@ impl Adapter for Lora {
     }
 
     fn files(&self, base: &BaseModel) -> Result<Vec<(&'static str, Vec<u8>)>> {
-        let config = folder::lora_json(&self.config, base)?;
+        let config = peft::json(&self.config, &self.updates, self.layer_count, base)?;
         let weights = folder::to_safetensors(&self.parameters)?;
         Ok(vec![(LORA_CONFIG, config), (LORA_WEIGHTS, weights)])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::tiny_model;
+    use super::*;
+
+    #[test]
+    fn a_rank_above_the_width_is_loaded_as_it_was_saved() {
+        let model = tiny_model();
+        let config = LoraConfig { r: 16, ..LoraConfig::all_linear() };
+        let lora = Lora::new(config, &model, 0, &Device::Cpu).unwrap();
+        assert!(model.hidden_size < 16);
+        for update in lora.updates.values() {
+            assert_eq!((update.r, update.scale), (16, 1.0));
+        }
     }
 }

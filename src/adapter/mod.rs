@@ -4,11 +4,15 @@
 //! [`Site`] (steering), or add to the output of a matrix (LoRA). Several adapters are applied in
 //! order; `joint` is a steering adapter and a LoRA together.
 
+mod base;
 mod folder;
 mod init;
 mod lora;
+mod peft;
 mod positions;
 mod steering;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,7 +21,8 @@ use candle_core::Tensor;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-pub use folder::{BaseModel, load, load_all, save, to_safetensors};
+pub use base::{BaseModel, warn_of_other_model};
+pub use folder::{load, load_all, save, to_safetensors};
 pub use lora::{Lora, LoraConfig};
 pub use positions::Positions;
 pub use steering::{Steering, SteeringConfig, SteeringKind};
@@ -97,6 +102,16 @@ pub trait Adapter {
     /// Says that a training step begins, whose random numbers belong to (seed, step), or with
     /// nothing that training is over; only adapters with dropout care.
     fn set_training(&mut self, _step: Option<(u64, u64)>) {}
+
+    /// Whether it needs to know where the prompt ends.
+    fn needs_prompt_lengths(&self) -> bool {
+        false
+    }
+
+    /// The parameterisation of its shift, if it is a steering adapter.
+    fn steering_kind(&self) -> Option<SteeringKind> {
+        None
+    }
 
     /// The learning rate's group: `steering` or `lora`.
     fn group(&self) -> &'static str;

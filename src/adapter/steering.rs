@@ -14,7 +14,8 @@ use candle_core::{Device, Tensor};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::folder::{self, BaseModel, STEERING_CONFIG, STEERING_WEIGHTS};
+use super::base::BaseModel;
+use super::folder::{self, STEERING_CONFIG, STEERING_WEIGHTS};
 use super::{Adapter, Positions, Site, check_layers, init};
 use crate::model::{Batch, ModelConfig};
 use crate::ops::{self, Activation, LowRank, Tape, Value};
@@ -229,6 +230,14 @@ impl Adapter for Steering {
                 ops::replace_rows(tape, &h, &shifted, &rows)
             }
         }
+    }
+
+    fn needs_prompt_lengths(&self) -> bool {
+        self.config.positions != Positions::All
+    }
+
+    fn steering_kind(&self) -> Option<SteeringKind> {
+        Some(self.config.kind)
     }
 
     fn group(&self) -> &'static str {

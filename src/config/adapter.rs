@@ -18,7 +18,8 @@ use crate::adapter::{Positions, Site, SteeringKind};
 pub struct AdapterArgs {
     /// What is trained.
     pub adapter: Adapter,
-    /// Trained adapter folder to start from; its sizes win over the keys below.
+    /// Trained adapter folder to start from, of the kinds that adapter and steering_kind name; its
+    /// other settings win over the keys below.
     pub adapter_name_or_path: Option<PathBuf>,
     /// Parameterisation of the shift.
     pub steering_kind: SteeringKind,

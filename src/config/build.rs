@@ -1,5 +1,8 @@
 //! From configuration to the things it names.
 
+use std::fmt::Display;
+use std::path::Path;
+
 use candle_core::Device;
 
 use super::{
@@ -43,7 +46,8 @@ impl AdapterArgs {
     /// The adapters to train: fresh ones, or those of `adapter_name_or_path`.
     ///
     /// # Errors
-    /// If a layer does not exist, or the saved adapter does not fit the model.
+    /// If a layer does not exist, or the saved adapter does not fit the model or is of another kind
+    /// than `adapter` and `steering_kind`.
     pub fn build(
         &self,
         model: &ModelConfig,
@@ -51,7 +55,9 @@ impl AdapterArgs {
         device: &Device,
     ) -> Result<Vec<Box<dyn Adapter>>> {
         if let Some(folder) = &self.adapter_name_or_path {
-            return load(folder, model, device);
+            let adapters = load(folder, model, device)?;
+            self.check_kinds(folder, &adapters)?;
+            return Ok(adapters);
         }
         let mut adapters: Vec<Box<dyn Adapter>> = Vec::new();
         if matches!(self.adapter, Trained::Steering | Trained::Joint) {
@@ -62,6 +68,30 @@ impl AdapterArgs {
             adapters.push(Box::new(Lora::new(self.lora_config(), model, seed, device)?));
         }
         Ok(adapters)
+    }
+
+    /// Refuses a loaded adapter of another kind than the keys name, which set its learning rates.
+    fn check_kinds(&self, folder: &Path, adapters: &[Box<dyn Adapter>]) -> Result<()> {
+        let refuse = |key: &str, wanted: &dyn Display, found: &dyn Display| {
+            let folder = folder.display();
+            Err(Error::usage(format!(
+                "{key} is {wanted}, but {folder} holds {found}; set {key} = \"{found}\""
+            )))
+        };
+        let kind = adapters.iter().find_map(|adapter| adapter.steering_kind());
+        let lora = adapters.iter().any(|adapter| adapter.group() == "lora");
+        let found = match (kind, lora) {
+            (Some(_), true) => Trained::Joint,
+            (Some(_), false) => Trained::Steering,
+            (None, _) => Trained::Lora,
+        };
+        if found != self.adapter {
+            return refuse("adapter", &name(self.adapter), &name(found));
+        }
+        match kind.filter(|kind| *kind != self.steering_kind) {
+            Some(kind) => refuse("steering_kind", &self.steering_kind, &kind),
+            None => Ok(()),
+        }
     }
 
     /// The steering adapter's configuration for a model.
@@ -89,6 +119,43 @@ impl AdapterArgs {
             lora_dropout: self.lora_dropout,
             use_rslora: self.use_rslora,
             target_modules: Matrix::ALL.into_iter().filter(chosen).collect(),
+        }
+    }
+}
+
+/// The word that names what is trained.
+fn name(adapter: Trained) -> &'static str {
+    match adapter {
+        Trained::Steering => "steering",
+        Trained::Lora => "lora",
+        Trained::Joint => "joint",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::testing::tiny_model;
+    use crate::adapter::{BaseModel, SteeringKind, save};
+
+    #[test]
+    fn a_saved_adapter_must_be_of_the_kinds_that_the_keys_name() {
+        let (model, device) = (tiny_model(), Device::Cpu);
+        let vector = AdapterArgs { steering_kind: SteeringKind::Vector, ..Default::default() };
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &vector.build(&model, 0, &device).unwrap(), &BaseModel::default())
+            .unwrap();
+        let from = |args: AdapterArgs| {
+            let args = AdapterArgs { adapter_name_or_path: Some(dir.path().into()), ..args };
+            args.build(&model, 0, &device).map(|adapters| adapters.len())
+        };
+        assert_eq!(from(vector.clone()).unwrap(), 1);
+        let error = from(AdapterArgs::default()).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().ends_with("set steering_kind = \"vector\""), "{error}");
+        for adapter in [Trained::Lora, Trained::Joint] {
+            let error = from(AdapterArgs { adapter, ..vector.clone() }).unwrap_err().to_string();
+            assert!(error.ends_with("set adapter = \"steering\""), "{error}");
         }
     }
 }

@@ -200,10 +200,28 @@ impl FromStr for Columns {
     }
 }
 
-/// A flag that may be given several times, or with several values behind it; a list in TOML.
+/// A flag that may be given several times, or with several values behind it; a text or a list of
+/// texts in TOML.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(from = "Texts")]
 pub struct Repeated(pub Vec<String>);
+
+/// One text or several.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expects a text or a list of texts")]
+enum Texts {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl From<Texts> for Repeated {
+    fn from(texts: Texts) -> Self {
+        Repeated(match texts {
+            Texts::One(text) => vec![text],
+            Texts::Several(texts) => texts,
+        })
+    }
+}
 
 impl Repeated {
     /// Stands between values that one flag takes.
@@ -298,13 +316,17 @@ mod tests {
             one: Layers,
             modules: TargetModules,
             resume: Resume,
+            text: Repeated,
+            texts: Repeated,
         }
-        let text = "layers = [4, 5, \"8-9\"]\none = 3\nmodules = [\"o_proj\"]\nresume = true";
+        let text = "layers = [4, 5, \"8-9\"]\none = 3\nmodules = [\"o_proj\"]\nresume = true\n\
+                    text = \"a,b\"\ntexts = [\"a\", \"b\"]";
         let keys: Keys = toml::from_str(text).unwrap();
         assert_eq!(keys.layers.to_string(), "4-5,8-9");
         assert_eq!(keys.one.to_string(), "3");
         assert_eq!(keys.modules.names(), ["o_proj"]);
         assert_eq!(keys.resume, Resume::Latest);
+        assert_eq!((keys.text.0, keys.texts.0.len()), (vec!["a,b".to_string()], 2));
     }
 
     proptest! {

@@ -9,10 +9,11 @@ use crate::model::config_rope::{Llama3, Rope, RopeScaling, Yarn};
 
 /// Every key a `rope_scaling` or `rope_parameters` object may hold; one that its type does not use
 /// is passed over, as transformers does.
-const ROPE_KEYS: [&str; 14] = [
+const ROPE_KEYS: [&str; 15] = [
     "type",
     "rope_type",
     "rope_theta",
+    "partial_rotary_factor",
     "factor",
     "original_max_position_embeddings",
     "low_freq_factor",
@@ -169,6 +170,7 @@ impl Table<'_> {
         if let Some(key) = dict.keys().find(|key| !ROPE_KEYS.contains(key)) {
             return Err(Error::usage(format!("rope parameter '{key}' is not supported")));
         }
+        refuse_partial(dict)?;
         let theta = positive("rope_theta", dict.number("rope_theta")?.unwrap_or(theta))?;
         let kind = dict.text("rope_type")?.or(dict.text("type")?).unwrap_or("default");
         let scaling = match kind {
@@ -241,4 +243,27 @@ fn positive(key: &str, value: f64) -> Result<f64> {
         return Ok(value);
     }
     Err(Error::usage(format!("'{key}' must be positive, found {value}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::model::ModelConfig;
+
+    #[test]
+    fn only_a_whole_rotation_is_taken_inside_rope_parameters() {
+        let load = |factor: f64| {
+            ModelConfig::from_json(&json!({
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+                "hidden_act": "silu", "hidden_size": 8, "num_hidden_layers": 1,
+                "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 8,
+                "vocab_size": 8, "max_position_embeddings": 8, "rms_norm_eps": 1e-5,
+                "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": factor},
+            }))
+        };
+        assert!(load(1.0).is_ok());
+        let error = load(0.5).unwrap_err().to_string();
+        assert!(error.contains("partial_rotary_factor"), "{error}");
+    }
 }

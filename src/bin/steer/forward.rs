@@ -2,17 +2,19 @@
 //! wants to check the numbers.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use steersman::adapter::{Adapter, load_all};
+use steersman::adapter::{Adapter, load_all, warn_of_other_model};
 use steersman::config::{ModelArgs, Repeated, RunConfig};
 use steersman::files::write_atomic;
 use steersman::model::{Batch, LoadedModel, Policy};
 use steersman::ops::{Tape, Target};
 use steersman::{Error, Result};
+
+use crate::forward_input::{Input, read_input};
 
 /// Flags of `steer forward`.
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
@@ -30,13 +32,6 @@ pub struct ForwardArgs {
     output: Option<PathBuf>,
     /// Write the gradient of the loss for each adapter parameter as `grad.<key>`
     gradients: bool,
-}
-
-/// The tensors of the input file.
-struct Input {
-    ids: Vec<Vec<u32>>,
-    mask: Vec<Vec<bool>>,
-    prompt_lengths: Vec<usize>,
 }
 
 impl RunConfig for ForwardArgs {
@@ -60,12 +55,20 @@ pub fn run(args: &ForwardArgs) -> Result<()> {
     let model = LoadedModel::load(&args.model.model_name_or_path, args.model.storage(), &engine)?;
     let policy = &model.policy;
     let adapters = load_all(&args.adapter.0, policy.config(), engine.device())?;
-    let input = read_input(path, policy)?;
+    warn_of_other_model(&args.adapter.0, || model.base())?;
+    let Input { ids, mask, prompt_lengths } = read_input(path, policy)?;
+    if prompt_lengths.is_none() && adapters.iter().any(|adapter| adapter.needs_prompt_lengths()) {
+        return Err(Error::failure(format!(
+            "{}: 'prompt_lengths' is missing, which an adapter of some positions needs",
+            path.display()
+        )));
+    }
+    let (b, t) = (ids.len(), ids[0].len());
+    let prompt_lengths = prompt_lengths.unwrap_or_else(|| vec![0; b]);
     let (mut batch, mut all, mut weights) = (Batch::new(), Vec::new(), Vec::new());
-    for ((ids, mask), prompt_length) in input.ids.iter().zip(&input.mask).zip(&input.prompt_lengths)
-    {
+    for ((ids, mask), prompt_length) in ids.iter().zip(&mask).zip(prompt_lengths) {
         let start = batch.len() as u32;
-        batch.push(ids, *prompt_length, None);
+        batch.push(ids, prompt_length, None);
         for t in 1..ids.len() {
             all.push(Target { row: start + t as u32 - 1, token: ids[t] });
             weights.push(if mask[t] { -1.0 } else { 0.0 });
@@ -74,7 +77,6 @@ pub fn run(args: &ForwardArgs) -> Result<()> {
     let n = weights.iter().filter(|weight| **weight != 0.0).count().max(1);
     weights.iter_mut().for_each(|weight| *weight /= n as f32);
     let mut output = forward(policy, &adapters, &batch, (&all, &weights), args.gradients)?;
-    let (b, t) = (input.ids.len(), input.ids[0].len());
     let logits = output.remove("logits").map(|logits| logits.reshape((b, t, ())));
     output.extend(logits.transpose()?.map(|logits| ("logits".to_string(), logits)));
     let logps = output.remove("logps").map(|logps| logps.reshape((b, t - 1)));
@@ -107,55 +109,13 @@ fn forward(
     output.insert("loss".to_string(), loss.tensor().clone());
     if let Some(trace) = trace {
         let one = Tensor::ones(1, DType::F32, policy.engine().device())?;
+        for (key, parameter) in adapters.iter().flat_map(|adapter| adapter.parameters()) {
+            output.insert(format!("grad.{key}"), parameter.zeros_like()?);
+        }
         if let (Some(dh), _) = tape.backward_to_input(&loss, one, &h)? {
             let gradients = trace.backward(dh)?;
             output.extend(gradients.into_iter().map(|(key, grad)| (format!("grad.{key}"), grad)));
         }
     }
     Ok(output)
-}
-
-fn read_input(path: &Path, policy: &Policy) -> Result<Input> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let path = path.display();
-    let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)
-        .map_err(|e| Error::failure(format!("{path}: damaged safetensors file: {e}")))?;
-    let bad = |what: &str| Error::failure(format!("{path}: {what}"));
-    let ids = tensors.get("input_ids").ok_or_else(|| bad("'input_ids' is missing"))?;
-    let ids: Vec<Vec<i64>> = ids
-        .to_dtype(DType::I64)?
-        .to_vec2()
-        .map_err(|_| bad("'input_ids' must have two dimensions, [B, T]"))?;
-    let (b, t) = (ids.len(), ids.first().map_or(0, Vec::len));
-    if b == 0 || t < 2 {
-        return Err(bad("'input_ids' must hold at least one sequence of two tokens"));
-    }
-    let vocab = policy.config().vocab_size as i64;
-    if let Some(id) = ids.iter().flatten().find(|id| !(0..vocab).contains(*id)) {
-        return Err(bad(&format!("token id {id} is outside the vocabulary of {vocab}")));
-    }
-    let context = policy.config().max_position_embeddings;
-    if t > context {
-        return Err(bad(&format!(
-            "sequences of {t} tokens exceed the model's context of {context}"
-        )));
-    }
-    let table = |name: &str, shape: &[usize]| -> Result<Option<Vec<i64>>> {
-        let Some(tensor) = tensors.get(name) else { return Ok(None) };
-        if tensor.dims() != shape {
-            let found = tensor.dims();
-            return Err(bad(&format!("'{name}' has shape {found:?}, wanted {shape:?}")));
-        }
-        Ok(Some(tensor.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?))
-    };
-    let mask = table("loss_mask", &[b, t])?.unwrap_or_else(|| vec![1; b * t]);
-    let prompt_lengths = table("prompt_lengths", &[b])?.unwrap_or_else(|| vec![0; b]);
-    if let Some(len) = prompt_lengths.iter().find(|len| !(0..=t as i64).contains(*len)) {
-        return Err(bad(&format!("prompt length {len} is not between 0 and {t}")));
-    }
-    Ok(Input {
-        ids: ids.into_iter().map(|row| row.into_iter().map(|id| id as u32).collect()).collect(),
-        mask: mask.chunks(t).map(|row| row.iter().map(|counts| *counts != 0).collect()).collect(),
-        prompt_lengths: prompt_lengths.into_iter().map(|len| len as usize).collect(),
-    })
 }

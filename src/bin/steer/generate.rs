@@ -7,7 +7,7 @@ use std::path::Path;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use steersman::adapter::{Adapter, load_all};
+use steersman::adapter::{Adapter, load_all, warn_of_other_model};
 use steersman::config::{ModelArgs, Repeated, RunConfig};
 use steersman::model::{LoadedModel, TextModel};
 use steersman::rollout::{
@@ -111,6 +111,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let template: Option<&Path> = args.model.chat_template_path.as_deref();
     let text = TextModel::load(&model.source, template, model.policy.config().vocab_size)?;
     let adapters = load_all(&args.adapter.0, model.policy.config(), engine.device())?;
+    warn_of_other_model(&args.adapter.0, || model.base())?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         sampling: args.sampling(),

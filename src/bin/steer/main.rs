@@ -2,6 +2,7 @@
 
 mod eval;
 mod forward;
+mod forward_input;
 mod generate;
 mod inspect;
 
@@ -88,7 +89,8 @@ fn fetch_model(names: &[&str]) -> Result<()> {
     }
 }
 
-/// Gathers the values of a flag that is given several times, or with several values, into one.
+/// Gathers the values of a flag that is given several times, or with several values, into one. What
+/// ends in `.toml` is no value but the configuration file.
 fn join_repeated(args: &[String]) -> Vec<String> {
     let mut joined: Vec<String> = Vec::new();
     let mut values: Vec<(&str, Vec<String>)> = Vec::new();
@@ -107,7 +109,7 @@ fn join_repeated(args: &[String]) -> Vec<String> {
                     open = None;
                 }
             }
-            (None, Some(flag)) if !arg.starts_with("--") => {
+            (None, Some(flag)) if !arg.starts_with("--") && !arg.ends_with(".toml") => {
                 values.iter_mut().filter(|v| v.0 == flag).for_each(|v| v.1.push(arg.clone()));
             }
             _ => {
@@ -135,5 +137,11 @@ mod tests {
         let args = ["--adapter", "a", "b", "--input", "x", "--adapter=c", "--gradients"];
         let joined = join_repeated(&args.map(String::from));
         assert_eq!(joined, ["--input", "x", "--gradients", "--adapter=a\u{1f}b\u{1f}c"]);
+    }
+
+    #[test]
+    fn a_configuration_file_behind_a_repeated_flag_is_no_value_of_it() {
+        let joined = join_repeated(&["--adapter", "a", "recipe.toml", "b"].map(String::from));
+        assert_eq!(joined, ["recipe.toml", "b", "--adapter=a"]);
     }
 }
