@@ -173,6 +173,26 @@ fn a_damaged_checkpoint_is_skipped_with_a_warning() {
 }
 
 #[test]
+fn a_run_is_not_resumed_on_other_rows() {
+    let Some(place) = Place::new() else { return };
+    place.run("a", "").ok();
+    let (before, rows) = (adapter_files(&place.dir("a")), fs::read_to_string(&place.rows).unwrap());
+    let resume = "--resume_from_checkpoint latest";
+    let fewer: String = rows.lines().take(20).map(|row| format!("{row}\n")).collect();
+    for (other, wanted) in [
+        (fewer, "started on 56 rows in 14 steps an epoch, not 12 rows in 3 steps an epoch"),
+        (rows.replace('a', "e"), "started on other rows, not these 56 rows"),
+    ] {
+        fs::write(&place.rows, other).unwrap();
+        let ran = place.run("a", resume);
+        assert!(ran.sentence(2).contains(wanted), "{}", ran.stderr);
+        assert!(adapter_files(&place.dir("a")) == before);
+    }
+    fs::write(&place.rows, rows).unwrap();
+    place.run("a", resume).ok();
+}
+
+#[test]
 fn another_runs_folder_is_refused_and_left_as_it_is() {
     let Some(place) = Place::new() else { return };
     place.run("a", "").ok();

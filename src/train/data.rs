@@ -106,7 +106,8 @@ impl SftData {
     ) -> Result<(Vec<TokenExample>, Vec<TokenExample>)> {
         let tokens = |examples: &[Numbered<Example>], what: &str| -> Result<Vec<TokenExample>> {
             let encode = |(number, example): &Numbered<Example>| {
-                let tokens = token_example(encoder, example, args)?;
+                let tokens =
+                    TokenExample { row: *number, ..token_example(encoder, example, args)? };
                 check_length(&tokens, args.max_length, context, &format!("{what}: row {number}"))?;
                 Ok(tokens)
             };

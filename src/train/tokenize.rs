@@ -75,7 +75,7 @@ impl<'a> Encoder<'a> {
         let (input_ids, inside) = self.tokenizer().encode_with_spans(&text, false, &spans)?;
         let loss_mask = if assistant_only { inside } else { vec![true; input_ids.len()] };
         let prompt_length = loss_mask.iter().position(|counts| *counts).unwrap_or(0);
-        Ok(TokenExample { input_ids, loss_mask, prompt_length })
+        Ok(TokenExample { input_ids, loss_mask, prompt_length, row: 0 })
     }
 
     /// A prompt and a completion as plain text; only the completion counts unless `whole`.
