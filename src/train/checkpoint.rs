@@ -72,6 +72,10 @@ pub struct Window {
     pub seconds: f64,
     /// How many they are.
     pub steps: u32,
+    /// Gradient norm of the last of them.
+    pub grad_norm: f64,
+    /// Learning rate of the last of them.
+    pub learning_rate: f64,
 }
 
 /// A place in the stream of training rows.
@@ -229,7 +233,13 @@ mod tests {
             best_step: Some(3),
             evaluations_without_best: 2,
             log_history: vec![MetricLine::new(7, metrics)],
-            window: Window { totals: Totals::default(), seconds: 0.1, steps: 3 },
+            window: Window {
+                totals: Totals::default(),
+                seconds: 0.1,
+                steps: 3,
+                grad_norm: 2.0,
+                learning_rate: 0.5,
+            },
         };
         state.save(dir.path()).unwrap();
         assert_eq!(TrainerState::load(dir.path()).unwrap(), state);
