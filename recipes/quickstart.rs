@@ -58,7 +58,7 @@ fn run(output_dir: &Path) -> Result<()> {
     let model = LoadedModel::load(fetch::SMOLLM2, None, &Engine::cpu())?;
     let config = model.policy.config();
     let text = TextModel::load(&model.source, None, config.vocab_size)?;
-    let encoder = Encoder::new(&text, &model.generation.eos_token_ids)?;
+    let encoder = Encoder::new(&text)?;
 
     let recipe = recipe()?;
     let data = SftData::load(&recipe.data, SEED)?;
@@ -126,7 +126,7 @@ fn measure(
 ) -> Result<Proportion> {
     let options = GenerateOptions {
         max_new_tokens: 8,
-        eos_token_ids: model.generation.eos_token_ids.clone(),
+        eos_token_ids: text.stop_token_ids.clone(),
         ..Default::default()
     };
     Ok(accuracy(model, text, adapters, problems, &options)?.proportion())

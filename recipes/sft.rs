@@ -14,7 +14,7 @@ use steersman::eval::{Proportion, accuracy};
 use steersman::model::{LoadedModel, ModelConfig, ModelSource, TextModel};
 use steersman::rollout::GenerateOptions;
 use steersman::train::data::SftData;
-use steersman::train::run::{HeldOut, SftRun};
+use steersman::train::run::{HeldOut, SftRun, check_rows};
 use steersman::train::sft::SftTrainer;
 use steersman::train::tokenize::Encoder;
 use steersman::{Result, cli};
@@ -39,12 +39,13 @@ fn run(config: &SftConfig) -> Result<()> {
     let shape = ModelConfig::load(&source)?;
     let template = config.model.chat_template_path.as_deref();
     let text = TextModel::load(&source, template, shape.vocab_size)?;
-    let encoder = Encoder::for_model(&text, &source)?;
+    let encoder = Encoder::new(&text)?;
     let data = SftData::load(&config.data, config.train.seed)?;
     if config.train.eval_accuracy != EvalAccuracy::No {
         data.graded()?;
     }
     let (train, test) = data.tokenise(&encoder, &config.data, shape.max_position_embeddings)?;
+    check_rows(config, &train, &test)?;
     let adapters =
         config.adapter.build(&shape, config.train.seed, config.model.engine()?.device())?;
     if config.train.dry_run {
@@ -57,8 +58,8 @@ fn run(config: &SftConfig) -> Result<()> {
     let model = LoadedModel::load(&model_args.model_name_or_path, model_args.storage(), &engine)?;
     let mut trainer = SftTrainer::new(config, &model.policy, adapters, &train)?;
     let options = GenerateOptions {
-        max_new_tokens: config.generation.max_completion_length,
-        eos_token_ids: model.generation.eos_token_ids.clone(),
+        max_new_tokens: config.generation.longest_answer(config.data.dataset()?),
+        eos_token_ids: text.stop_token_ids.clone(),
         ..Default::default()
     };
     let measure = |trainer: &SftTrainer| -> Result<Proportion> {

@@ -185,6 +185,15 @@ fn malformed_rows() {
             place.refused(&flags, 2, &[&format!("{file}: row 3: "), wanted]);
         }
     }
+    fs::create_dir(place.path("split")).unwrap();
+    place.write("split/train.jsonl", good);
+    let folder = place.path("split");
+    place.write("split/test.jsonl", "{\"prompt\": ");
+    place.refused(&["--dataset_name", text(&folder)], 1, &["test.jsonl:1", "not a JSON object"]);
+    fs::remove_file(folder.join("test.jsonl")).unwrap();
+    let flags = ["--dataset_name", text(&folder), "--dataset_test_split", "dev"];
+    place.refused(&flags, 2, &["no split dev"]);
+    place.sft(&["--dataset_name", text(&folder), "--dry_run"]).ok();
     let empty = place.write("empty.jsonl", "");
     place.refused(&["--dataset_name", &empty], 2, &["empty.jsonl: the file holds no row"]);
     let other = place.write("rows.txt", good);
@@ -194,15 +203,40 @@ fn malformed_rows() {
 }
 
 #[test]
+fn keys_that_the_rows_cannot_serve() {
+    let Some(place) = Place::new() else { return };
+    for dry_run in ["false", "true"] {
+        let refused = |flags: &[&str], wanted: &[&str]| {
+            let flags = [flags, &["--dry_run", dry_run]].concat();
+            place.refused(&flags, 2, wanted);
+        };
+        refused(&["--eval_steps", "1"], &["no row is held out", "set max_eval_samples"]);
+        refused(&["--eval_accuracy", "ends"], &["gold answers (gsm8k, listops)"]);
+        refused(&["--assistant_only_loss"], &["row 1", "messages", "completion_only_loss"]);
+        let plain = place.write("plain.jsonl", "{\"text\": \"once upon a time\"}\n");
+        let flags = ["--dataset_name", &plain, "--steering_positions", "last"];
+        refused(&flags, &["row 1 has no prompt", "steering_positions = \"last\""]);
+        let task = ["--dataset_name", "listops"];
+        refused(&[&task[..], &["--system_prompt", "x"]].concat(), &["system_prompt", "listops"]);
+        refused(&[&task[..], &["--columns", "prompt=a"]].concat(), &["columns", "listops"]);
+    }
+    let model = ["--model_name_or_path", text(&place.model)];
+    let zero = ["generate", "--prompt", "a", "--raw", "--max_new_tokens", "0"];
+    says(run(STEER, &[&zero[..], &model].concat()).only_sentence(2), &["max_new_tokens"]);
+    let unused = ["eval", "--dataset_name", "listops", "--packing"];
+    says(run(STEER, &[&unused[..], &model].concat()).only_sentence(2), &["packing"]);
+}
+
+#[test]
 fn a_row_that_is_too_long() {
     let Some(place) = Place::new() else { return };
     let row = |n: usize| format!("{{\"text\": \"{}\"}}\n", "once upon a time ".repeat(n));
     let rows = place.write("long.jsonl", &(row(1).repeat(4) + &row(200) + &row(1)));
     for held_out in ["0", "3"] {
         let flags = ["--dataset_name", &rows, "--max_eval_samples", held_out, "--max_length"];
-        let wanted = ["long.jsonl", "row 5", "the model's context of 512"];
+        let wanted = ["long.jsonl", "row 5", "the model's context of 512: shorten"];
         place.refused(&[&flags[..], &["0"]].concat(), 1, &wanted);
-        let wanted = ["long.jsonl", "row 5", "max_length of 16"];
+        let wanted = ["long.jsonl", "row 5", "max_length of 16: raise max_length"];
         place.refused(&[&flags[..], &["16"]].concat(), 1, &wanted);
     }
 }

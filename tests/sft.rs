@@ -14,7 +14,9 @@ use common::program::{
     toy_rows,
 };
 use common::shared;
-use serde_json::Value;
+use serde_json::{Value, json};
+use steersman::model::{ModelSource, TextModel};
+use steersman::train::tokenize::Encoder;
 
 /// A tiny model, rows to learn, and a folder for runs.
 struct Place {
@@ -170,6 +172,26 @@ fn a_damaged_checkpoint_is_skipped_with_a_warning() {
     assert!(warning.contains("optimizer.safetensors is damaged"), "{warning}");
     assert!(place.dir("a").join(format!("checkpoint-{newest}.damaged")).is_dir());
     assert!(adapter_files(&place.dir("a")) == wanted);
+}
+
+#[test]
+fn a_run_is_not_resumed_on_other_rows() {
+    let Some(place) = Place::new() else { return };
+    place.run("a", "").ok();
+    let (before, rows) = (adapter_files(&place.dir("a")), fs::read_to_string(&place.rows).unwrap());
+    let resume = "--resume_from_checkpoint latest";
+    let fewer: String = rows.lines().take(20).map(|row| format!("{row}\n")).collect();
+    for (other, wanted) in [
+        (fewer, "started on 56 rows in 14 steps an epoch, not 12 rows in 3 steps an epoch"),
+        (rows.replace('a', "e"), "started on other rows, not these 56 rows"),
+    ] {
+        fs::write(&place.rows, other).unwrap();
+        let ran = place.run("a", resume);
+        assert!(ran.sentence(2).contains(wanted), "{}", ran.stderr);
+        assert!(adapter_files(&place.dir("a")) == before);
+    }
+    fs::write(&place.rows, rows).unwrap();
+    place.run("a", resume).ok();
 }
 
 #[test]
@@ -343,4 +365,73 @@ fn an_evaluation_that_is_no_number_is_not_hidden() {
     let said = ran.sentence(1);
     assert!(said.contains("eval_loss") && said.contains("NaN"), "{said}");
     assert!(adapter_files(&place.dir("a")).is_empty(), "a final adapter of a failed run");
+}
+
+fn text_model(folder: &Path, template: Option<&Path>) -> TextModel {
+    TextModel::load(&ModelSource::Folder(folder.to_path_buf()), template, 512).unwrap()
+}
+
+#[test]
+fn prompt_and_completion_are_tokenised_as_the_one_text_that_they_are() {
+    let Some(place) = Place::new() else { return };
+    let text = text_model(&place.model, None);
+    let encoder = Encoder::new(&text).unwrap();
+    let whole = text.tokenizer.encode("Once upon a time", true).unwrap();
+    let end = text.tokenizer.eos_token().unwrap().id;
+    for (prompt, completion) in
+        [("Once upon", " a time"), ("Once upon ", "a time"), ("On", "ce upon a time")]
+    {
+        let example = encoder.plain(prompt, completion, false).unwrap();
+        assert_eq!(example.input_ids, [&whole[..], &[end]].concat(), "{prompt:?}");
+        let learnt: Vec<u32> = example.input_ids[example.prompt_length..].to_vec();
+        let learnt = text.tokenizer.decode(&learnt, true).unwrap();
+        assert!(learnt.trim_start().ends_with(completion.trim_start()), "{prompt:?}: {learnt:?}");
+        assert!(example.targets() == example.input_ids.len() - example.prompt_length);
+    }
+}
+
+#[test]
+fn a_template_whose_prompt_is_no_beginning_of_the_conversation_is_refused() {
+    let Some(place) = Place::new() else { return };
+    let path = place.dir("think.jinja");
+    let source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}\
+                  {% if add_generation_prompt %}[assistant]THINK{% endif %}";
+    let chat = |source: String| {
+        fs::write(&path, source).unwrap();
+        let text = text_model(&place.model, Some(&path));
+        let messages = [json!({"role": "user", "content": "a"})];
+        let encoded = Encoder::new(&text).unwrap().chat(&messages, "b", false);
+        encoded.map(|example| (example.targets(), example.input_ids.last().copied()))
+    };
+    let error = chat(source.replace("THINK", "<think>")).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("chat_template_path"), "{error}");
+    let (targets, last) = chat(source.replace("THINK", "")).unwrap();
+    assert!(targets >= 2 && last == Some(2), "{targets} {last:?}");
+}
+
+#[test]
+fn the_tokenizers_own_eos_ends_a_completion_and_a_text() {
+    let Some(place) = Place::new() else { return };
+    let model = copy_model(&place.model, &place.dir("model"));
+    let file = model.join("generation_config.json");
+    let config = fs::read_to_string(&file).unwrap();
+    fs::write(&file, config.replace("\"eos_token_id\": 2", "\"eos_token_id\": [5, 7]")).unwrap();
+    let text = text_model(&model, None);
+    assert_eq!(text.stop_token_ids, [5, 7, 2]);
+    let example = Encoder::new(&text).unwrap().text("Once upon").unwrap();
+    assert_eq!(example.input_ids.last(), Some(&2));
+}
+
+#[test]
+fn every_step_is_in_the_metrics_and_evaluations_tell_their_epoch() {
+    let Some(place) = place_that_overfits() else { return };
+    let keys = "--eval_steps 2 --early_stopping_patience 2 --logging_steps 100";
+    place.run("a", keys).ok();
+    let lines = metrics(&place.dir("a"));
+    let evaluated: Vec<&Value> = lines.iter().filter(|l| l.get("eval_loss").is_some()).collect();
+    assert!(evaluated.iter().all(|line| line["epoch"].is_number()), "{evaluated:?}");
+    let last = lines.iter().rfind(|line| line.get("loss").is_some()).expect("no line of metrics");
+    assert_eq!(last["step"], evaluated[evaluated.len() - 1]["step"]);
+    place.run("a", &format!("{keys} --resume_from_checkpoint latest")).ok();
+    assert_eq!(metrics(&place.dir("a")), lines);
 }

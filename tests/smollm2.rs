@@ -5,27 +5,58 @@
 mod common;
 
 use common::shared;
+use datasets::{Task, TaskOptions};
 use serde_json::{Map, json};
 use sha2::{Digest, Sha256};
-use steersman::model::{LoadedModel, TextModel, fetch};
+use steersman::model::{LoadedModel, ModelSource, TextModel, fetch};
 use steersman::ops::{Engine, WeightDtype};
 use steersman::rollout::{GenerateOptions, Generator, Request};
+use steersman::train::tokenize::Encoder;
 
 fn digest(ids: &[u32]) -> String {
     let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Whether the model is in the user's cache.
+fn fetched() -> bool {
+    let path = fetch::smollm2_path().unwrap();
+    let found = path.is_file();
+    if !found {
+        let name = fetch::SMOLLM2;
+        eprintln!("SKIPPED: {} is missing; run `steer model fetch {name}`", path.display());
+    }
+    found
+}
+
+#[test]
+fn rows_of_tasks_are_the_prompt_that_is_generated_from_and_the_answer() {
+    if !fetched() {
+        return;
+    }
+    let source = ModelSource::find(fetch::SMOLLM2).unwrap();
+    let text = TextModel::load(&source, None, 49152).unwrap();
+    let encoder = Encoder::new(&text).unwrap();
+    let path = shared("data/gsm8k");
+    let tasks = [Some((Task::ListOps, None)), path.map(|path| (Task::Gsm8k, Some(path)))];
+    for (task, path) in tasks.into_iter().flatten() {
+        let options = TaskOptions { path, ..Default::default() };
+        for problem in task.problems("train", 1600, &options).unwrap() {
+            let messages: Vec<_> = problem.prompt.iter().map(|m| m.to_json()).collect();
+            let example = encoder.chat(&messages, &problem.target, false).unwrap();
+            let prompt = text.chat_prompt(&problem.prompt).unwrap();
+            let answer = format!("{}<|im_end|>", problem.target);
+            let answer = text.tokenizer.encode(&answer, false).unwrap();
+            assert_eq!(example.input_ids, [&prompt[..], &answer].concat());
+            assert_eq!((example.prompt_length, example.targets()), (prompt.len(), answer.len()));
+        }
+    }
+}
+
 #[test]
 fn greedy_answers_to_ten_questions_equal_those_of_transformers() {
     let Some(questions) = shared("data/gsm8k/test.jsonl") else { return };
-    let path = fetch::smollm2_path().unwrap();
-    if !path.is_file() {
-        eprintln!(
-            "SKIPPED: {} is missing; run `steer model fetch {}`",
-            path.display(),
-            fetch::SMOLLM2
-        );
+    if !fetched() {
         return;
     }
     let engine = Engine::cpu();
@@ -45,7 +76,7 @@ fn greedy_answers_to_ten_questions_equal_those_of_transformers() {
         .collect();
     let options = GenerateOptions {
         max_new_tokens: 128,
-        eos_token_ids: model.generation.eos_token_ids.clone(),
+        eos_token_ids: text.stop_token_ids.clone(),
         ..Default::default()
     };
     let generator = Generator::new(&model.policy, &[], &options, None);

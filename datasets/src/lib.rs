@@ -24,6 +24,6 @@ pub use error::{Error, Result};
 pub use example::Example;
 pub use message::Message;
 pub use rows::{Row, map_rows, read_rows};
-pub use splits::{read_split, split_off};
+pub use splits::{has_split, read_split, split_off};
 pub use task::{Grader, Problem, Task, TaskData, TaskOptions};
 pub use template::Template;

@@ -34,6 +34,14 @@ pub fn read_split(path: &Path, split: &str) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// Whether the folder `path` has the split; a file is every split.
+///
+/// # Errors
+/// If the folder cannot be read, or a shard is missing.
+pub fn has_split(path: &Path, split: &str) -> Result<bool> {
+    Ok(!path.is_dir() || find_splits(path)?.contains_key(split))
+}
+
 /// Parts `rows` into those to train on and `n` held-out ones, both in their old order.
 ///
 /// Which rows are held out depends on their number, `n` and `seed` only.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use datasets::Task;
 use serde::{Deserialize, Serialize};
 
 use super::check::require;
@@ -47,23 +48,23 @@ impl ModelArgs {
 }
 
 /// How the model answers when it is evaluated (greedily).
-#[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Args, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[command(next_help_heading = "Generation", rename_all = "snake_case")]
 #[serde(default)]
 pub struct GenerationArgs {
-    /// Longest answer in tokens.
-    pub max_completion_length: usize,
-}
-
-impl Default for GenerationArgs {
-    fn default() -> Self {
-        Self { max_completion_length: 256 }
-    }
+    /// Longest answer in tokens; unset = the task's own (gsm8k 200, listops 8).
+    pub max_completion_length: Option<usize>,
 }
 
 impl GenerationArgs {
+    /// Longest answer in tokens to the problems of a data set: the key, else the task's own.
+    pub fn longest_answer(&self, dataset: &str) -> usize {
+        let of_task = Task::find(dataset).map_or(256, Task::max_completion_length);
+        self.max_completion_length.unwrap_or(of_task)
+    }
+
     /// Refuses values that cannot be meant.
     pub fn validate(&self) -> Result<()> {
-        require(self.max_completion_length > 0, "max_completion_length must be at least 1")
+        require(self.max_completion_length != Some(0), "max_completion_length must be at least 1")
     }
 }

@@ -14,12 +14,10 @@ use crate::adapter::BaseModel;
 use crate::ops::{Engine, WeightDtype};
 use crate::{Error, Result};
 
-/// A policy and what generation needs to know of its model.
+/// A policy and where it came from.
 pub struct LoadedModel {
     /// The frozen decoder.
     pub policy: Policy,
-    /// End-of-sequence tokens and sampling defaults.
-    pub generation: GenerationConfig,
     /// Where it was found.
     pub source: ModelSource,
     /// The name that it was asked for.
@@ -42,7 +40,6 @@ impl LoadedModel {
         });
         Ok(LoadedModel {
             policy: Policy::load(&config, &weights, engine, dtype)?,
-            generation: GenerationConfig::load(&source)?,
             source,
             name_or_path: name_or_path.to_string(),
         })
@@ -81,6 +78,9 @@ fn weight_files(folder: &Path) -> Result<Vec<std::path::PathBuf>> {
 pub struct TextModel {
     /// Text to ids and back.
     pub tokenizer: Tokenizer,
+    /// Any of these ends a text or a turn: those of `generation_config.json` (or `config.json`, or
+    /// the GGUF file), then the tokenizer's own.
+    pub stop_token_ids: Vec<u32>,
     /// Messages to text; the error says why there is none.
     template: Result<ChatTemplate>,
 }
@@ -106,7 +106,20 @@ impl TextModel {
             (None, Some(gguf)) => ChatTemplate::from_gguf(gguf.metadata(), &tokenizer),
             (None, None) => ChatTemplate::from_folder(source.path(), &tokenizer),
         };
-        Ok(TextModel { tokenizer, template })
+        let mut stop_token_ids = GenerationConfig::load(source)?.eos_token_ids;
+        for id in tokenizer.end_of_turn_ids() {
+            if !stop_token_ids.contains(&id) {
+                stop_token_ids.push(id);
+            }
+        }
+        Ok(TextModel { tokenizer, stop_token_ids, template })
+    }
+
+    /// The token that is put behind a completion: the tokenizer's EOS, as in TRL, else the first of
+    /// those that end a text; nothing if the model names none.
+    pub fn end_token_id(&self) -> Option<u32> {
+        let eos = self.tokenizer.eos_token().map(|token| token.id);
+        eos.or(self.stop_token_ids.first().copied())
     }
 
     /// The chat template.

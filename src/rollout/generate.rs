@@ -129,7 +129,8 @@ impl<'a> Generator<'a> {
     /// Completes every request; `on_done` sees how many are finished.
     ///
     /// # Errors
-    /// If a prompt is empty or longer than the context, or the logits are not finite.
+    /// If a prompt is empty or longer than the context, no new token is allowed, or the logits are
+    /// not finite.
     pub fn run(
         &self,
         requests: &[Request],
@@ -184,6 +185,9 @@ impl<'a> Generator<'a> {
     }
 
     fn check(&self, requests: &[Request]) -> Result<()> {
+        if self.options.max_new_tokens == 0 {
+            return Err(Error::usage("max_new_tokens must be at least 1"));
+        }
         let context = self.policy.config().max_position_embeddings;
         for request in requests {
             let (id, len) = (request.prompt_id, request.prompt.len());

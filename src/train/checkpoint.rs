@@ -35,6 +35,8 @@ pub struct TrainerState {
     pub cursor: DataCursor,
     /// Seed of the run; all randomness is a function of it and of the counters here.
     pub seed: u64,
+    /// What the steps are made from.
+    pub data: DataIdentity,
     /// Best value of `metric_for_best_model` so far.
     pub best_metric: Option<f64>,
     /// Step of that value.
@@ -48,6 +50,18 @@ pub struct TrainerState {
     pub window: Window,
 }
 
+/// What steps are made from: a run that goes on with anything else would not be the same run.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataIdentity {
+    /// Training examples.
+    pub examples: u64,
+    /// Optimizer steps of a pass over them.
+    pub steps_per_epoch: u64,
+    /// Hash of the tokenised examples.
+    pub sha256: String,
+}
+
 /// Sums over the steps that the next line of metrics will tell of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -58,6 +72,10 @@ pub struct Window {
     pub seconds: f64,
     /// How many they are.
     pub steps: u32,
+    /// Gradient norm of the last of them.
+    pub grad_norm: f64,
+    /// Learning rate of the last of them.
+    pub learning_rate: f64,
 }
 
 /// A place in the stream of training rows.
@@ -210,11 +228,18 @@ mod tests {
             num_tokens: 12,
             cursor: DataCursor { epoch: 1, row: 5 },
             seed: u64::MAX,
+            data: DataIdentity { examples: 3, steps_per_epoch: 2, sha256: "ab".into() },
             best_metric: Some(5e-324),
             best_step: Some(3),
             evaluations_without_best: 2,
             log_history: vec![MetricLine::new(7, metrics)],
-            window: Window { totals: Totals::default(), seconds: 0.1, steps: 3 },
+            window: Window {
+                totals: Totals::default(),
+                seconds: 0.1,
+                steps: 3,
+                grad_norm: 2.0,
+                learning_rate: 0.5,
+            },
         };
         state.save(dir.path()).unwrap();
         assert_eq!(TrainerState::load(dir.path()).unwrap(), state);

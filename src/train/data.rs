@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use datasets::{Example, Grader, Problem, Row, Task, TaskOptions, Template};
-use datasets::{read_rows, read_split, split_off};
+use datasets::{has_split, read_rows, read_split, split_off};
 use reward::check_gold;
 
 use super::example::TokenExample;
@@ -40,9 +40,16 @@ impl SftData {
     }
 
     fn of_task(task: Task, args: &DataArgs) -> Result<Self> {
-        if args.prompt_template.is_some() || args.completion_template.is_some() {
-            let what = "prompt_template and completion_template are for your own rows";
-            return Err(Error::usage(format!("{what}: {} brings its own prompts", task.name())));
+        let foreign = [
+            ("prompt_template", args.prompt_template.is_some()),
+            ("completion_template", args.completion_template.is_some()),
+            ("system_prompt", args.system_prompt.is_some()),
+            ("columns", !args.columns.0.is_empty()),
+        ];
+        if let Some((key, _)) = foreign.iter().find(|(_, given)| *given) {
+            let name = task.name();
+            let what = format!("{key} is for your own rows: {name} brings its own prompts");
+            return Err(Error::usage(what));
         }
         let options = task_options(args);
         let (train, test) = (&args.dataset_train_split, &args.dataset_test_split);
@@ -106,7 +113,12 @@ impl SftData {
     ) -> Result<(Vec<TokenExample>, Vec<TokenExample>)> {
         let tokens = |examples: &[Numbered<Example>], what: &str| -> Result<Vec<TokenExample>> {
             let encode = |(number, example): &Numbered<Example>| {
-                let tokens = token_example(encoder, example, args)?;
+                let named = |error: Error| match error {
+                    Error::Usage(said) => Error::Usage(format!("{what}: row {number}: {said}")),
+                    other => other,
+                };
+                let tokens = token_example(encoder, example, args).map_err(named)?;
+                let tokens = TokenExample { row: *number, ..tokens };
                 check_length(&tokens, args.max_length, context, &format!("{what}: row {number}"))?;
                 Ok(tokens)
             };
@@ -157,6 +169,12 @@ pub fn token_example(
     args: &DataArgs,
 ) -> Result<TokenExample> {
     let whole = !args.completion_only_loss;
+    if args.assistant_only_loss && !matches!(example, Example::Messages(_)) {
+        return Err(Error::usage(
+            "assistant_only_loss is for rows with a column of messages, and this row has none: use \
+             completion_only_loss",
+        ));
+    }
     match example {
         Example::Text(text) => encoder.text(text),
         Example::Messages(messages) => encoder.messages(messages, args.assistant_only_loss),
@@ -215,10 +233,10 @@ fn locate(name: &str) -> Result<PathBuf> {
 /// The held-out split of a folder; none if the default name is not there.
 fn test_split(path: &Path, args: &DataArgs) -> Result<Vec<Row>> {
     let split = &args.dataset_test_split;
-    match read_split(path, split) {
-        Err(_) if *split == DataArgs::default().dataset_test_split => Ok(Vec::new()),
-        rows => Ok(rows?),
+    if *split == DataArgs::default().dataset_test_split && !has_split(path, split)? {
+        return Ok(Vec::new());
     }
+    Ok(read_split(path, split)?)
 }
 
 fn numbered<T>(rows: Vec<T>) -> Vec<Numbered<T>> {

@@ -1,5 +1,7 @@
 //! Tokenised training examples.
 
+use sha2::{Digest, Sha256};
+
 use crate::model::Batch;
 use crate::ops::Target;
 
@@ -12,6 +14,8 @@ pub struct TokenExample {
     pub loss_mask: Vec<bool>,
     /// Length of the prompt, for steering at prompt positions.
     pub prompt_length: usize,
+    /// Number of its row in the file or split, from 1; 0 if it comes from none.
+    pub row: usize,
 }
 
 impl TokenExample {
@@ -20,13 +24,28 @@ impl TokenExample {
         let input_ids = [prompt, completion].concat();
         let mut loss_mask = vec![whole; prompt.len()];
         loss_mask.resize(input_ids.len(), true);
-        TokenExample { input_ids, loss_mask, prompt_length: prompt.len() }
+        TokenExample { input_ids, loss_mask, prompt_length: prompt.len(), row: 0 }
     }
 
     /// Number of targets.
     pub fn targets(&self) -> usize {
         self.loss_mask.iter().skip(1).filter(|counts| **counts).count()
     }
+}
+
+/// SHA-256 of examples, in hex: equal for the same tokens, masks and prompts in the same order.
+pub fn digest(examples: &[TokenExample]) -> String {
+    let mut hash = Sha256::new();
+    for example in examples {
+        for number in [example.input_ids.len(), example.prompt_length] {
+            hash.update((number as u64).to_le_bytes());
+        }
+        for (id, counts) in example.input_ids.iter().zip(&example.loss_mask) {
+            hash.update(id.to_le_bytes());
+            hash.update([u8::from(*counts)]);
+        }
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Examples packed into one batch, and the targets that count.
@@ -67,6 +86,20 @@ mod tests {
         let packed = PackedExamples::new([(0, &example), (1, &example)]);
         let rows: Vec<(u32, u32)> = packed.targets.iter().map(|t| (t.row, t.token)).collect();
         assert_eq!(rows, [(2, 6), (3, 7), (4, eos), (8, 6), (9, 7), (10, eos)]);
+    }
+
+    #[test]
+    fn the_digest_tells_ids_masks_and_boundaries_apart() {
+        let example = |prompt: &[u32], rest: &[u32]| TokenExample::completion(prompt, rest, false);
+        let digests = [
+            digest(&[example(&[1], &[2, 3])]),
+            digest(&[example(&[1, 2], &[3])]),
+            digest(&[example(&[1], &[2, 4])]),
+            digest(&[example(&[1], &[2]), example(&[3], &[])]),
+        ];
+        let different: std::collections::BTreeSet<&String> = digests.iter().collect();
+        assert_eq!(different.len(), 4);
+        assert_eq!(digest(&[example(&[1], &[2, 3])]), digests[0]);
     }
 
     #[test]

@@ -3,8 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::adapter::BaseModel;
-use crate::config::{BestMetric, EvalAccuracy, SftConfig, to_toml};
+use crate::adapter::{BaseModel, Positions};
+use crate::config::{Adapter, BestMetric, EvalAccuracy, SftConfig, to_toml};
 use crate::eval::Proportion;
 use crate::report::{Event, MetricLine, Metrics, Reporter};
 use crate::{Error, Result};
@@ -13,7 +13,7 @@ use super::checkpoint::{self, TrainerState, Window, checkpoint_dir, prune};
 use super::claim::{CONFIG_FILE, Claim, claim_output_dir};
 use super::example::TokenExample;
 use super::sft::{SftTrainer, StepReport};
-use crate::files::write_atomic;
+use crate::files::{verify, write_atomic};
 
 /// Measures the accuracy of the current adapters, if the data can be graded.
 pub type AccuracyCheck<'a> = &'a dyn Fn(&SftTrainer) -> Result<Proportion>;
@@ -25,6 +25,36 @@ pub struct HeldOut<'a> {
     pub examples: &'a [TokenExample],
     /// Greedy accuracy on the test problems.
     pub accuracy: Option<AccuracyCheck<'a>>,
+}
+
+/// Refuses, before anything is trained, a run that its rows cannot serve: evaluations that are to
+/// decide something without a row to evaluate on, and steering of prompts that rows do not have.
+///
+/// # Errors
+/// Usage: names the key, and the row.
+pub fn check_rows(config: &SftConfig, train: &[TokenExample], test: &[TokenExample]) -> Result<()> {
+    let (run, adapter) = (&config.train, &config.adapter);
+    let evaluates =
+        run.eval_steps > 0 || run.load_best_model_at_end || run.early_stopping_patience > 0;
+    if evaluates && test.is_empty() {
+        return Err(Error::usage(
+            "eval_steps is above 0 and no row is held out to evaluate on: set max_eval_samples above \
+             0 to hold out rows of a file, name a split of the folder as dataset_test_split, or set \
+             eval_steps = 0",
+        ));
+    }
+    let steers = adapter.adapter != Adapter::Lora && adapter.adapter_name_or_path.is_none();
+    if steers && adapter.steering_positions != Positions::All {
+        let all = train.iter().chain(test);
+        if let Some(example) = all.into_iter().find(|example| example.prompt_length == 0) {
+            let (row, positions) = (example.row, adapter.steering_positions);
+            return Err(Error::usage(format!(
+                "row {row} has no prompt, and steering_positions = \"{positions}\" steers nothing \
+                 else: use rows with prompt and completion, or steering_positions = \"all\""
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// A supervised run and its folder.
@@ -88,15 +118,24 @@ impl<'a> SftRun<'a> {
         window.totals += report.totals;
         window.seconds += time.as_secs_f64();
         window.steps += 1;
+        (window.grad_norm, window.learning_rate) = (report.grad_norm, report.learning_rate);
         let last = step == trainer.total_steps();
         if last || step.is_multiple_of(self.config.train.logging_steps as u64) {
-            let Window { totals, seconds, steps } = std::mem::take(&mut trainer.state_mut().window);
-            let time = Duration::from_secs_f64(seconds / f64::from(steps));
-            let line = StepReport { totals, ..report }.line(trainer.state(), time);
-            trainer.state_mut().log_history.push(line.clone());
-            self.reporter.emit(Event::Logged(line))?;
+            self.log(trainer)?;
         }
         Ok(Some(report))
+    }
+
+    /// Writes the line of metrics of the steps since the last one.
+    fn log(&mut self, trainer: &mut SftTrainer) -> Result<()> {
+        let state = trainer.state_mut();
+        let window = std::mem::take(&mut state.window);
+        let Window { totals, seconds, steps, grad_norm, learning_rate } = window;
+        let time = Duration::from_secs_f64(seconds / f64::from(steps));
+        let report = StepReport { step: state.global_step, totals, grad_norm, learning_rate };
+        let line = report.line(state, time);
+        state.log_history.push(line.clone());
+        self.reporter.emit(Event::Logged(line))
     }
 
     /// Whether there is an evaluation now: every `eval_steps` steps, and after the last one.
@@ -157,6 +196,9 @@ impl<'a> SftRun<'a> {
             metrics.set("eval_samples", accuracy.trials as f64);
         }
         let step = trainer.state().global_step;
+        if metrics.iter().next().is_some() {
+            metrics.set("epoch", trainer.state().epoch);
+        }
         let line = MetricLine::new(step, metrics);
         if line.metrics.iter().next().is_some() {
             trainer.state_mut().log_history.push(line.clone());
@@ -203,13 +245,18 @@ impl<'a> SftRun<'a> {
     /// the run's folder.
     ///
     /// # Errors
-    /// If a file cannot be written whole.
+    /// If a file cannot be written whole, or the best checkpoint is damaged.
     pub fn finish(&mut self, trainer: &mut SftTrainer, held_out: HeldOut) -> Result<()> {
+        if trainer.state().window.steps > 0 {
+            self.log(trainer)?;
+        }
         self.save(trainer)?;
         let (output_dir, step) = (&self.config.train.output_dir, trainer.state().global_step);
         let best = trainer.state().best_step.filter(|_| self.config.train.load_best_model_at_end);
         if let Some(best) = best {
-            trainer.restore_adapters(&checkpoint_dir(output_dir, best))?;
+            let folder = checkpoint_dir(output_dir, best);
+            verify(&folder)?;
+            trainer.restore_adapters(&folder)?;
         }
         crate::adapter::save(output_dir, trainer.adapters(), &self.base)?;
         let message = match self.accuracies(trainer, held_out, best.unwrap_or(step))? {

@@ -12,8 +12,8 @@ use crate::report::{Event, MetricLine, Metrics};
 use crate::{Error, Result};
 
 use super::batching::{Schedule, micro_batches};
-use super::checkpoint::{OPTIMIZER_FILE, TrainerState};
-use super::example::{PackedExamples, TokenExample};
+use super::checkpoint::{DataCursor, DataIdentity, OPTIMIZER_FILE, TrainerState};
+use super::example::{PackedExamples, TokenExample, digest};
 use super::objective::{Neftune, Passes, Totals, accumulate_gradients, evaluate};
 use super::optimizer::{AdamW, AdamWConfig, clip_grad_norm};
 use super::schedule::LrScheduler;
@@ -90,13 +90,19 @@ impl<'a> SftTrainer<'a> {
         let lengths = examples.iter().map(|example| example.input_ids.len()).collect();
         let pack_to = config.data.packing.then_some(config.data.max_length);
         let schedule = Schedule::new(lengths, train.seed, optim.sequences_per_step(), pack_to);
-        let by_epochs = (train.num_train_epochs * schedule.steps_per_epoch() as f64).ceil() as u64;
+        let steps_per_epoch = schedule.steps_per_epoch() as u64;
+        let by_epochs = (train.num_train_epochs * steps_per_epoch as f64).ceil() as u64;
+        let data = DataIdentity {
+            examples: examples.len() as u64,
+            steps_per_epoch,
+            sha256: digest(examples),
+        };
         let total_steps = train.step_limit().unwrap_or(by_epochs);
         Ok(SftTrainer {
             rates: config.adapter.learning_rates(optim.learning_rate),
             optimizer: AdamW::new(AdamWConfig::from(optim)),
             scheduler: LrScheduler::new(optim, total_steps),
-            state: TrainerState { seed: train.seed, ..Default::default() },
+            state: TrainerState { seed: train.seed, data, ..Default::default() },
             config,
             policy,
             examples,
@@ -140,7 +146,7 @@ impl<'a> SftTrainer<'a> {
         if self.state.global_step >= self.total_steps {
             return Ok(None);
         }
-        let chosen = self.next_examples();
+        let chosen = self.next_examples()?;
         let step = self.state.global_step;
         self.adapters.iter_mut().for_each(|a| a.set_training(Some((self.state.seed, step))));
         let result = self.gradients(&chosen);
@@ -173,7 +179,7 @@ impl<'a> SftTrainer<'a> {
     /// Takes up the run where `folder` left it.
     ///
     /// # Errors
-    /// If a file is missing, damaged or of another run.
+    /// If a file is missing, damaged or of another run: another seed, other rows or batches.
     pub fn resume(&mut self, folder: &Path) -> Result<()> {
         let path = folder.join(OPTIMIZER_FILE);
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
@@ -182,6 +188,7 @@ impl<'a> SftTrainer<'a> {
             let (then, now) = (state.seed, self.state.seed);
             return Err(Error::usage(format!("the run was started with seed {then}, not {now}")));
         }
+        same_data(&state.data, &self.state.data)?;
         self.optimizer = AdamW::from_safetensors(AdamWConfig::from(&self.config.optim), &bytes)?;
         self.restore_adapters(folder)?;
         self.state = state;
@@ -212,15 +219,16 @@ impl<'a> SftTrainer<'a> {
     }
 
     /// The examples of the next step, by number.
-    fn next_examples(&mut self) -> Vec<usize> {
+    fn next_examples(&mut self) -> Result<Vec<usize>> {
         let cursor = &mut self.state.cursor;
         let order = match self.epoch.take().filter(|(epoch, _)| *epoch == cursor.epoch) {
             Some((_, order)) => order,
             None => self.schedule.epoch(cursor.epoch),
         };
-        let chosen = order[cursor.row as usize].clone();
-        self.epoch = Some((cursor.epoch, order));
-        chosen
+        let chosen = order.get(cursor.row as usize).cloned();
+        let DataCursor { epoch, row } = *cursor;
+        self.epoch = Some((epoch, order));
+        chosen.ok_or_else(|| Error::failure(format!("epoch {epoch} has no step {}", row + 1)))
     }
 
     fn gradients(&self, chosen: &[usize]) -> Result<(Totals, Gradients)> {
@@ -264,8 +272,8 @@ impl<'a> SftTrainer<'a> {
     }
 
     fn advance(&mut self, tokens: usize) {
-        let per_epoch = self.schedule.steps_per_epoch() as u64;
         let state = &mut self.state;
+        let per_epoch = state.data.steps_per_epoch;
         state.global_step += 1;
         state.num_tokens += tokens as u64;
         state.cursor.row += 1;
@@ -277,10 +285,29 @@ impl<'a> SftTrainer<'a> {
     }
 
     fn located(&self, error: Error, chosen: &[usize]) -> Error {
-        let rows: Vec<String> = chosen.iter().map(|row| (row + 1).to_string()).collect();
+        let rows: Vec<String> =
+            chosen.iter().map(|example| self.examples[*example].row.to_string()).collect();
         let (step, rows) = (self.state.global_step + 1, rows.join(", "));
         Error::failure(format!("step {step} (training rows {rows}): {error}"))
     }
+}
+
+/// Refuses to go on with other data than the run began with.
+fn same_data(then: &DataIdentity, now: &DataIdentity) -> Result<()> {
+    if then == now {
+        return Ok(());
+    }
+    let size = |data: &DataIdentity| {
+        format!("{} rows in {} steps an epoch", data.examples, data.steps_per_epoch)
+    };
+    let (then, now) = match size(then) == size(now) {
+        true => ("other rows".to_string(), format!("these {}", size(now))),
+        false => (size(then), size(now)),
+    };
+    Err(Error::usage(format!(
+        "the run was started on {then}, not {now}: resume it with the data, tokenizer, max_length and \
+         batch sizes that it began with, or start another in a new output_dir"
+    )))
 }
 
 /// Sums over examples without gradients.

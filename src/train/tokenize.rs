@@ -6,35 +6,25 @@
 use serde_json::{Map, Value, json};
 
 use super::example::TokenExample;
-use crate::model::{GenerationConfig, ModelSource, TextModel, Tokenizer};
+use crate::model::{TextModel, Tokenizer};
 use crate::{Error, Result};
 
 /// Turns rows into tokens for one model.
 pub struct Encoder<'a> {
     text: &'a TextModel,
-    eos: Vec<u32>,
+    end: u32,
 }
 
 impl<'a> Encoder<'a> {
-    /// An encoder whose completions end with one of `eos`.
-    ///
-    /// # Errors
-    /// If `eos` is empty.
-    pub fn new(text: &'a TextModel, eos: &[u32]) -> Result<Self> {
-        if eos.is_empty() {
-            let what = "the model names no end-of-sequence token; add eos_token_id to its";
-            return Err(Error::usage(format!("{what} generation_config.json")));
-        }
-        Ok(Encoder { text, eos: eos.to_vec() })
-    }
-
-    /// An encoder for the model that `text` was loaded from, whose completions end as its
-    /// generation ends.
+    /// An encoder for the model that `text` was loaded from.
     ///
     /// # Errors
     /// If the model names no end-of-sequence token.
-    pub fn for_model(text: &'a TextModel, source: &ModelSource) -> Result<Self> {
-        Self::new(text, &GenerationConfig::load(source)?.eos_token_ids)
+    pub fn new(text: &'a TextModel) -> Result<Self> {
+        let missing = "the model names no end-of-sequence token; add eos_token to its \
+                       tokenizer_config.json";
+        let end = text.end_token_id().ok_or_else(|| Error::usage(missing))?;
+        Ok(Encoder { text, end })
     }
 
     /// The tokenizer.
@@ -47,17 +37,22 @@ impl<'a> Encoder<'a> {
     /// The answer's tokens are those that the template writes for it, its end-of-turn token last.
     ///
     /// # Errors
-    /// If the model has no chat template or the template refuses the messages.
+    /// If the model has no chat template, or the template refuses the messages or writes the prompt
+    /// otherwise than at the beginning of the whole conversation.
     pub fn chat(&self, messages: &[Value], answer: &str, whole: bool) -> Result<TokenExample> {
         let template = self.text.template()?;
         let before = template.render(messages, true, &Map::new())?;
         let mut conversation = messages.to_vec();
         conversation.push(json!({"role": "assistant", "content": answer}));
         let after = template.render(&conversation, false, &Map::new())?;
-        let written = after.strip_prefix(&before).map(str::trim_end).unwrap_or(answer);
-        let prompt = self.tokenizer().encode(&before, false)?;
-        let completion = self.ended(self.tokenizer().encode(written, false)?);
-        Ok(TokenExample::completion(&prompt, &completion, whole))
+        let written = after.strip_prefix(&before).ok_or_else(|| {
+            Error::usage(
+                "the chat template does not begin a conversation with the prompt that it gives for \
+                 an answer (it may open a <think> there), so the answer cannot be told from the \
+                 prompt; give a template without that as chat_template_path",
+            )
+        })?;
+        self.joined(&before, written.trim_end(), false, whole)
     }
 
     /// A conversation; all of it counts, or with `assistant_only` what the assistant says.
@@ -75,7 +70,7 @@ impl<'a> Encoder<'a> {
         let (input_ids, inside) = self.tokenizer().encode_with_spans(&text, false, &spans)?;
         let loss_mask = if assistant_only { inside } else { vec![true; input_ids.len()] };
         let prompt_length = loss_mask.iter().position(|counts| *counts).unwrap_or(0);
-        Ok(TokenExample { input_ids, loss_mask, prompt_length })
+        Ok(TokenExample { input_ids, loss_mask, prompt_length, row: 0 })
     }
 
     /// A prompt and a completion as plain text; only the completion counts unless `whole`.
@@ -83,9 +78,7 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// If the text cannot be tokenised.
     pub fn plain(&self, prompt: &str, completion: &str, whole: bool) -> Result<TokenExample> {
-        let prompt = self.tokenizer().encode(prompt, true)?;
-        let completion = self.ended(self.tokenizer().encode(completion, false)?);
-        Ok(TokenExample::completion(&prompt, &completion, whole))
+        self.joined(prompt, completion, true, whole)
     }
 
     /// Plain text, all of which counts.
@@ -97,10 +90,36 @@ impl<'a> Encoder<'a> {
         Ok(TokenExample::completion(&[], &ids, true))
     }
 
+    /// Prompt and completion, tokenised as one text.
+    ///
+    /// The prompt's tokens are those that it has alone where the whole begins with them, as it does
+    /// when an answer is generated. Else a token that reaches over the boundary belongs to the
+    /// completion; TRL warns of such rows, and trains on the tokens of the whole too.
+    fn joined(
+        &self,
+        prompt: &str,
+        completion: &str,
+        add_special_tokens: bool,
+        whole: bool,
+    ) -> Result<TokenExample> {
+        let text = format!("{prompt}{completion}");
+        let span = prompt.len()..text.len();
+        let tokenizer = self.tokenizer();
+        let spans = std::slice::from_ref(&span);
+        let (ids, inside) = tokenizer.encode_with_spans(&text, add_special_tokens, spans)?;
+        let alone = tokenizer.encode(prompt, add_special_tokens)?;
+        let boundary = match ids.starts_with(&alone) {
+            true => alone.len(),
+            false => inside.iter().position(|inside| *inside).unwrap_or(ids.len()),
+        };
+        let (prompt, completion) = ids.split_at(boundary);
+        Ok(TokenExample::completion(prompt, &self.ended(completion.to_vec()), whole))
+    }
+
     /// `ids` with an end-of-sequence token behind them, if they do not end with one.
     fn ended(&self, mut ids: Vec<u32>) -> Vec<u32> {
-        if !ids.last().is_some_and(|last| self.eos.contains(last)) {
-            ids.push(self.eos[0]);
+        if !ids.last().is_some_and(|last| self.text.stop_token_ids.contains(last)) {
+            ids.push(self.end);
         }
         ids
     }
@@ -120,8 +139,13 @@ pub fn check_length(
     let limit = if max_length == 0 { context } else { max_length.min(context) };
     let len = example.input_ids.len();
     if len > limit {
-        let by = if limit == context { "the model's context" } else { "max_length" };
-        return Err(Error::failure(format!("{what} has {len} tokens, more than {by} of {limit}")));
+        let (by, remedy) = match limit == context {
+            true => ("the model's context", "shorten or remove it"),
+            false => ("max_length", "raise max_length, or set it to 0 for the model's context"),
+        };
+        return Err(Error::failure(format!(
+            "{what} has {len} tokens, more than {by} of {limit}: {remedy}"
+        )));
     }
     match example.targets() {
         0 => Err(Error::failure(format!("{what} has no token that counts in the loss"))),

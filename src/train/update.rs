@@ -5,14 +5,15 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use super::optimizer::{AdamW, Parameter};
+use crate::Result;
 use crate::adapter::Adapter;
 use crate::config::LearningRates;
-use crate::{Error, Result};
 
-/// Moves every parameter of `adapters` by its gradient.
+/// Moves every parameter of `adapters` by its gradient, which is zero where there is none: nothing
+/// of the batch reached the parameter.
 ///
 /// # Errors
-/// If a parameter has no gradient.
+/// If a gradient has the wrong size or a tensor operation fails.
 pub fn apply(
     optimizer: &mut AdamW,
     adapters: &mut [Box<dyn Adapter>],
@@ -27,10 +28,11 @@ pub fn apply(
             values.push((key.clone(), rate, tensor.flatten_all()?.to_vec1()?));
         }
     }
+    let zeros = vec![0.0; values.iter().map(|(_, _, values)| values.len()).max().unwrap_or(0)];
     let mut parameters = Vec::with_capacity(values.len());
     for (name, learning_rate, values) in &mut values {
-        let missing = || Error::failure(format!("'{name}' got no gradient"));
-        let gradient = gradients.get(name).ok_or_else(missing)?;
+        let zeros = zeros.get(..values.len()).unwrap_or_default();
+        let gradient = gradients.get(name).map_or(zeros, Vec::as_slice);
         let learning_rate = *learning_rate;
         parameters.push(Parameter { name, values, gradient, learning_rate, weight_decay });
     }

@@ -17,16 +17,25 @@ use steersman::train::data::problems;
 use steersman::{Error, Result};
 
 /// Flags of `steer eval`.
-#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
 #[command(rename_all = "snake_case")]
 #[serde(default)]
 pub struct EvalArgs {
     #[command(flatten)]
     #[serde(flatten)]
     model: ModelArgs,
-    #[command(flatten)]
-    #[serde(flatten)]
-    data: DataArgs,
+    /// Task whose problems are answered: gsm8k or listops
+    dataset_name: Option<String>,
+    /// Split of the problems
+    dataset_test_split: String,
+    /// Most problems, from the start of the split; 0 = all
+    max_eval_samples: usize,
+    /// ListOps: deepest nesting of operators
+    listops_max_depth: usize,
+    /// ListOps: fewest arguments of an operator
+    listops_min_args: usize,
+    /// ListOps: most arguments of an operator
+    listops_max_args: usize,
     #[command(flatten)]
     #[serde(flatten)]
     generation: GenerationArgs,
@@ -36,6 +45,39 @@ pub struct EvalArgs {
     output: Option<PathBuf>,
 }
 
+impl Default for EvalArgs {
+    fn default() -> Self {
+        let data = DataArgs::default();
+        EvalArgs {
+            model: ModelArgs::default(),
+            dataset_name: data.dataset_name,
+            dataset_test_split: data.dataset_test_split,
+            max_eval_samples: data.max_eval_samples,
+            listops_max_depth: data.listops_max_depth,
+            listops_min_args: data.listops_min_args,
+            listops_max_args: data.listops_max_args,
+            generation: GenerationArgs::default(),
+            adapter: Repeated::default(),
+            output: None,
+        }
+    }
+}
+
+impl EvalArgs {
+    /// The problems as keys of a data set.
+    fn data(&self) -> DataArgs {
+        DataArgs {
+            dataset_name: self.dataset_name.clone(),
+            dataset_test_split: self.dataset_test_split.clone(),
+            max_eval_samples: self.max_eval_samples,
+            listops_max_depth: self.listops_max_depth,
+            listops_min_args: self.listops_min_args,
+            listops_max_args: self.listops_max_args,
+            ..DataArgs::default()
+        }
+    }
+}
+
 impl RunConfig for EvalArgs {
     const COMMAND: &'static str = "steer eval";
     const ABOUT: &'static str =
@@ -43,22 +85,23 @@ impl RunConfig for EvalArgs {
 
     fn validate(&self) -> Result<()> {
         self.model.validate()?;
-        self.data.validate()?;
+        self.data().validate()?;
         self.generation.validate()
     }
 }
 
 /// Runs the command.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let (problems, grader) = problems(&args.data)?;
+    let data = args.data();
+    let (problems, grader) = problems(&data)?;
     let engine = args.model.engine()?;
     let model = LoadedModel::load(&args.model.model_name_or_path, args.model.storage(), &engine)?;
     let template = args.model.chat_template_path.as_deref();
     let text = TextModel::load(&model.source, template, model.policy.config().vocab_size)?;
     let adapters = load_all(&args.adapter.0, model.policy.config(), engine.device())?;
     let options = GenerateOptions {
-        max_new_tokens: args.generation.max_completion_length,
-        eos_token_ids: model.generation.eos_token_ids.clone(),
+        max_new_tokens: args.generation.longest_answer(data.dataset()?),
+        eos_token_ids: text.stop_token_ids.clone(),
         ..Default::default()
     };
     let start = Instant::now();

@@ -97,6 +97,9 @@ impl RunConfig for GenerateArgs {
     fn validate(&self) -> Result<()> {
         self.model.validate()?;
         self.sampling().validate()?;
+        if self.max_new_tokens == 0 {
+            return Err(Error::usage("max_new_tokens must be at least 1"));
+        }
         match self.raw && self.prompt.is_none() {
             true => Err(Error::usage("--raw wants a --prompt")),
             false => Ok(()),
@@ -115,7 +118,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         sampling: args.sampling(),
-        eos_token_ids: model.generation.eos_token_ids.clone(),
+        eos_token_ids: text.stop_token_ids.clone(),
         seed: args.seed,
         ..Default::default()
     };
