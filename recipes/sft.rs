@@ -9,6 +9,7 @@
 
 use std::process::ExitCode;
 
+use steersman::adapter::warn_of_other_model;
 use steersman::config::{self, EvalAccuracy, Request, SftConfig};
 use steersman::eval::{Proportion, accuracy};
 use steersman::model::{LoadedModel, ModelConfig, ModelSource, TextModel};
@@ -56,6 +57,8 @@ fn run(config: &SftConfig) -> Result<()> {
     // ---- model and trainer -------------------------------------------------------------------
     let (model_args, engine) = (&config.model, config.model.engine()?);
     let model = LoadedModel::load(&model_args.model_name_or_path, model_args.storage(), &engine)?;
+    let base = model.base()?;
+    warn_of_other_model(config.adapter.adapter_name_or_path.as_slice(), || Ok(base.clone()))?;
     let mut trainer = SftTrainer::new(config, &model.policy, adapters, &train)?;
     let options = GenerateOptions {
         max_new_tokens: config.generation.longest_answer(config.data.dataset()?),
@@ -70,7 +73,7 @@ fn run(config: &SftConfig) -> Result<()> {
     let held_out = HeldOut { examples: &test, accuracy: Some(&measure) };
 
     // ---- the run -----------------------------------------------------------------------------
-    let mut run = SftRun::start(config, model.base()?)?;
+    let mut run = SftRun::start(config, base)?;
     run.resume(&mut trainer)?;
     run.evaluate_before(&mut trainer, held_out)?;
     while run.step(&mut trainer)?.is_some() {

@@ -7,7 +7,7 @@ use clap::Args;
 use reward::Outcome;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use steersman::adapter::load_all;
+use steersman::adapter::{load_all, warn_of_other_model};
 use steersman::config::{DataArgs, GenerationArgs, ModelArgs, Repeated, RunConfig};
 use steersman::eval::{Accuracy, accuracy};
 use steersman::files::write_atomic;
@@ -99,6 +99,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let template = args.model.chat_template_path.as_deref();
     let text = TextModel::load(&model.source, template, model.policy.config().vocab_size)?;
     let adapters = load_all(&args.adapter.0, model.policy.config(), engine.device())?;
+    warn_of_other_model(&args.adapter.0, || model.base())?;
     let options = GenerateOptions {
         max_new_tokens: args.generation.longest_answer(data.dataset()?),
         eos_token_ids: text.stop_token_ids.clone(),
