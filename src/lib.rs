@@ -16,6 +16,7 @@ pub mod files;
 pub mod kernels;
 pub mod model;
 pub mod ops;
+pub mod random;
 pub mod report;
 pub mod rollout;
 pub mod train;

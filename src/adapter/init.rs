@@ -1,11 +1,9 @@
 //! Initial values of adapter parameters, keyed by (seed, parameter name) and never by call order.
 
 use candle_core::{Device, Tensor};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
-use sha2::{Digest, Sha256};
 
 use crate::Result;
+use crate::random::Stream;
 
 /// U(-bound, bound) of `shape`, from a stream that belongs to (seed, key).
 pub(super) fn uniform(
@@ -15,12 +13,8 @@ pub(super) fn uniform(
     bound: f64,
     device: &Device,
 ) -> Result<Tensor> {
-    let digest = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(key).finalize();
-    let mut rng = ChaCha8Rng::from_seed(digest.into());
-    let mut draw = || {
-        let unit = (rng.next_u32() >> 8) as f64 / (1u32 << 24) as f64;
-        ((2.0 * unit - 1.0) * bound) as f32
-    };
+    let mut stream = Stream::named(seed, key);
+    let mut draw = || ((2.0 * f64::from(stream.unit()) - 1.0) * bound) as f32;
     let values = (0..shape.0 * shape.1).map(|_| draw()).collect();
     Ok(Tensor::from_vec::<_, f32>(values, shape, device)?)
 }

@@ -1,12 +1,10 @@
 //! Operations on whole rows: sums, scaling, selection.
 
 use candle_core::{DType, Tensor};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
-use sha2::{Digest, Sha256};
 
 use super::tape::{Sink, Tape, Value};
 use crate::Result;
+use crate::random::Stream;
 
 /// a + b of equal shapes.
 pub fn add(tape: &Tape, a: &Value, b: &Value) -> Result<Value> {
@@ -62,20 +60,14 @@ pub fn dropout(tape: &Tape, x: &Value, p: f64, key: &[u64], row_keys: &[u64]) ->
     let mask: Vec<f32> = row_keys
         .iter()
         .flat_map(|row| {
-            let mut rng = stream(key, *row);
-            (0..width).map(move |_| if (rng.next_u32() as u64) < limit { 0.0 } else { kept })
+            let address: Vec<u64> = key.iter().chain([row]).copied().collect();
+            let mut stream = Stream::new(&address);
+            (0..width).map(move |_| if (stream.bits() as u64) < limit { 0.0 } else { kept })
         })
         .collect();
     let mask = tape.engine().tensor(mask, x.tensor().dims())?;
     let y = (x.tensor() * &mask)?;
     Ok(tape.push(y, &[x], || move |dy: Tensor, sink: &mut Sink| sink.give(0, (dy * &mask)?)))
-}
-
-/// The random stream of a row.
-fn stream(key: &[u64], row: u64) -> ChaCha8Rng {
-    let mut hash = Sha256::new();
-    key.iter().chain([&row]).for_each(|part| hash.update(part.to_le_bytes()));
-    ChaCha8Rng::from_seed(hash.finalize().into())
 }
 
 /// The rows of x [N, D] named by `rows`; the gradient of the other rows is zero.

@@ -3,10 +3,7 @@
 //! Order as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Random numbers are
 //! a function of (seed, step, prompt, sample, position), never of call order.
 
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
-use sha2::{Digest, Sha256};
-
+use crate::random::Stream;
 use crate::{Error, Result};
 
 /// How the next token is chosen.
@@ -80,12 +77,8 @@ pub struct RandomKey {
 impl RandomKey {
     /// A number in [0, 1) with 53 random bits.
     pub fn uniform(&self) -> f64 {
-        let mut hash = Sha256::new();
-        for part in [self.seed, self.step, self.prompt, self.sample, self.position] {
-            hash.update(part.to_le_bytes());
-        }
-        let mut rng = ChaCha8Rng::from_seed(hash.finalize().into());
-        (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+        let address = [self.seed, self.step, self.prompt, self.sample, self.position];
+        Stream::new(&address).unit_f64()
     }
 }
 

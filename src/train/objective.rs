@@ -6,15 +6,13 @@
 //! micro-batch changes memory and nothing else.
 
 use candle_core::{DType, Tensor};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::example::PackedExamples;
 use crate::adapter::Adapter;
 use crate::model::{Batch, Policy};
 use crate::ops::{Gradients, Logps, Tape, Target, Value, accumulate};
+use crate::random::Stream;
 use crate::{Error, Result};
 
 /// Sums over targets, from which means are taken.
@@ -158,15 +156,9 @@ fn noise(policy: &Policy, batch: &Batch, neftune: Neftune) -> Result<Tensor> {
     for segment in batch.segments() {
         let bound = (neftune.alpha / ((segment.len * width) as f64).sqrt()) as f32;
         for row in segment.start..segment.start + segment.len {
-            let mut hash = Sha256::new();
-            for part in [neftune.seed, neftune.step, batch.token_keys[row]] {
-                hash.update(part.to_le_bytes());
-            }
-            let mut rng = ChaCha8Rng::from_seed(hash.finalize().into());
-            values.extend((0..width).map(|_| {
-                let unit = (rng.next_u32() >> 8) as f32 / (1u32 << 24) as f32;
-                (2.0 * unit - 1.0) * bound
-            }));
+            let address = [neftune.seed, neftune.step, batch.token_keys[row]];
+            let mut stream = Stream::new(&address);
+            values.extend((0..width).map(|_| (2.0 * stream.unit() - 1.0) * bound));
         }
     }
     Ok(Tensor::from_vec(values, (batch.len(), width), policy.engine().device())?)
