@@ -14,6 +14,7 @@ use steersman::config::{self, EvalAccuracy, Request, SftConfig};
 use steersman::eval::{Proportion, accuracy};
 use steersman::model::{LoadedModel, ModelConfig, ModelSource, TextModel};
 use steersman::rollout::GenerateOptions;
+use steersman::train::claim::claim_output_dir;
 use steersman::train::data::SftData;
 use steersman::train::run::{HeldOut, SftRun, check_rows};
 use steersman::train::sft::SftTrainer;
@@ -55,6 +56,8 @@ fn run(config: &SftConfig) -> Result<()> {
     }
 
     // ---- model and trainer -------------------------------------------------------------------
+    let run_args = &config.train;
+    let claim = claim_output_dir(&run_args.output_dir, &run_args.resume_from_checkpoint)?;
     let (model_args, engine) = (&config.model, config.model.engine()?);
     let model = LoadedModel::load(&model_args.model_name_or_path, model_args.storage(), &engine)?;
     let base = model.base()?;
@@ -73,8 +76,7 @@ fn run(config: &SftConfig) -> Result<()> {
     let held_out = HeldOut { examples: &test, accuracy: Some(&measure) };
 
     // ---- the run -----------------------------------------------------------------------------
-    let mut run = SftRun::start(config, base)?;
-    run.resume(&mut trainer)?;
+    let mut run = SftRun::start(config, base, claim, &mut trainer)?;
     run.evaluate_before(&mut trainer, held_out)?;
     while run.step(&mut trainer)?.is_some() {
         if run.evaluates_now(&trainer) {

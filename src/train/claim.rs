@@ -26,11 +26,10 @@ pub struct Claim {
     _lock: File,
 }
 
-/// Claims `output_dir` for a run, making it if needed, and writes its [`CONFIG_FILE`]. A folder
-/// with another run's files is refused unless this run resumes it, and so is one in use by a living
-/// process. When resuming, damaged checkpoints are renamed to `….damaged` with a warning, remains
-/// of a killed process are removed, and changed keys are reported.
-pub fn claim_output_dir(output_dir: &Path, config: &str, resume: &Resume) -> Result<Claim> {
+/// Claims `output_dir` for a run, making it if needed. A folder with another run's files is refused
+/// unless this run resumes it, and so is one in use by a living process. When resuming, damaged
+/// checkpoints are renamed to `….damaged` with a warning and remains of a killed process are removed.
+pub fn claim_output_dir(output_dir: &Path, resume: &Resume) -> Result<Claim> {
     fs::create_dir_all(output_dir).map_err(disk_error(output_dir))?;
     let lock = lock(output_dir)?;
     let held = run_files(output_dir)?;
@@ -54,7 +53,6 @@ pub fn claim_output_dir(output_dir: &Path, config: &str, resume: &Resume) -> Res
         Resume::Latest => claim.take_latest()?,
         Resume::From(path) => claim.take(path)?,
     }
-    claim.write_config(config)?;
     Ok(claim)
 }
 
@@ -129,8 +127,11 @@ impl Claim {
         Ok(())
     }
 
-    /// Writes the configuration, with a warning for each key that differs from the earlier one.
-    fn write_config(&mut self, config: &str) -> Result<()> {
+    /// Writes [`CONFIG_FILE`], with a warning for each key that differs from the earlier one.
+    ///
+    /// # Errors
+    /// If the file cannot be read or written.
+    pub fn write_config(&mut self, config: &str) -> Result<()> {
         let path = self.output_dir.join(CONFIG_FILE);
         if self.checkpoint.is_some() && path.exists() {
             let before = fs::read_to_string(&path).map_err(Error::io(&path))?;
@@ -194,6 +195,12 @@ mod tests {
         save(output_dir, step, |dir| state.save(dir)).unwrap()
     }
 
+    fn claimed(output_dir: &Path, config: &str, resume: &Resume) -> Result<Claim> {
+        let mut claim = claim_output_dir(output_dir, resume)?;
+        claim.write_config(config)?;
+        Ok(claim)
+    }
+
     fn refused(claim: Result<Claim>) -> String {
         let error = claim.unwrap_err();
         assert_eq!(error.exit_code(), 2);
@@ -204,39 +211,39 @@ mod tests {
     fn another_runs_folder_is_refused_and_left_as_it_is() {
         let dir = tempfile::tempdir().unwrap();
         let output_dir = dir.path().join("runs/sft");
-        drop(claim_output_dir(&output_dir, "seed = 1\n", &Resume::No).unwrap());
-        let message = refused(claim_output_dir(&output_dir, "seed = 2\n", &Resume::No));
+        drop(claimed(&output_dir, "seed = 1\n", &Resume::No).unwrap());
+        let message = refused(claimed(&output_dir, "seed = 2\n", &Resume::No));
         assert!(message.contains("already holds a run (config.toml)"), "{message}");
         assert!(message.contains("--resume_from_checkpoint latest"), "{message}");
         assert_eq!(fs::read_to_string(output_dir.join(CONFIG_FILE)).unwrap(), "seed = 1\n");
         for name in [METRICS_FILE, "adapter_model.safetensors", "checkpoint-3"] {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join(name), "").unwrap();
-            refused(claim_output_dir(dir.path(), "", &Resume::No));
+            refused(claimed(dir.path(), "", &Resume::No));
         }
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("train.log"), "").unwrap();
-        claim_output_dir(dir.path(), "", &Resume::No).unwrap();
+        claimed(dir.path(), "", &Resume::No).unwrap();
     }
 
     #[test]
     fn a_folder_in_use_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let held = claim_output_dir(dir.path(), "", &Resume::No).unwrap();
-        let message = refused(claim_output_dir(dir.path(), "", &Resume::Latest));
+        let held = claimed(dir.path(), "", &Resume::No).unwrap();
+        let message = refused(claimed(dir.path(), "", &Resume::Latest));
         assert!(message.contains("in use by another process"), "{message}");
         drop(held);
-        claim_output_dir(dir.path(), "", &Resume::Latest).unwrap();
+        claimed(dir.path(), "", &Resume::Latest).unwrap();
     }
 
     #[test]
     fn resuming_sets_damaged_checkpoints_aside_and_reports_changed_keys() {
         let dir = tempfile::tempdir().unwrap();
-        drop(claim_output_dir(dir.path(), "seed = 1\ndry_run = false\n", &Resume::No).unwrap());
+        drop(claimed(dir.path(), "seed = 1\ndry_run = false\n", &Resume::No).unwrap());
         checkpoint(dir.path(), 10);
         fs::remove_file(checkpoint(dir.path(), 20).join(STATE_FILE)).unwrap();
         fs::create_dir(dir.path().join(".checkpoint-30.tmp")).unwrap();
-        let claim = claim_output_dir(dir.path(), "seed = 2\n", &Resume::Latest).unwrap();
+        let claim = claimed(dir.path(), "seed = 2\n", &Resume::Latest).unwrap();
         assert_eq!(claim.checkpoint, Some((10, checkpoint_dir(dir.path(), 10))));
         assert!(dir.path().join("checkpoint-20.damaged").is_dir());
         assert!(!dir.path().join(".checkpoint-30.tmp").exists());
@@ -248,8 +255,8 @@ mod tests {
     #[test]
     fn resuming_before_the_first_checkpoint_starts_over() {
         let dir = tempfile::tempdir().unwrap();
-        drop(claim_output_dir(dir.path(), "seed = 1\n", &Resume::No).unwrap());
-        let claim = claim_output_dir(dir.path(), "seed = 1\n", &Resume::Latest).unwrap();
+        drop(claimed(dir.path(), "seed = 1\n", &Resume::No).unwrap());
+        let claim = claimed(dir.path(), "seed = 1\n", &Resume::Latest).unwrap();
         assert_eq!(claim.checkpoint, None);
         assert!(claim.warnings[0].contains("starting from the beginning"));
     }
@@ -259,7 +266,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (ours, other) = (dir.path().join("a"), dir.path().join("b"));
         let (first, foreign) = (checkpoint(&ours, 1), checkpoint(&other, 1));
-        let from = |path: &Path| claim_output_dir(&ours, "", &Resume::From(path.to_path_buf()));
+        let from = |path: &Path| claimed(&ours, "", &Resume::From(path.to_path_buf()));
         assert_eq!(from(&first).unwrap().checkpoint, Some((1, first.clone())));
         assert!(refused(from(&foreign)).contains("--adapter_name_or_path"));
         checkpoint(&ours, 2);

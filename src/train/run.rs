@@ -9,8 +9,8 @@ use crate::eval::Proportion;
 use crate::report::{Event, MetricLine, Metrics, Reporter};
 use crate::{Error, Result};
 
-use super::checkpoint::{self, TrainerState, Window, checkpoint_dir, prune};
-use super::claim::{CONFIG_FILE, Claim, claim_output_dir};
+use super::checkpoint::{self, Window, checkpoint_dir, prune};
+use super::claim::{CONFIG_FILE, Claim};
 use super::example::TokenExample;
 use super::sft::{SftTrainer, StepReport};
 use crate::files::{verify, write_atomic};
@@ -61,41 +61,35 @@ pub fn check_rows(config: &SftConfig, train: &[TokenExample], test: &[TokenExamp
 pub struct SftRun<'a> {
     config: &'a SftConfig,
     base: BaseModel,
-    claim: Claim,
     reporter: Reporter,
+    /// Holds the folder until the run is over.
+    _claim: Claim,
 }
 
 impl<'a> SftRun<'a> {
-    /// Claims the run's folder and writes the resolved configuration there.
+    /// Begins a run in its claimed folder, or takes it up where its last checkpoint left it.
     ///
     /// # Errors
-    /// If the folder holds another run, is in use, or cannot be written.
-    pub fn start(config: &'a SftConfig, base: BaseModel) -> Result<Self> {
-        let train = &config.train;
-        let claim =
-            claim_output_dir(&train.output_dir, &to_toml(config)?, &train.resume_from_checkpoint)?;
-        let history = match &claim.checkpoint {
-            Some((_, folder)) => TrainerState::load(folder)?.log_history,
-            None => Vec::new(),
-        };
-        let reporter = Reporter::for_run(&train.output_dir, &history)?;
-        Ok(SftRun { config, base, claim, reporter })
-    }
-
-    /// Takes up the run where its last checkpoint left it, if it is resumed.
-    ///
-    /// # Errors
-    /// If the checkpoint belongs to another run.
-    pub fn resume(&mut self, trainer: &mut SftTrainer) -> Result<()> {
-        for warning in std::mem::take(&mut self.claim.warnings) {
-            self.reporter.emit(Event::Warning(warning))?;
-        }
-        if let Some((_, folder)) = &self.claim.checkpoint {
+    /// If the checkpoint belongs to another run, or the folder cannot be written.
+    pub fn start(
+        config: &'a SftConfig,
+        base: BaseModel,
+        mut claim: Claim,
+        trainer: &mut SftTrainer,
+    ) -> Result<Self> {
+        if let Some((_, folder)) = &claim.checkpoint {
             trainer.resume(folder)?;
         }
-        let name = self.config.train.name();
+        claim.write_config(&to_toml(config)?)?;
+        let history = &trainer.state().log_history;
+        let mut reporter = Reporter::for_run(&config.train.output_dir, history)?;
+        for warning in std::mem::take(&mut claim.warnings) {
+            reporter.emit(Event::Warning(warning))?;
+        }
+        let name = config.train.name();
         let (done_steps, total_steps) = (trainer.state().global_step, trainer.total_steps());
-        self.reporter.emit(Event::RunStarted { name, done_steps, total_steps })
+        reporter.emit(Event::RunStarted { name, done_steps, total_steps })?;
+        Ok(SftRun { config, base, reporter, _claim: claim })
     }
 
     /// One optimizer step with its metrics; nothing when the run is over.
