@@ -22,14 +22,27 @@ pub struct Claim {
     pub checkpoint: Option<(u64, PathBuf)>,
     /// What the user should know, a sentence each.
     pub warnings: Vec<String>,
+    /// Whether the folder was made for this claim.
+    made: bool,
     /// Locked until the process ends, however it ends.
     _lock: File,
+}
+
+impl Drop for Claim {
+    /// A folder that was made for a run that never began is removed again.
+    fn drop(&mut self) {
+        if self.made {
+            // fails, as it should, where anything was written
+            let _ = fs::remove_dir(&self.output_dir);
+        }
+    }
 }
 
 /// Claims `output_dir` for a run, making it if needed. A folder with another run's files is refused
 /// unless this run resumes it, and so is one in use by a living process. When resuming, damaged
 /// checkpoints are renamed to `….damaged` with a warning and remains of a killed process are removed.
 pub fn claim_output_dir(output_dir: &Path, resume: &Resume) -> Result<Claim> {
+    let made = !output_dir.exists();
     fs::create_dir_all(output_dir).map_err(disk_error(output_dir))?;
     let lock = lock(output_dir)?;
     let held = run_files(output_dir)?;
@@ -46,6 +59,7 @@ pub fn claim_output_dir(output_dir: &Path, resume: &Resume) -> Result<Claim> {
         output_dir: output_dir.to_path_buf(),
         checkpoint: None,
         warnings: Vec::new(),
+        made,
         _lock: lock,
     };
     match resume {
