@@ -70,7 +70,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Usage(message) => f.write_str(message),
-            Error::Io { path, source } => write!(f, "{}: {source}", path.display()),
+            Error::Io { path, source } => write!(f, "{}: {}", path.display(), lower(source)),
             Error::File { path, message } => write!(f, "{}: {message}", path.display()),
             Error::Row { path, line, message } => {
                 write!(f, "{}:{line}: {message}", path.display())
@@ -79,4 +79,23 @@ impl fmt::Display for Error {
     }
 }
 
+/// The operating system's sentence, first letter in lower case and without its number.
+fn lower(source: &std::io::Error) -> String {
+    let text = source.to_string();
+    let text = text.split(" (os error").next().unwrap_or(&text);
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| first.to_lowercase().chain(chars).collect())
+}
+
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operating_system_sentences_are_lower_case_without_their_number() {
+        let error = std::fs::File::open("no/such").map_err(Error::io(Path::new("no/such")));
+        assert_eq!(error.unwrap_err().to_string(), "no/such: no such file or directory");
+    }
+}

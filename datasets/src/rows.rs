@@ -16,7 +16,8 @@ pub(crate) const ACCEPTED: &str =
 /// Reads every row of a file, whose format is told by its extension.
 ///
 /// - `.jsonl`, `.ndjson`: one object a line; empty lines are skipped.
-/// - `.json`: an array of objects, or an object with exactly one array (as `{"data": [...]}`).
+/// - `.json`: an array of objects, or an object with exactly one array (as `{"data": [...]}`), or
+///   one object a line (as AQuA's files are).
 /// - `.parquet`: nested columns become arrays and objects, bytes base64 text, dates ISO text.
 ///
 /// # Errors
@@ -79,7 +80,12 @@ pub(crate) fn kind(value: &Value) -> &'static str {
 
 fn read_jsonl(path: &Path) -> Result<Vec<Row>> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let lines = without_mark(&bytes).split(|byte| *byte == b'\n').enumerate();
+    lines(path, &bytes)
+}
+
+/// One object a line.
+fn lines(path: &Path, bytes: &[u8]) -> Result<Vec<Row>> {
+    let lines = without_mark(bytes).split(|byte| *byte == b'\n').enumerate();
     lines
         .filter(|(_, line)| !line.trim_ascii().is_empty())
         .map(|(i, line)| {
@@ -93,8 +99,11 @@ fn read_jsonl(path: &Path) -> Result<Vec<Row>> {
 
 fn read_json(path: &Path) -> Result<Vec<Row>> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let value = serde_json::from_slice(without_mark(&bytes))
-        .map_err(|error| Error::row(path, error.line(), sentence(&error)))?;
+    let value = match serde_json::from_slice(without_mark(&bytes)) {
+        Ok(value) => value,
+        Err(_) if begins_with_a_row(&bytes) => return lines(path, &bytes),
+        Err(error) => return Err(Error::row(path, error.line(), sentence(&error))),
+    };
     let rows = match value {
         Value::Array(rows) => rows,
         Value::Object(fields) => {
@@ -106,6 +115,13 @@ fn read_json(path: &Path) -> Result<Vec<Row>> {
         }
     };
     rows.into_iter().enumerate().map(|(i, row)| object(path, i + 1, row)).collect()
+}
+
+/// Whether the first line that is not empty is an object of its own.
+fn begins_with_a_row(bytes: &[u8]) -> bool {
+    let mut lines = without_mark(bytes).split(|byte| *byte == b'\n');
+    let first = lines.find(|line| !line.trim_ascii().is_empty());
+    first.is_some_and(|line| serde_json::from_slice::<Row>(line).is_ok())
 }
 
 /// The one array among an object's fields.
@@ -161,6 +177,8 @@ mod tests {
         assert_eq!(rows[0].keys().collect::<Vec<_>>(), ["b", "a"]);
         assert_eq!(read_rows(&array).unwrap(), rows);
         assert_eq!(read_rows(&object).unwrap(), rows);
+        let (_folder, named_json) = file("c.json", "{\"b\":1,\"a\":\"x\"}\n{\"b\":2}\n");
+        assert_eq!(read_rows(&named_json).unwrap(), rows);
     }
 
     #[test]
@@ -187,6 +205,7 @@ mod tests {
             ("{\"a\":[],\"b\":[]}", "several arrays"),
             ("[{},\n 4]", ".json:2: a row is an object, not a number"),
             ("[{},\n {]", ".json:2: key must be a string at column 3"),
+            ("{\"a\":1}\n{\"a\":}", ".json:2: not a JSON object: expected value at column 6"),
         ] {
             let (_folder, path) = file("a.json", text);
             let error = read_rows(&path).unwrap_err().to_string();

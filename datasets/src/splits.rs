@@ -13,12 +13,13 @@ use crate::{Error, Result, Row, read_rows};
 ///
 /// A file is read whole, whatever the split is called. In a folder (a user's, or a data set fetched
 /// from the hub) a split `s` is `s.jsonl`, `s.json`, `s.parquet` or the shards
-/// `s-00000-of-00002.parquet` …, in the folder itself or in its subfolder `data`, or the parquet
-/// files of a subfolder `s`; the first of these that exists counts.
+/// `s-00000-of-00002.parquet` … (also JSONL or JSON, and with a hash behind the number), in the
+/// folder itself or in its subfolder `data`, or the parquet files of a subfolder `s`; the first of
+/// these that exists counts.
 ///
 /// # Errors
-/// If the path is missing, a row is malformed, a shard is missing, or the folder has no such split;
-/// the last lists those that it has.
+/// If the path is missing, a row is malformed, a shard is missing, the split holds no row, or the
+/// folder has no such split; the last lists those that it has.
 pub fn read_split(path: &Path, split: &str) -> Result<Vec<Row>> {
     if !path.is_dir() {
         return read_rows(path);
@@ -30,6 +31,9 @@ pub fn read_split(path: &Path, split: &str) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for file in &files {
         rows.extend(read_rows(file)?);
+    }
+    if rows.is_empty() {
+        return Err(Error::file(path, format!("split {split} holds no row")));
     }
     Ok(rows)
 }
@@ -101,9 +105,11 @@ fn find_splits(folder: &Path) -> Result<BTreeMap<String, Vec<PathBuf>>> {
 /// The splits of a folder that lie in shards, each complete and in order.
 fn sharded(folder: &Path) -> Result<BTreeMap<String, Vec<PathBuf>>> {
     let mut found: BTreeMap<(String, usize), Vec<PathBuf>> = BTreeMap::new();
-    for path in files(folder, "parquet")? {
-        if let Some((split, of)) = shard(&stem(&path)) {
-            found.entry((split.to_string(), of)).or_default().push(path);
+    for extension in ["jsonl", "json", "parquet"] {
+        for path in files(folder, extension)? {
+            if let Some((split, of)) = shard(&stem(&path)) {
+                found.entry((split.to_string(), of)).or_default().push(path);
+            }
         }
     }
     let complete = |((split, of), shards): ((String, usize), Vec<PathBuf>)| {
@@ -116,11 +122,13 @@ fn sharded(folder: &Path) -> Result<BTreeMap<String, Vec<PathBuf>>> {
     found.into_iter().map(complete).collect()
 }
 
-/// Split and number of shards of a file stem such as `train-00000-of-00002`.
+/// Split and number of shards of a file stem such as `train-00000-of-00002`, which older data sets
+/// of the hub end with a hash: `train-00000-of-00002-6ef3991c06080e14`.
 fn shard(stem: &str) -> Option<(&str, usize)> {
     let (rest, of) = stem.rsplit_once("-of-")?;
     let (split, index) = rest.rsplit_once('-')?;
     index.parse::<usize>().ok()?;
+    let of = of.split_once('-').map_or(of, |(of, _)| of);
     Some((split, of.parse().ok()?))
 }
 
@@ -188,6 +196,9 @@ mod tests {
             ("data/validation.parquet", &[3]),
             ("data/test-00001-of-00002.parquet", &[5]),
             ("data/test-00000-of-00002.parquet", &[4]),
+            ("old-00001-of-00002-b7e0.parquet", &[9]),
+            ("old-00000-of-00002-ffa1.parquet", &[8]),
+            ("lines-00000-of-00001.jsonl", &[10]),
             ("v1.0/b.parquet", &[7]),
             ("v1.0/a.parquet", &[6]),
         ]);
@@ -195,6 +206,8 @@ mod tests {
         assert_eq!(read(&folder, "validation"), [3]);
         assert_eq!(read(&folder, "test"), [4, 5]);
         assert_eq!(read(&folder, "v1.0"), [6, 7]);
+        assert_eq!(read(&folder, "old"), [8, 9]);
+        assert_eq!(read(&folder, "lines"), [10]);
         let file = folder.path().join("train.jsonl");
         assert_eq!(read_split(&file, "any").unwrap().len(), 2);
     }
@@ -205,6 +218,9 @@ mod tests {
         let error = read_split(files.path(), "dev").unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().ends_with(": no split dev; found test, train"), "{error}");
+        let rowless = folder(&[("train.jsonl", &[])]);
+        let error = read_split(rowless.path(), "train").unwrap_err().to_string();
+        assert!(error.ends_with(": split train holds no row"), "{error}");
         let empty = folder(&[]);
         let error = read_split(empty.path(), "train").unwrap_err().to_string();
         assert!(error.contains("holds no data files; give a .jsonl"), "{error}");

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use minijinja::value::Serde;
-use minijinja::{Environment, ErrorKind, UndefinedBehavior};
+use minijinja::{Environment, ErrorKind, UndefinedBehavior, escape_formatter};
 use serde_json::Value;
 
 use crate::example::{completion_text, message};
@@ -13,7 +13,8 @@ use crate::{Error, Example, Result, Row};
 /// How a row of a user's own data becomes an example.
 ///
 /// Templates are Jinja over the row's columns as they are called after renaming; a column that the
-/// row lacks is an error.
+/// row lacks is an error, and so is a null that would be written out; `{% if column %}` and
+/// `{{ column or "" }}` pass over nulls.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Template {
     /// Makes the user's message; without it the row's own columns are taken.
@@ -114,6 +115,13 @@ fn render(name: &str, source: &str, row: &Row) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_formatter(|out, state, value| match value.is_none() {
+        true => Err(minijinja::Error::new(
+            ErrorKind::InvalidOperation,
+            "a null cannot be written out; for an optional column write {{ column or \"\" }}",
+        )),
+        false => escape_formatter(out, state, value),
+    });
     let failed = |error: minijinja::Error| {
         let line = error.line().map(|line| format!(", line {line}")).unwrap_or_default();
         let detail = error.detail().map(|detail| format!(": {detail}")).unwrap_or_default();
@@ -227,7 +235,18 @@ mod tests {
             assert_eq!(error.exit_code(), 2);
             assert!(error.to_string().contains(wanted), "{error}");
         }
-        let given = template("{{ hint | default('none') }}", "x").apply(&row).unwrap();
-        assert_eq!(given, chat(vec![message("user", "none")], "x"));
+        let given = template("{{ hint | default('-') }}", "x").apply(&row).unwrap();
+        assert_eq!(given, chat(vec![message("user", "-")], "x"));
+    }
+
+    #[test]
+    fn a_null_is_never_written_into_a_text() {
+        let row = row(json!({"question": "a", "hint": null}));
+        let error = template("{{ question }}\n{{ hint }}", "x").apply(&row).unwrap_err();
+        assert!(error.to_string().starts_with("prompt_template, line 2: "), "{error}");
+        assert!(error.to_string().contains("a null cannot be written out"), "{error}");
+        let optional = "{{ question }}{% if hint %} ({{ hint }}){% endif %}{{ hint or '' }}";
+        let given = template(optional, "x").apply(&row).unwrap();
+        assert_eq!(given, chat(vec![message("user", "a")], "x"));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use datasets::Grader;
+use datasets::{Grader, Task, TaskOptions};
 use reward::{Outcome, check_gold, final_letter, grade};
 use serde_json::Value;
 
@@ -40,6 +40,26 @@ fn gsm8k_targets_grade_right_and_shifted_golds_wrong() -> Checked {
         for (target, gold) in targets.iter().zip(&golds) {
             let other = format!("{gold}.5");
             assert_eq!(grade(Grader::Numeric, target, &other), Outcome::Wrong, "{target}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_split_of_a_graded_task_grades_right() -> Checked {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data");
+    for task in [Task::Gsm8k, Task::ListOps] {
+        let path = root.join(task.name());
+        let options = TaskOptions { path: Some(path.clone()), ..TaskOptions::default() };
+        for split in task.splits() {
+            let generated = task == Task::ListOps && *split != "official";
+            if !generated && !path.is_dir() {
+                eprintln!("skipped: {} {split} is not in the shared data folder", task.name());
+                continue;
+            }
+            let problems = task.problems(split, 0, &options)?;
+            let rows = problems.iter().map(|p| (p.id, p.target.as_str(), p.gold.as_str()));
+            check_gold(task.grader().ok_or("no grader")?, rows)?;
         }
     }
     Ok(())
