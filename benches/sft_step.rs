@@ -1,7 +1,7 @@
 //! Seconds of one SFT step on the default model: 8 x 256 random tokens, all in the loss, post-block
 //! linear steering of rank 8 (or `--lora`).
 //!
-//! `cargo bench --bench sft_step -- [--lora] [--checkpointing] [--steps N] [--dtype bf16]`
+//! `cargo bench --bench sft_step -- [--lora] [--checkpointing] [--steps N] [--dtype bf16] [--matmul_precision P]`
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use steersman::Result;
 use steersman::adapter::{Adapter, Lora, LoraConfig, Steering, SteeringConfig};
 use steersman::model::{Batch, LoadedModel, Policy};
-use steersman::ops::{Engine, Tape, Target, WeightDtype};
+use steersman::ops::{Engine, MatmulPrecision, Tape, Target, WeightDtype};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -27,7 +27,13 @@ fn main() -> Result<()> {
         Some("bf16") => WeightDtype::Bf16,
         _ => WeightDtype::F32,
     };
-    let model = LoadedModel::load("smollm2-135m-instruct", Some(dtype), &Engine::cpu())?;
+    let precision = match value("--matmul_precision").as_deref() {
+        Some("high") => MatmulPrecision::High,
+        Some("medium") => MatmulPrecision::Medium,
+        _ => MatmulPrecision::Highest,
+    };
+    let engine = Engine::new(Device::Cpu, precision);
+    let model = LoadedModel::load("smollm2-135m-instruct", Some(dtype), &engine)?;
     let config = model.policy.config();
     let adapter: Box<dyn Adapter> = match has("--lora") {
         true => Box::new(Lora::new(LoraConfig::all_linear(), config, 0, &Device::Cpu)?),

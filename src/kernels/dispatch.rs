@@ -1,7 +1,8 @@
 //! Which vector extension runs a kernel: found once, at run time.
 //!
 //! Every level computes the same fused multiply-adds in the same order, so the bits of a result
-//! do not depend on the level.
+//! do not depend on the level; products at `medium` are the exception, since some machines have
+//! instructions of their own for them.
 
 use std::sync::OnceLock;
 
@@ -26,6 +27,14 @@ impl CpuLevel {
     pub fn detect() -> Self {
         static LEVEL: OnceLock<CpuLevel> = OnceLock::new();
         *LEVEL.get_or_init(detect_now)
+    }
+
+    /// Whether bf16 pairs are multiplied by one instruction at this level (AVX-512 BF16).
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn multiplies_pairs(self) -> bool {
+        self >= Self::Avx512
+            && Self::detect() >= Self::Avx512
+            && is_x86_feature_detected!("avx512bf16")
     }
 
     /// Runs `kernel` at this level, or at the machine's best level where that is lower.

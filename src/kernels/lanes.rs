@@ -23,8 +23,12 @@ pub(crate) trait Simd: Copy {
     fn splat(self, x: f32) -> Self::V;
     /// Reads the lanes.
     fn load(self, x: &[f32; LANES]) -> Self::V;
-    /// Reads the lanes from the bits of bf16 numbers.
-    fn load_bf16(self, x: &[u16; LANES]) -> Self::V;
+    /// Reads the first of each pair of bf16 numbers.
+    fn load_even(self, x: &[u16; 2 * LANES]) -> Self::V;
+    /// Reads the second of each pair of bf16 numbers.
+    fn load_odd(self, x: &[u16; 2 * LANES]) -> Self::V;
+    /// Writes the upper halves of the lanes' bits as pairs of bf16 numbers.
+    fn store_pairs(self, y: &mut [u16; 2 * LANES], even: Self::V, odd: Self::V);
     /// Writes the lanes.
     fn store(self, y: &mut [f32; LANES], v: Self::V);
     /// `a + b`.
@@ -118,8 +122,19 @@ impl Simd for Portable {
         *x
     }
     #[inline(always)]
-    fn load_bf16(self, x: &[u16; LANES]) -> Self::V {
-        x.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    fn load_even(self, x: &[u16; 2 * LANES]) -> Self::V {
+        std::array::from_fn(|i| f32::from_bits(u32::from(x[2 * i]) << 16))
+    }
+    #[inline(always)]
+    fn load_odd(self, x: &[u16; 2 * LANES]) -> Self::V {
+        std::array::from_fn(|i| f32::from_bits(u32::from(x[2 * i + 1]) << 16))
+    }
+    #[inline(always)]
+    fn store_pairs(self, y: &mut [u16; 2 * LANES], even: Self::V, odd: Self::V) {
+        for i in 0..LANES {
+            y[2 * i] = (even[i].to_bits() >> 16) as u16;
+            y[2 * i + 1] = (odd[i].to_bits() >> 16) as u16;
+        }
     }
     #[inline(always)]
     fn store(self, y: &mut [f32; LANES], v: Self::V) {
@@ -190,9 +205,12 @@ mod tests {
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
             let (a, b) = (s.load(self.0), s.load(self.1));
+            let mut pairs = [0; 2 * LANES];
+            s.store_pairs(&mut pairs, a, b);
             let vectors = [
                 s.splat(self.0[3]),
-                s.load_bf16(&self.1.map(|x| (x.to_bits() >> 16) as u16)),
+                s.load_even(&pairs),
+                s.load_odd(&pairs),
                 s.add(a, b),
                 s.sub(a, b),
                 s.mul(a, b),

@@ -105,9 +105,22 @@ impl Simd for Avx2 {
         unsafe { (_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) }
     }
     #[inline(always)]
-    fn load_bf16(self, x: &[u16; LANES]) -> Self::V {
+    fn load_even(self, x: &[u16; 2 * LANES]) -> Self::V {
         // SAFETY: both halves lie inside `x`.
-        unsafe { (widen8(x.as_ptr()), widen8(x.as_ptr().add(8))) }
+        unsafe { (even8(x.as_ptr()), even8(x.as_ptr().add(LANES))) }
+    }
+    #[inline(always)]
+    fn load_odd(self, x: &[u16; 2 * LANES]) -> Self::V {
+        // SAFETY: both halves lie inside `x`.
+        unsafe { (odd8(x.as_ptr()), odd8(x.as_ptr().add(LANES))) }
+    }
+    #[inline(always)]
+    fn store_pairs(self, y: &mut [u16; 2 * LANES], even: Self::V, odd: Self::V) {
+        // SAFETY: both halves lie inside `y`.
+        unsafe {
+            pair8(y.as_mut_ptr(), even.0, odd.0);
+            pair8(y.as_mut_ptr().add(LANES), even.1, odd.1);
+        }
     }
     #[inline(always)]
     fn store(self, y: &mut [f32; LANES], v: Self::V) {
@@ -183,11 +196,28 @@ impl Simd for Avx512 {
         unsafe { _mm512_loadu_ps(x.as_ptr()) }
     }
     #[inline(always)]
-    fn load_bf16(self, x: &[u16; LANES]) -> Self::V {
-        // SAFETY: sixteen numbers lie inside `x`.
+    fn load_even(self, x: &[u16; 2 * LANES]) -> Self::V {
+        // SAFETY: sixteen pairs lie inside `x`.
         unsafe {
-            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+            let pairs = _mm512_loadu_si512(x.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))
+        }
+    }
+    #[inline(always)]
+    fn load_odd(self, x: &[u16; 2 * LANES]) -> Self::V {
+        // SAFETY: sixteen pairs lie inside `x`.
+        unsafe {
+            let pairs = _mm512_loadu_si512(x.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(UPPER)))
+        }
+    }
+    #[inline(always)]
+    fn store_pairs(self, y: &mut [u16; 2 * LANES], even: Self::V, odd: Self::V) {
+        // SAFETY: sixteen pairs lie inside `y`.
+        unsafe {
+            let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(even));
+            let high = _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(UPPER));
+            _mm512_storeu_si512(y.as_mut_ptr().cast(), _mm512_or_si512(low, high));
         }
     }
     #[inline(always)]
@@ -239,14 +269,37 @@ unsafe fn upper(v: __m512) -> __m256 {
     unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v))) }
 }
 
+/// The second number of a pair of bf16 numbers.
+const UPPER: i32 = 0xffff_0000_u32 as i32;
+
 /// # Safety
-/// The machine has AVX2, and eight numbers can be read.
+/// The machine has AVX2, and eight pairs can be read.
 #[inline(always)]
-unsafe fn widen8(x: *const u16) -> __m256 {
+unsafe fn even8(x: *const u16) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(x.cast()))) }
+}
+
+/// # Safety
+/// The machine has AVX2, and eight pairs can be read.
+#[inline(always)]
+unsafe fn odd8(x: *const u16) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe {
-        let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.cast()));
-        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        let pairs = _mm256_loadu_si256(x.cast());
+        _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(UPPER)))
+    }
+}
+
+/// # Safety
+/// The machine has AVX2, and eight pairs can be written.
+#[inline(always)]
+unsafe fn pair8(y: *mut u16, even: __m256, odd: __m256) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let low = _mm256_srli_epi32::<16>(_mm256_castps_si256(even));
+        let high = _mm256_and_si256(_mm256_castps_si256(odd), _mm256_set1_epi32(UPPER));
+        _mm256_storeu_si256(y.cast(), _mm256_or_si256(low, high));
     }
 }
 

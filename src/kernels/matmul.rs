@@ -3,15 +3,16 @@
 //! **Batch-invariant**: the bits of a row of the result depend only on that row of the input and
 //! on the weight, never on the number of rows, the row's place, the threads or the CPU level.
 //! Every element is the bias (or zero) plus, in order, the sums over 256 k at a time, each of them
-//! one chain of fused multiply-adds in ascending k.
+//! one chain of fused multiply-adds in ascending k. `medium` alone may have other bits on another
+//! CPU level, see [`matmul_dot`](super::matmul_dot).
 
 use std::ops::Range;
 
 use super::dispatch::CpuLevel;
 use super::lanes::LANES;
-use super::matmul_fill::{copy_rows, fill_panel};
-use super::matmul_tile::{Element, Strip, best_panels, multiply};
-use super::pack::{PackedMatrix, Storage};
+use super::matmul_form::{Form, Step};
+use super::matmul_tile::{Element, Pair, Strip, best_panels};
+use super::pack::PackedMatrix;
 use super::parallel::{SharedMut, for_each, part, task_count};
 
 /// How products are computed; the names are PyTorch's.
@@ -35,8 +36,8 @@ const K_SPAN: usize = 8 * K_BLOCK;
 const NEAR_OUTPUTS: usize = 1 << 16;
 /// Rows of a task at most: one block of k of them lies in the second-level cache.
 const ROW_BLOCK: usize = 384;
-/// Rows below which a weight is read straight from its storage.
-const STREAM_ROWS: usize = 6;
+/// Rows up to which a weight is read straight from its storage, and the input where it lies.
+pub(crate) const STREAM_ROWS: usize = 6;
 
 /// `y = x W^T + bias`: `x [M, in]`, `y [M, out]`, `bias [out]`. Panics if the lengths disagree.
 pub fn matmul(
@@ -73,14 +74,17 @@ pub(crate) fn product(
     precision: MatmulPrecision,
     y: &mut [f32],
 ) {
-    let Some(job) = Product::new(level, axis, x, w, bias, precision, y) else { return };
+    let Some(job) = Product::new(level, axis, x, w, bias, y) else { return };
     let panels = job.columns.div_ceil(LANES);
     let tasks = task_count(job.rows * job.k * panels * LANES, 2);
     let (row_parts, panel_parts) = grid(job.rows, panels, tasks);
     for_each(0..row_parts * panel_parts, |i| {
         let rows = part(job.rows, 12, row_parts, i / panel_parts);
         let panels = part(panels, 2, panel_parts, i % panel_parts);
-        job.block(rows, panels);
+        match precision {
+            MatmulPrecision::Medium => job.block::<Pair>(rows, panels),
+            MatmulPrecision::Highest | MatmulPrecision::High => job.block::<f32>(rows, panels),
+        }
     });
 }
 
@@ -94,30 +98,17 @@ fn grid(rows: usize, panels: usize, tasks: usize) -> (usize, usize) {
 }
 
 /// A checked product.
-struct Product<'a> {
-    level: CpuLevel,
-    axis: Axis,
+pub(crate) struct Product<'a> {
+    pub(crate) level: CpuLevel,
+    pub(crate) axis: Axis,
     rows: usize,
-    k: usize,
+    pub(crate) k: usize,
     columns: usize,
     x: &'a [f32],
-    w: &'a PackedMatrix,
+    pub(crate) w: &'a PackedMatrix,
     /// The bias or zeros, padded to whole panels.
     start: Vec<f32>,
-    round: bool,
     y: SharedMut<'a>,
-}
-
-/// One block of k of a panel group, ready to multiply.
-struct Step<'a> {
-    rows: Range<usize>,
-    a: *const f32,
-    lda: usize,
-    panel: usize,
-    panels: usize,
-    k0: usize,
-    kc: usize,
-    scratch: &'a mut [f32],
 }
 
 impl<'a> Product<'a> {
@@ -128,7 +119,6 @@ impl<'a> Product<'a> {
         x: &'a [f32],
         w: &'a PackedMatrix,
         bias: Option<&[f32]>,
-        precision: MatmulPrecision,
         y: &'a mut [f32],
     ) -> Option<Self> {
         let (k, columns) = match axis {
@@ -142,98 +132,79 @@ impl<'a> Product<'a> {
         if let Some(bias) = bias {
             start[..columns].copy_from_slice(bias);
         }
-        let round = precision == MatmulPrecision::Medium;
         let y = SharedMut::new(y);
-        (rows > 0).then_some(Self { level, axis, rows, k, columns, x, w, start, round, y })
+        (rows > 0).then_some(Self { level, axis, rows, k, columns, x, w, start, y })
     }
 
     /// Computes the columns of `panels` of `rows`.
-    fn block(&self, rows: Range<usize>, panels: Range<usize>) {
+    fn block<A: Form>(&self, rows: Range<usize>, panels: Range<usize>) {
         if rows.is_empty() || panels.is_empty() {
             return;
         }
         let group = best_panels(self.level, rows.len());
         let near = (NEAR_OUTPUTS / (rows.len() * LANES)).next_multiple_of(group);
-        let mut scratch = vec![0.0; group * K_BLOCK.min(self.k.next_multiple_of(LANES)) * LANES];
+        let panel_rows = K_BLOCK.min(self.k.next_multiple_of(LANES)) / A::LINKS;
+        let mut scratch = vec![A::ZERO; group * panel_rows];
         let mut copied = Vec::new();
         for k0 in (0..self.k).step_by(K_SPAN) {
             let k = k0..(k0 + K_SPAN).min(self.k);
             self.copy_input(&rows, &k, &mut copied);
             for first in panels.clone().step_by(near) {
                 let panels = first..(first + near).min(panels.end);
-                self.near_block(&rows, &k, &panels, &copied, &mut scratch);
+                self.near_block::<A>(&rows, &k, &panels, &copied, &mut scratch);
             }
         }
     }
 
     /// Copies the input's rows for a span of k, one block of k after the other, unless they are
-    /// few and need no rounding.
-    fn copy_input(&self, rows: &Range<usize>, k: &Range<usize>, copied: &mut Vec<f32>) {
-        if !self.round && rows.len() <= STREAM_ROWS {
+    /// few and can be read where they lie.
+    fn copy_input<A: Form>(&self, rows: &Range<usize>, k: &Range<usize>, copied: &mut Vec<A>) {
+        if rows.len() <= STREAM_ROWS && A::in_place(self.x).is_some() {
             return;
         }
-        copied.resize(rows.len() * k.len(), 0.0);
-        for (k0, into) in k.clone().step_by(K_BLOCK).zip(copied.chunks_mut(rows.len() * K_BLOCK)) {
-            let x = &self.x[rows.start * self.k + k0..];
-            copy_rows(self.level, x, self.k, into.len() / rows.len(), self.round, into);
+        copied.clear();
+        copied.reserve(rows.len() * k.len().div_ceil(A::LINKS));
+        let blocks = k.clone().step_by(K_BLOCK);
+        for k0 in blocks {
+            let width = K_BLOCK.min(k.end - k0);
+            let (x, start) = (&self.x[rows.start * self.k + k0..], copied.len());
+            copied.resize(start + rows.len() * width.div_ceil(A::LINKS), A::START);
+            A::copy(self.level, x, self.k, width, &mut copied[start..]);
         }
     }
 
     /// Adds the products of a span of k to a block of outputs that stays in cache meanwhile.
-    fn near_block(
+    fn near_block<A: Form>(
         &self,
         rows: &Range<usize>,
         k: &Range<usize>,
         panels: &Range<usize>,
-        copied: &[f32],
-        scratch: &mut [f32],
+        copied: &[A],
+        scratch: &mut [A::Row],
     ) {
         let group = best_panels(self.level, rows.len());
         for k0 in k.clone().step_by(K_BLOCK) {
             let kc = K_BLOCK.min(k.end - k0);
-            let (a, lda) = match copied.get((k0 - k.start) * rows.len()..) {
-                Some(a) if !copied.is_empty() => (a.as_ptr(), kc),
-                _ => (self.x[rows.start * self.k + k0..].as_ptr(), self.k),
+            let (a, lda) = match A::in_place(self.x) {
+                Some(x) if copied.is_empty() => (&x[rows.start * self.k + k0..], self.k),
+                _ => (&copied[(k0 - k.start) / A::LINKS * rows.len()..], kc.div_ceil(A::LINKS)),
             };
+            let a = a.as_ptr();
             for panel in panels.clone().step_by(group) {
                 let panels = group.min(panels.end - panel);
                 let (rows, scratch) = (rows.clone(), &mut *scratch);
-                self.step(Step { rows, a, lda, panel, panels, k0, kc, scratch });
-            }
-        }
-    }
-
-    /// Whether panels can be multiplied out of the storage.
-    fn direct(&self) -> bool {
-        let exact = !self.round || self.w.is_bf16();
-        self.axis == Axis::Output && exact
-    }
-
-    /// Multiplies one block of k of a panel group, widened or transposed into scratch if need be.
-    fn step(&self, step: Step) {
-        let few = step.rows.len() <= STREAM_ROWS;
-        let offset = step.panel * self.k + step.k0;
-        let stride = self.k * LANES;
-        match &self.w.storage {
-            Storage::F32(w) if self.direct() => {
-                self.columns_of(&step, w[offset..].as_ptr().cast::<f32>(), stride);
-            }
-            Storage::Bf16(w) if self.direct() && few => {
-                self.columns_of(&step, w[offset..].as_ptr().cast::<u16>(), stride);
-            }
-            _ => {
-                let stride = step.kc.next_multiple_of(LANES) * LANES;
-                for (i, into) in step.scratch.chunks_mut(stride).take(step.panels).enumerate() {
-                    let (k, panel) = (step.k0..step.k0 + step.kc, step.panel + i);
-                    fill_panel(self.level, self.w, self.axis, panel, k, self.round, into);
-                }
-                self.columns_of(&step, step.scratch.as_ptr(), stride);
+                A::step(self, Step { rows, a, lda, panel, panels, k0, kc, scratch });
             }
         }
     }
 
     /// Runs the strip of a panel group; a last, partial panel goes through a buffer.
-    fn columns_of<B: Element>(&self, step: &Step, b: *const B, panel_stride: usize) {
+    pub(crate) fn columns_of<A: Form, B: Element>(
+        &self,
+        step: &Step<A>,
+        b: *const B,
+        panel_stride: usize,
+    ) {
         let (rows, column) = (step.rows.len(), step.panel * LANES);
         let first = step.k0 == 0;
         let mut strip = Strip {
@@ -259,7 +230,7 @@ impl<'a> Product<'a> {
                 if !first {
                     (strip.init, strip.ldi) = (y, self.columns);
                 }
-                multiply(self.level, strip);
+                A::multiply(self.level, strip);
                 return;
             }
             let padded = step.panels * LANES;
@@ -271,7 +242,7 @@ impl<'a> Product<'a> {
                 }
                 (strip.init, strip.ldi) = (strip.y, padded);
             }
-            multiply(self.level, strip);
+            A::multiply(self.level, strip);
             for (i, row) in buffer.chunks(padded).enumerate() {
                 y.add(i * self.columns).copy_from(row.as_ptr(), width);
             }

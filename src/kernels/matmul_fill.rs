@@ -1,122 +1,219 @@
-//! Brings operands into the form that the inner loops read: rounded rows, and panels widened,
-//! rounded or transposed into `f32` scratch.
+//! Brings operands into the form that the inner loops read: rows, as they are or rounded to pairs of
+//! bf16, and panels widened, rounded or transposed into scratch.
 
 use std::ops::Range;
 
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::matmul::Axis;
-use super::pack::{PackedMatrix, RowBf16, RowF32, Storage};
+use super::matmul_tile::Pair;
+use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
 
 /// To the nearest bf16 (ties to even), as `f32`; NaN stays NaN.
 #[inline(always)]
 pub(crate) fn round_to_bf16(x: f32) -> f32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
-    f32::from_bits(if x.is_nan() { bits | 0x0040_0000 } else { rounded })
+    let nan = (bits | 0x0040_0000) & 0xffff_0000;
+    f32::from_bits(if x.is_nan() { nan } else { rounded })
 }
 
 /// Copies the first `width` columns of rows of `x`, `stride` apart, densely into `into`.
-pub(crate) fn copy_rows(
+pub(crate) fn copy_rows(x: &[f32], stride: usize, width: usize, into: &mut [f32]) {
+    for (to, from) in into.chunks_mut(width).zip(x.chunks(stride)) {
+        to.copy_from_slice(&from[..width]);
+    }
+}
+
+/// As [`copy_rows`], rounded to pairs of bf16; an odd width is padded with zero.
+pub(crate) fn round_rows(
     level: CpuLevel,
     x: &[f32],
     stride: usize,
     width: usize,
-    round: bool,
-    into: &mut [f32],
+    into: &mut [Pair],
 ) {
-    for (to, from) in into.chunks_mut(width).zip(x.chunks(stride)) {
-        to.copy_from_slice(&from[..width]);
-    }
-    if round {
-        level.run(Round(into));
+    level.run(RoundRows { x, stride, width, into });
+}
+
+struct RoundRows<'a> {
+    x: &'a [f32],
+    stride: usize,
+    width: usize,
+    into: &'a mut [Pair],
+}
+
+impl Kernel for RoundRows<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let rows = self.into.chunks_mut(self.width.div_ceil(2)).zip(self.x.chunks(self.stride));
+        for (to, from) in rows {
+            let (pairs, last) = from[..self.width].as_chunks();
+            to.iter_mut().zip(pairs).for_each(|(to, [a, b])| *to = pair(*a, *b));
+            if let ([x], Some(to)) = (last, to.last_mut()) {
+                *to = pair(*x, 0.0);
+            }
+        }
     }
 }
 
-/// Writes the links `k` of panel `panel` of the weight seen along `axis` into `into`, dense
-/// `[k, 16]`. `k` starts at a multiple of sixteen; `into` has room for whole tiles.
+#[inline(always)]
+fn pair(a: f32, b: f32) -> Pair {
+    Pair(round_to_bf16(a).to_bits() >> 16 | round_to_bf16(b).to_bits())
+}
+
+/// Writes the links `k` of panel `panel` of the weight seen along `axis` into `into`. `k` starts at
+/// a multiple of sixteen; `into` has room for whole tiles.
 pub(crate) fn fill_panel(
     level: CpuLevel,
     w: &PackedMatrix,
     axis: Axis,
     panel: usize,
     k: Range<usize>,
-    round: bool,
-    into: &mut [f32],
+    into: &mut [RowF32],
 ) {
     if axis == Axis::Input {
-        return level.run(Transpose { w, panel, k, round, into });
+        let visit = |tile: &[[f32; LANES]], i: usize| {
+            let to = into[i..i + LANES].iter_mut().zip(tile);
+            to.for_each(|(to, row)| to.0 = *row);
+        };
+        return level.run(Transposed { w, panel, k, round: false, visit });
     }
-    let start = panel * w.in_features() + k.start;
     match &w.storage {
         Storage::F32(rows) => {
-            for (to, row) in into.chunks_mut(LANES).zip(&rows[start..start + k.len()]) {
-                to.copy_from_slice(&row.0);
-            }
+            let start = panel * w.in_features() + k.start;
+            into[..k.len()].copy_from_slice(&rows[start..start + k.len()]);
         }
         Storage::Bf16(rows) => {
-            level.run(Widen { rows: &rows[start..start + k.len()], into });
+            let start = panel * w.in_features().div_ceil(2) + k.start / 2;
+            level.run(Widen { rows: &rows[start..start + k.len().div_ceil(2)], into });
         }
-    }
-    if round && !w.is_bf16() {
-        level.run(Round(into));
     }
 }
 
-/// Rounds in place.
-struct Round<'a>(&'a mut [f32]);
-
-impl Kernel for Round<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        for x in self.0 {
-            *x = round_to_bf16(*x);
+/// As [`fill_panel`], rounded to pairs of bf16; an odd number of links is padded with zeros.
+pub(crate) fn fill_pairs(
+    level: CpuLevel,
+    w: &PackedMatrix,
+    axis: Axis,
+    panel: usize,
+    k: Range<usize>,
+    into: &mut [PairRow],
+) {
+    if axis == Axis::Input {
+        return level.run(TransposedPairs { w, panel, k, into });
+    }
+    match &w.storage {
+        Storage::F32(rows) => {
+            let start = panel * w.in_features() + k.start;
+            level.run(RoundPairs { rows: &rows[start..start + k.len()], into });
+        }
+        Storage::Bf16(rows) => {
+            let start = panel * w.in_features().div_ceil(2) + k.start / 2;
+            let pairs = k.len().div_ceil(2);
+            into[..pairs].copy_from_slice(&rows[start..start + pairs]);
         }
     }
 }
 
 /// Widens rows of a bf16 panel.
 struct Widen<'a> {
-    rows: &'a [RowBf16],
-    into: &'a mut [f32],
+    rows: &'a [PairRow],
+    into: &'a mut [RowF32],
 }
 
 impl Kernel for Widen<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        read_bf16(s, self.rows, self.into);
+        for (to, row) in self.into.chunks_mut(2).zip(self.rows) {
+            s.store(&mut to[0].0, s.load_even(&row.0));
+            if let Some(to) = to.get_mut(1) {
+                s.store(&mut to.0, s.load_odd(&row.0));
+            }
+        }
     }
 }
 
-/// Sixteen input features (`panel` of them) of the output features `k`, transposed.
-struct Transpose<'a> {
+/// Rounds rows of an f32 panel to pairs.
+struct RoundPairs<'a> {
+    rows: &'a [RowF32],
+    into: &'a mut [PairRow],
+}
+
+impl Kernel for RoundPairs<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (to, rows) in self.into.iter_mut().zip(self.rows.chunks(2)) {
+            let odd = rows.get(1).map_or([0.0; LANES], |row| rounded(&row.0));
+            s.store_pairs(&mut to.0, s.load(&rounded(&rows[0].0)), s.load(&odd));
+        }
+    }
+}
+
+#[inline(always)]
+fn rounded(row: &[f32; LANES]) -> [f32; LANES] {
+    row.map(round_to_bf16)
+}
+
+/// Transposes to pairs.
+struct TransposedPairs<'a> {
+    w: &'a PackedMatrix,
+    panel: usize,
+    k: Range<usize>,
+    into: &'a mut [PairRow],
+}
+
+impl Kernel for TransposedPairs<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { w, panel, k, into } = self;
+        let visit = |tile: &[[f32; LANES]], i: usize| {
+            for (to, rows) in into[i / 2..i / 2 + LANES / 2].iter_mut().zip(tile.chunks(2)) {
+                s.store_pairs(&mut to.0, s.load(&rows[0]), s.load(&rows[1]));
+            }
+        };
+        Transposed { w, panel, k, round: true, visit }.run(s);
+    }
+}
+
+/// Visits the tiles of sixteen input features (`panel` of them) of the output features `k`,
+/// transposed; the number is that of a tile's first link, from 0.
+struct Transposed<'a, F> {
     w: &'a PackedMatrix,
     panel: usize,
     k: Range<usize>,
     round: bool,
-    into: &'a mut [f32],
+    visit: F,
 }
 
-impl Kernel for Transpose<'_> {
+impl<F: FnMut(&[[f32; LANES]], usize)> Kernel for Transposed<'_, F> {
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Simd>(mut self, s: S) {
         let in_features = self.w.in_features();
         let first = self.panel * LANES;
         let count = LANES.min(in_features - first);
         let mut tile = [0.0f32; LANES * LANES];
-        for (k0, to) in self.k.step_by(LANES).zip(self.into.chunks_exact_mut(LANES * LANES)) {
-            let start = k0 / LANES * in_features + first;
+        let mut turned = [0.0f32; LANES * LANES];
+        for k0 in self.k.clone().step_by(LANES) {
             match &self.w.storage {
                 Storage::F32(rows) if count == LANES && !self.round => {
-                    transpose16(s, RowF32::elements(&rows[start..start + LANES]), to);
+                    let start = k0 / LANES * in_features + first;
+                    let rows = RowF32::elements(&rows[start..start + LANES]);
+                    transpose16(s, rows, &mut turned);
+                    (self.visit)(turned.as_chunks().0, k0 - self.k.start);
                     continue;
                 }
                 Storage::F32(rows) => {
+                    let start = k0 / LANES * in_features + first;
                     read_f32(&rows[start..start + count], self.round, &mut tile);
                 }
-                Storage::Bf16(rows) => read_bf16(s, &rows[start..start + count], &mut tile),
+                Storage::Bf16(rows) => {
+                    let start = k0 / LANES * in_features.div_ceil(2) + first / 2;
+                    read_bf16(s, &rows[start..start + count.div_ceil(2)], &mut tile);
+                }
             }
-            transpose16(s, &tile, to);
+            transpose16(s, &tile, &mut turned);
+            (self.visit)(turned.as_chunks().0, k0 - self.k.start);
         }
     }
 }
@@ -131,16 +228,15 @@ fn transpose16<S: Simd>(s: S, x: &[f32], y: &mut [f32]) {
 
 #[inline(always)]
 fn read_f32(rows: &[RowF32], round: bool, tile: &mut [f32]) {
-    for (to, row) in tile.chunks_exact_mut(LANES).zip(rows) {
-        for (to, &x) in to.iter_mut().zip(&row.0) {
-            *to = if round { round_to_bf16(x) } else { x };
-        }
+    for (to, row) in tile.as_chunks_mut().0.iter_mut().zip(rows) {
+        *to = if round { rounded(&row.0) } else { row.0 };
     }
 }
 
 #[inline(always)]
-fn read_bf16<S: Simd>(s: S, rows: &[RowBf16], tile: &mut [f32]) {
-    for (to, row) in tile.as_chunks_mut().0.iter_mut().zip(rows) {
-        s.store(to, s.load_bf16(&row.0));
+fn read_bf16<S: Simd>(s: S, rows: &[PairRow], tile: &mut [f32]) {
+    for (to, row) in tile.as_chunks_mut::<LANES>().0.chunks_exact_mut(2).zip(rows) {
+        s.store(&mut to[0], s.load_even(&row.0));
+        s.store(&mut to[1], s.load_odd(&row.0));
     }
 }

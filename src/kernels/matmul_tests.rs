@@ -56,6 +56,7 @@ fn rows_do_not_depend_on_the_batch_or_the_threads() {
                 check_batches(axis, &w, Highest);
             }
             check_batches(Axis::Output, &w, Medium);
+            check_batches(Axis::Input, &w, Medium);
         }
     }
     for w in storages(576, 1536) {
@@ -78,13 +79,22 @@ fn more_threads_than_rows_change_nothing() {
 fn every_level_gives_the_same_bits() {
     for (m, out, in_) in [(1, 40, 300), (3, 17, 33), (7, 576, 96), (70, 100, 513)] {
         for w in storages(out, in_) {
-            for (axis, precision) in [(Axis::Output, Highest), (Axis::Input, Medium)] {
+            for axis in [Axis::Output, Axis::Input] {
                 let (k, columns) = sides(axis, &w);
                 let x = noise(5, m * k);
-                let (mut best, mut plain) = (vec![0.0; m * columns], vec![0.0; m * columns]);
-                product(CpuLevel::detect(), axis, &x, &w, None, precision, &mut best);
-                product(CpuLevel::Portable, axis, &x, &w, None, precision, &mut plain);
-                assert!(best == plain, "{m} x {k} x {columns}");
+                let at = |level, precision| {
+                    let mut y = vec![0.0; m * columns];
+                    product(level, axis, &x, &w, None, precision, &mut y);
+                    y
+                };
+                let plain = at(CpuLevel::Portable, Highest);
+                assert!(at(CpuLevel::detect(), Highest) == plain, "{m} x {k} x {columns}");
+                assert!(at(CpuLevel::Avx2, Highest) == plain, "{m} x {k} x {columns}");
+                let plain = at(CpuLevel::Portable, Medium);
+                assert!(at(CpuLevel::Avx2, Medium) == plain, "{m} x {k} x {columns}");
+                let wide: Vec<f64> = plain.iter().map(|y| f64::from(*y)).collect();
+                let error = relative_error(&at(CpuLevel::detect(), Medium), &wide);
+                assert!(error < 1e-6, "{m} x {k} x {columns}: {error}");
             }
         }
     }

@@ -5,38 +5,104 @@
 
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::matmul_dot;
+
+/// An element of a row on the left.
+pub(crate) trait Left: Copy {
+    /// Link `k` of a row.
+    ///
+    /// # Safety
+    /// The row has so many links.
+    unsafe fn at<const ODD: bool>(row: *const Self, k: usize) -> f32;
+
+    /// Computes a strip.
+    ///
+    /// # Safety
+    /// As [`multiply`].
+    unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<Self, B>) {
+        // SAFETY: the caller's promise.
+        unsafe { multiply(level, strip) }
+    }
+}
+
+/// Two neighbouring links in bf16 bits, the first in the lower half.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct Pair(pub u32);
+
+impl Left for f32 {
+    #[inline(always)]
+    unsafe fn at<const ODD: bool>(row: *const f32, k: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { *row.add(k) }
+    }
+}
+
+impl Left for Pair {
+    #[inline(always)]
+    unsafe fn at<const ODD: bool>(row: *const Pair, k: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        let pair = unsafe { (*row.add(k / 2)).0 };
+        f32::from_bits(if ODD { pair & 0xffff_0000 } else { pair << 16 })
+    }
+
+    unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<Pair, B>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if B::PAIRS && level.multiplies_pairs() {
+                return matmul_dot::multiply(strip);
+            }
+            multiply(level, strip);
+        }
+    }
+}
 
 /// An element of a panel, widened to `f32` when loaded.
 pub(crate) trait Element: Copy {
-    /// Sixteen elements as lanes.
-    fn load<S: Simd>(s: S, x: &[Self; LANES]) -> S::V;
+    /// Whether panels are pairs of links, `[k / 2][16][2]`, instead of `[k][16]`.
+    const PAIRS: bool;
+
+    /// Sixteen elements of link `k` of a panel as lanes.
+    ///
+    /// # Safety
+    /// The panel has so many links.
+    unsafe fn load<S: Simd, const ODD: bool>(s: S, panel: *const Self, k: usize) -> S::V;
 }
 
 impl Element for f32 {
+    const PAIRS: bool = false;
+
     #[inline(always)]
-    fn load<S: Simd>(s: S, x: &[f32; LANES]) -> S::V {
-        s.load(x)
+    unsafe fn load<S: Simd, const ODD: bool>(s: S, panel: *const f32, k: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        s.load(unsafe { &*panel.add(k * LANES).cast() })
     }
 }
 
 impl Element for u16 {
+    const PAIRS: bool = true;
+
     #[inline(always)]
-    fn load<S: Simd>(s: S, x: &[u16; LANES]) -> S::V {
-        s.load_bf16(x)
+    unsafe fn load<S: Simd, const ODD: bool>(s: S, panel: *const u16, k: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        let pairs = unsafe { &*panel.add(k / 2 * 2 * LANES).cast() };
+        if ODD { s.load_odd(pairs) } else { s.load_even(pairs) }
     }
 }
 
 /// `y[i][16 p + j] = init[i][16 p + j] + sum over k of a[i][k] b[p][k][j]`.
 #[derive(Clone, Copy)]
-pub(crate) struct Strip<B> {
+pub(crate) struct Strip<A, B> {
     /// Rows of `a` and `y`.
     pub rows: usize,
     /// Length of the chain.
     pub k: usize,
     /// `[rows, k]` with `lda` elements from row to row.
-    pub a: *const f32,
+    pub a: *const A,
     pub lda: usize,
-    /// Panels `[k, 16]`.
+    /// Panels of `k` links.
     pub b: *const B,
     /// 1 or 2, and the elements from panel to panel.
     pub panels: usize,
@@ -53,12 +119,12 @@ pub(crate) struct Strip<B> {
 ///
 /// # Safety
 /// The pointers are valid for the shapes that the fields state, and nobody else uses `y`.
-pub(crate) unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<B>) {
+pub(crate) unsafe fn multiply<A: Left, B: Element>(level: CpuLevel, strip: Strip<A, B>) {
     level.run(Multiply(strip));
 }
 
 /// A strip whose pointers are valid.
-struct Multiply<B>(Strip<B>);
+struct Multiply<A, B>(Strip<A, B>);
 
 /// Panels that a strip of `rows` should take at once: two where the registers hold them, or where
 /// few rows would leave the multipliers waiting for each other.
@@ -76,7 +142,7 @@ pub(crate) fn best_panels(level: CpuLevel, rows: usize) -> usize {
 /// Rows up to which every implementation holds two panels of accumulators.
 const NARROW_ROWS: usize = 3;
 
-impl<B: Element> Kernel for Multiply<B> {
+impl<A: Left, B: Element> Kernel for Multiply<A, B> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let strip = self.0;
@@ -112,7 +178,7 @@ macro_rules! select {
     };
 }
 
-impl<B: Element> Strip<B> {
+impl<A: Left, B: Element> Strip<A, B> {
     /// # Safety
     /// As [`multiply`], with `rows` at most `S::ROWS`.
     #[inline(always)]
@@ -135,24 +201,44 @@ impl<B: Element> Strip<B> {
         // SAFETY: all offsets are inside the shapes stated by the fields.
         unsafe {
             let mut acc = [[s.splat(0.0); PANELS]; ROWS];
-            for k in 0..self.k {
-                let mut b = [s.splat(0.0); PANELS];
-                for p in 0..PANELS {
-                    let from = self.b.add(p * self.panel_stride + k * LANES);
-                    b[p] = B::load(s, &*from.cast());
-                }
-                for i in 0..ROWS {
-                    let a = s.splat(*self.a.add(i * self.lda + k));
-                    for p in 0..PANELS {
-                        acc[i][p] = s.fma(a, b[p], acc[i][p]);
-                    }
-                }
+            for k in (0..self.k / 2 * 2).step_by(2) {
+                self.link::<S, false, ROWS, PANELS>(s, k, &mut acc);
+                self.link::<S, true, ROWS, PANELS>(s, k + 1, &mut acc);
+            }
+            if self.k % 2 == 1 {
+                self.link::<S, false, ROWS, PANELS>(s, self.k - 1, &mut acc);
             }
             for i in 0..ROWS {
                 for p in 0..PANELS {
                     let old = s.load(&*self.init.add(i * self.ldi + p * LANES).cast());
                     let sum = s.add(old, acc[i][p]);
                     s.store(&mut *self.y.add(i * self.ldy + p * LANES).cast(), sum);
+                }
+            }
+        }
+    }
+    /// Adds the products of link `k`, which is odd or not.
+    ///
+    /// # Safety
+    /// As [`multiply`].
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // the indices are also offsets of the pointers
+    unsafe fn link<S: Simd, const ODD: bool, const ROWS: usize, const PANELS: usize>(
+        &self,
+        s: S,
+        k: usize,
+        acc: &mut [[S::V; PANELS]; ROWS],
+    ) {
+        // SAFETY: all offsets are inside the shapes stated by the fields.
+        unsafe {
+            let mut b = [s.splat(0.0); PANELS];
+            for p in 0..PANELS {
+                b[p] = B::load::<S, ODD>(s, self.b.add(p * self.panel_stride), k);
+            }
+            for i in 0..ROWS {
+                let a = s.splat(A::at::<ODD>(self.a.add(i * self.lda), k));
+                for p in 0..PANELS {
+                    acc[i][p] = s.fma(a, b[p], acc[i][p]);
                 }
             }
         }

@@ -19,7 +19,10 @@ mod logp_row;
 pub mod low_rank;
 mod low_rank_activation;
 pub mod matmul;
+#[cfg(target_arch = "x86_64")]
+mod matmul_dot;
 mod matmul_fill;
+mod matmul_form;
 mod matmul_tile;
 pub mod norm;
 pub mod pack;

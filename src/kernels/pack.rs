@@ -18,20 +18,26 @@ impl RowF32 {
     }
 }
 
-/// As [`RowF32`], in bf16 bits.
+/// Two input features of a panel: their weights to sixteen output features in bf16 bits, the two of
+/// each output side by side. This is what instructions that multiply pairs of bf16 read.
 #[derive(Clone, Copy)]
-#[repr(C, align(32))]
-pub(crate) struct RowBf16(pub(crate) [u16; LANES]);
+#[repr(C, align(64))]
+pub(crate) struct PairRow(pub(crate) [u16; 2 * LANES]);
 
-/// The panels, `[out / 16][in][16]`.
+impl PairRow {
+    /// Zeros.
+    pub(crate) const ZERO: Self = Self([0; 2 * LANES]);
+}
+
+/// The panels: `[out / 16][in][16]`, or `[out / 16][in / 2][16][2]` with an odd `in` padded.
 #[derive(Clone)]
 pub(crate) enum Storage {
     F32(Vec<RowF32>),
-    Bf16(Vec<RowBf16>),
+    Bf16(Vec<PairRow>),
 }
 
-/// A frozen weight `W [out, in]` in panels of sixteen output rows, `[out / 16][in][16]`, the last
-/// panel padded with zeros, stored as `f32` or bf16.
+/// A frozen weight `W [out, in]` in panels of sixteen output rows, the last panel padded with zeros,
+/// stored as `f32` (`[out / 16][in][16]`) or bf16 (`[out / 16][in / 2][16][2]`).
 #[derive(Clone)]
 pub struct PackedMatrix {
     out_features: usize,
@@ -43,23 +49,31 @@ impl PackedMatrix {
     /// Packs row-major `w [out, in]` and keeps it in `f32`. Panics unless `w` has that many
     /// elements and at least one.
     pub fn from_f32(w: &[f32], out: usize, in_: usize) -> Self {
-        let rows = pack(w, out, in_, RowF32([0.0; LANES]), |row, lane, x| row.0[lane] = x);
+        let put = |rows: &mut [RowF32], lane: usize, i: usize, x| rows[i].0[lane] = x;
+        let rows = pack(w, (out, in_), in_, RowF32([0.0; LANES]), put);
         Self { out_features: out, in_features: in_, storage: Storage::F32(rows) }
     }
 
     /// Packs row-major `w [out, in]`, rounded to the nearest bf16 (ties to even).
     pub fn from_f32_as_bf16(w: &[f32], out: usize, in_: usize) -> Self {
-        let put = |row: &mut RowBf16, lane: usize, x| row.0[lane] = bf16::from_f32(x).to_bits();
-        Self::bf16(out, in_, pack(w, out, in_, RowBf16([0; LANES]), put))
+        Self::pairs(w, out, in_, |x| bf16::from_f32(x).to_bits())
     }
 
     /// Packs row-major `w [out, in]` of bf16 as it is.
     pub fn from_bf16(w: &[bf16], out: usize, in_: usize) -> Self {
-        let put = |row: &mut RowBf16, lane: usize, x: bf16| row.0[lane] = x.to_bits();
-        Self::bf16(out, in_, pack(w, out, in_, RowBf16([0; LANES]), put))
+        Self::pairs(w, out, in_, bf16::to_bits)
     }
 
-    fn bf16(out: usize, in_: usize, rows: Vec<RowBf16>) -> Self {
+    fn pairs<T: Copy + Sync>(
+        w: &[T],
+        out: usize,
+        in_: usize,
+        bits: impl Fn(T) -> u16 + Sync,
+    ) -> Self {
+        let put = |rows: &mut [PairRow], lane: usize, i: usize, x| {
+            rows[i / 2].0[2 * lane + i % 2] = bits(x);
+        };
+        let rows = pack(w, (out, in_), in_.div_ceil(2), PairRow::ZERO, put);
         Self { out_features: out, in_features: in_, storage: Storage::Bf16(rows) }
     }
 
@@ -89,16 +103,19 @@ impl PackedMatrix {
     /// Copies row `i` of W (an embedding, where the matrix is a tied head) into `into [in]`.
     pub fn row(&self, i: usize, into: &mut [f32]) {
         assert!(i < self.out_features && into.len() == self.in_features);
-        let first = i / LANES * self.in_features;
-        let panel = first..first + self.in_features;
-        let lane = i % LANES;
+        let (panel, lane) = (i / LANES, i % LANES);
         match &self.storage {
             Storage::F32(rows) => {
-                into.iter_mut().zip(&rows[panel]).for_each(|(to, row)| *to = row.0[lane]);
+                let rows = &rows[panel * self.in_features..];
+                into.iter_mut().zip(rows).for_each(|(to, row)| *to = row.0[lane]);
             }
-            Storage::Bf16(rows) => into.iter_mut().zip(&rows[panel]).for_each(|(to, row)| {
-                *to = bf16::from_bits(row.0[lane]).to_f32();
-            }),
+            Storage::Bf16(rows) => {
+                let rows = &rows[panel * self.in_features.div_ceil(2)..];
+                into.chunks_mut(2).zip(rows).for_each(|(to, row)| {
+                    let pair = row.0[2 * lane..].iter();
+                    to.iter_mut().zip(pair).for_each(|(to, x)| *to = bf16::from_bits(*x).to_f32());
+                });
+            }
         }
     }
 
@@ -114,25 +131,26 @@ impl PackedMatrix {
 /// Elements below which packing is not worth a second thread.
 const SMALL: usize = 1 << 16;
 
-/// Lays `w [out, in]` out in panels of `zero`-padded rows, `put` setting one lane.
+/// Lays `w [out, in]` out in panels of `panel_rows` rows that start as `zero`; `put` sets lane,
+/// input feature and weight in a panel.
 fn pack<T: Copy + Sync, R: Copy + Send + Sync>(
     w: &[T],
-    out: usize,
-    in_: usize,
+    (out, in_): (usize, usize),
+    panel_rows: usize,
     zero: R,
-    put: impl Fn(&mut R, usize, T) + Sync,
+    put: impl Fn(&mut [R], usize, usize, T) + Sync,
 ) -> Vec<R> {
     assert!(out > 0 && in_ > 0 && w.len() == out * in_, "weight is not a matrix [out, in]");
-    let mut rows = vec![zero; out.div_ceil(LANES) * in_];
+    let mut rows = vec![zero; out.div_ceil(LANES) * panel_rows];
     let fill = |(panel, w): (&mut [R], &[T])| {
         for (lane, w) in w.chunks(in_).enumerate() {
-            panel.iter_mut().zip(w).for_each(|(row, &x)| put(row, lane, x));
+            w.iter().enumerate().for_each(|(i, &x)| put(panel, lane, i, x));
         }
     };
     if w.len() < SMALL {
-        rows.chunks_mut(in_).zip(w.chunks(LANES * in_)).for_each(fill);
+        rows.chunks_mut(panel_rows).zip(w.chunks(LANES * in_)).for_each(fill);
     } else {
-        rows.par_chunks_mut(in_).zip(w.par_chunks(LANES * in_)).for_each(fill);
+        rows.par_chunks_mut(panel_rows).zip(w.par_chunks(LANES * in_)).for_each(fill);
     }
     rows
 }
@@ -158,7 +176,7 @@ mod tests {
     fn bytes_count_the_padded_panels() {
         let w = vec![1.0; 17 * 5];
         assert_eq!(PackedMatrix::from_f32(&w, 17, 5).bytes(), 2 * 16 * 5 * 4);
-        assert_eq!(PackedMatrix::from_f32_as_bf16(&w, 17, 5).bytes(), 2 * 16 * 5 * 2);
+        assert_eq!(PackedMatrix::from_f32_as_bf16(&w, 17, 5).bytes(), 2 * 16 * 6 * 2);
     }
 
     #[test]

@@ -1,0 +1,115 @@
+//! The two forms of a product's operands: as they are, or rounded to pairs of bf16.
+
+use std::ops::Range;
+
+use super::dispatch::CpuLevel;
+use super::lanes::LANES;
+use super::matmul::{Axis, Product, STREAM_ROWS};
+use super::matmul_fill::{copy_rows, fill_pairs, fill_panel, round_rows};
+use super::matmul_tile::{Left, Pair};
+use super::pack::{PairRow, RowF32, Storage};
+
+/// The form in which the inner loop reads its operands.
+pub(crate) trait Form: Left {
+    /// A row of a panel in scratch.
+    type Row: Copy;
+    /// A row of zeros.
+    const ZERO: Self::Row;
+    /// An element of zeros.
+    const START: Self;
+    /// Links of k in an element on the left, and in a row of a panel.
+    const LINKS: usize;
+    /// Whether a few rows of the input are read where they lie.
+    fn in_place(x: &[f32]) -> Option<&[Self]>;
+    /// Copies the first `width` columns of rows of `x`, `stride` apart.
+    fn copy(level: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [Self]);
+    /// Multiplies one block of k of a panel group, straight from the storage or out of scratch.
+    fn step(job: &Product, step: Step<Self>);
+}
+
+impl Form for f32 {
+    type Row = RowF32;
+    const ZERO: RowF32 = RowF32([0.0; LANES]);
+    const START: f32 = 0.0;
+    const LINKS: usize = 1;
+
+    fn in_place(x: &[f32]) -> Option<&[f32]> {
+        Some(x)
+    }
+
+    fn copy(_: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [f32]) {
+        copy_rows(x, stride, width, into);
+    }
+
+    fn step(job: &Product, step: Step<f32>) {
+        let few = step.rows.len() <= STREAM_ROWS;
+        match &job.w.storage {
+            Storage::F32(w) if job.axis == Axis::Output => {
+                let rows = &w[step.panel * job.k + step.k0..];
+                job.columns_of(&step, rows.as_ptr().cast::<f32>(), job.k * LANES);
+            }
+            Storage::Bf16(w) if job.axis == Axis::Output && few => {
+                let panel = job.k.div_ceil(2);
+                let rows = &w[step.panel * panel + step.k0 / 2..];
+                job.columns_of(&step, rows.as_ptr().cast::<u16>(), panel * 2 * LANES);
+            }
+            _ => {
+                let (rows, links) = (step.kc.next_multiple_of(LANES), step.links());
+                for (i, into) in step.scratch.chunks_mut(rows).take(step.panels).enumerate() {
+                    fill_panel(job.level, job.w, job.axis, step.panel + i, links.clone(), into);
+                }
+                job.columns_of(&step, step.scratch.as_ptr().cast::<f32>(), rows * LANES);
+            }
+        }
+    }
+}
+
+impl Form for Pair {
+    type Row = PairRow;
+    const ZERO: PairRow = PairRow::ZERO;
+    const START: Pair = Pair(0);
+    const LINKS: usize = 2;
+
+    fn in_place(_: &[f32]) -> Option<&[Pair]> {
+        None
+    }
+
+    fn copy(level: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [Pair]) {
+        round_rows(level, x, stride, width, into);
+    }
+
+    fn step(job: &Product, step: Step<Pair>) {
+        match &job.w.storage {
+            Storage::Bf16(w) if job.axis == Axis::Output => {
+                let panel = job.k.div_ceil(2);
+                let rows = &w[step.panel * panel + step.k0 / 2..];
+                job.columns_of(&step, rows.as_ptr().cast::<u16>(), panel * 2 * LANES);
+            }
+            _ => {
+                let (rows, links) = (step.kc.next_multiple_of(LANES) / 2, step.links());
+                for (i, into) in step.scratch.chunks_mut(rows).take(step.panels).enumerate() {
+                    fill_pairs(job.level, job.w, job.axis, step.panel + i, links.clone(), into);
+                }
+                job.columns_of(&step, step.scratch.as_ptr().cast::<u16>(), rows * 2 * LANES);
+            }
+        }
+    }
+}
+
+/// One block of k of a panel group, ready to multiply.
+pub(crate) struct Step<'a, A: Form> {
+    pub rows: Range<usize>,
+    pub a: *const A,
+    pub lda: usize,
+    pub panel: usize,
+    pub panels: usize,
+    pub k0: usize,
+    pub kc: usize,
+    pub scratch: &'a mut [A::Row],
+}
+
+impl<A: Form> Step<'_, A> {
+    fn links(&self) -> Range<usize> {
+        self.k0..self.k0 + self.kc
+    }
+}
