@@ -174,7 +174,7 @@ impl Task {
     /// Tokens within which an answer is to end.
     pub fn max_completion_length(self) -> usize {
         match self {
-            Task::Gsm8k => 200,
+            Task::Gsm8k => 320,
             Task::ListOps => 8,
             Task::Instruct => 256,
         }
