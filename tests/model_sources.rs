@@ -1,4 +1,4 @@
-//! Where models and data come from: configurations against transformers, safetensors, GGUF, the hub.
+//! Where models and data come from: configurations against transformers, safetensors, GGUF, hub.
 
 mod common;
 

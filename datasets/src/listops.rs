@@ -16,8 +16,8 @@
 //! holds no expression of test and validation, and validation none of test. As operators and digits
 //! are drawn evenly, this makes short expressions rarer in train than in test.
 //!
-//! `official` is the published test file `test_d20s.tsv`. A generated split that is trained on while
-//! `official` is evaluated on leaves out its expressions too ([`generate_without`]).
+//! `official` is the published test file `test_d20s.tsv`. A generated split that is trained on
+//! while `official` is evaluated on leaves out its expressions too ([`generate_without`]).
 
 use std::collections::BTreeSet;
 use std::path::Path;
