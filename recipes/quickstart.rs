@@ -13,7 +13,7 @@ use std::time::Instant;
 use datasets::{Grader, Problem};
 use steersman::adapter::{Adapter, Steering, SteeringConfig, save};
 use steersman::config::{RunConfig, SftConfig};
-use steersman::eval::{Proportion, accuracy};
+use steersman::eval::{Tally, accuracy};
 use steersman::model::{LoadedModel, TextModel, fetch};
 use steersman::ops::Engine;
 use steersman::report::{Event, Sink, Terminal};
@@ -117,17 +117,17 @@ fn fit(
     Ok(trainer.into_adapters())
 }
 
-/// Greedy accuracy on `problems`.
+/// What the greedy answers to `problems` come to.
 fn measure(
     model: &LoadedModel,
     text: &TextModel,
     adapters: &[Box<dyn Adapter>],
     problems: (&[Problem], Grader),
-) -> Result<Proportion> {
+) -> Result<Tally> {
     let options = GenerateOptions {
         max_new_tokens: 8,
         eos_token_ids: text.stop_token_ids.clone(),
         ..Default::default()
     };
-    Ok(accuracy(model, text, adapters, problems, &options)?.proportion())
+    Ok(accuracy(model, text, adapters, problems, &options)?.tally())
 }

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use steersman::adapter::warn_of_other_model;
 use steersman::config::{self, EvalAccuracy, Request, SftConfig};
-use steersman::eval::{Proportion, accuracy};
+use steersman::eval::{Tally, accuracy};
 use steersman::model::{LoadedModel, ModelConfig, ModelSource, TextModel};
 use steersman::rollout::GenerateOptions;
 use steersman::train::claim::claim_output_dir;
@@ -68,10 +68,10 @@ fn run(config: &SftConfig) -> Result<()> {
         eos_token_ids: text.stop_token_ids.clone(),
         ..Default::default()
     };
-    let measure = |trainer: &SftTrainer| -> Result<Proportion> {
+    let measure = |trainer: &SftTrainer| -> Result<Tally> {
         let (problems, adapters) = (data.graded()?, trainer.adapters());
         let answers = accuracy(&model, &text, adapters, problems, &options)?;
-        Ok(answers.proportion())
+        Ok(answers.tally())
     };
     let held_out = HeldOut { examples: &test, accuracy: Some(&measure) };
 

@@ -1,4 +1,6 @@
-//! Where models come from: configurations against transformers, safetensors, GGUF, the hub.
+//! Where models and data come from: configurations against transformers, safetensors, GGUF, hub.
+
+mod common;
 
 #[path = "model_sources/configs.rs"]
 mod configs;
@@ -6,5 +8,7 @@ mod configs;
 mod gguf;
 #[path = "model_sources/hub.rs"]
 mod hub;
+#[path = "model_sources/hub_tasks.rs"]
+mod hub_tasks;
 #[path = "model_sources/safetensors.rs"]
 mod weights;

@@ -249,6 +249,16 @@ fn the_accuracy_after_training_is_that_of_the_adapter_that_is_kept() {
     let said = place.run("last", &keys).ok().stderr;
     assert!(said.contains("accuracy before: ") && said.contains("accuracy after: "), "{said}");
     assert_eq!(accuracies("last"), 2);
+    let last = |name: &str| *series(&place.dir("last"), name).last().unwrap();
+    let counts = ["right", "wrong", "unparsable"].map(|o| last(&format!("reward_outcome/{o}")));
+    let [right, wrong, unparsable] = counts;
+    assert_eq!(right + wrong + unparsable, last("eval_samples"));
+    assert_eq!(right / last("eval_samples"), last("eval_accuracy"));
+    let told = format!(" ({right}/8; {wrong} wrong, {unparsable} unparsable)\nadapter: ");
+    assert!(said.contains(&told), "{said}");
+    let told_again = place.run("last", &format!("{keys} --resume_from_checkpoint latest")).ok();
+    assert!(told_again.stderr.ends_with(said.split_once("accuracy before").unwrap().1));
+    assert_eq!(accuracies("last"), 2);
 
     let keys = format!("{keys} --load_best_model_at_end --greater_is_better true");
     let said = place.run("best", &keys).ok().stderr;

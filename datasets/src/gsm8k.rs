@@ -23,6 +23,9 @@ use crate::{Error, Message, Problem, Result, Row, locate, read_rows, read_split}
 /// What the prompt asks for, on a line behind the question.
 pub const INSTRUCTION: &str = "Solve the problem step by step and end with #### and the number.";
 
+/// The folder of the upstream files.
+pub const FOLDER: &str = "gsm8k";
+
 /// Most rows of the upstream train split that are kept for validation.
 const VALIDATION: usize = 473;
 
@@ -34,14 +37,7 @@ const VALIDATION: usize = 473;
 /// # Errors
 /// If the split is unknown, the files are missing, or a row is malformed.
 pub fn load(path: Option<&Path>, split: &str) -> Result<Vec<Problem>> {
-    let stored = match split {
-        "train" | "test" => split,
-        "validation" => "train",
-        other => {
-            let message = format!("gsm8k has no split {other}; it has train, validation and test");
-            return Err(Error::usage(message));
-        }
-    };
+    let stored = upstream_split(split)?;
     let (path, mut rows) = match path {
         Some(folder) if folder.is_file() => {
             let message = "is a file; give the folder that holds train.jsonl and test.jsonl";
@@ -49,7 +45,7 @@ pub fn load(path: Option<&Path>, split: &str) -> Result<Vec<Problem>> {
         }
         Some(folder) => (folder.to_path_buf(), read_split(folder, stored)?),
         None => {
-            let file = locate::find("gsm8k", &format!("{stored}.jsonl"))?;
+            let file = locate::find(FOLDER, &file_of(split)?)?;
             let rows = read_rows(&file)?;
             (file, rows)
         }
@@ -65,6 +61,25 @@ pub fn load(path: Option<&Path>, split: &str) -> Result<Vec<Problem>> {
         problem(i as u64, row).map_err(|message| Error::row(&path, first + i + 1, message))
     };
     rows.iter().enumerate().map(numbered).collect()
+}
+
+/// The upstream file that holds the rows of `split`.
+///
+/// # Errors
+/// If the split is unknown.
+pub fn file_of(split: &str) -> Result<String> {
+    Ok(format!("{}.jsonl", upstream_split(split)?))
+}
+
+/// The upstream split that holds the rows of `split`.
+fn upstream_split(split: &str) -> Result<&str> {
+    match split {
+        "train" | "test" => Ok(split),
+        "validation" => Ok("train"),
+        other => Err(Error::usage(format!(
+            "gsm8k has no split {other}; it has train, validation and test"
+        ))),
+    }
 }
 
 fn problem(id: u64, row: &Row) -> std::result::Result<Problem, String> {

@@ -16,7 +16,8 @@
 //! holds no expression of test and validation, and validation none of test. As operators and digits
 //! are drawn evenly, this makes short expressions rarer in train than in test.
 //!
-//! `official` is the published test file `test_d20s.tsv`.
+//! `official` is the published test file `test_d20s.tsv`. A generated split that is trained on
+//! while `official` is evaluated on leaves out its expressions too ([`generate_without`]).
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -90,6 +91,20 @@ impl Limits {
 /// If the split is unknown, `n` too large, or the limits make no expression or too few different
 /// ones.
 pub fn generate(split: &str, n: usize, seed: u64, limits: &Limits) -> Result<Vec<Problem>> {
+    generate_without(BTreeSet::new(), split, n, seed, limits)
+}
+
+/// As [`generate`], with other expressions in place of those that are `left_out`.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_without(
+    left_out: BTreeSet<String>,
+    split: &str,
+    n: usize,
+    seed: u64,
+    limits: &Limits,
+) -> Result<Vec<Problem>> {
     limits.check()?;
     let Some((_, number, all)) = SPLITS.into_iter().find(|(name, ..)| *name == split) else {
         return Err(Error::usage(format!(
@@ -102,11 +117,12 @@ pub fn generate(split: &str, n: usize, seed: u64, limits: &Limits) -> Result<Vec
         )));
     }
     let generator = Generator { seed, limits };
-    let held_out = match split {
+    let mut held_out = match split {
         "train" => generator.held_out()?,
         "validation" => generator.texts("test", &BTreeSet::new())?,
         _ => BTreeSet::new(),
     };
+    held_out.extend(left_out);
     let n = if n == 0 { all } else { n };
     (0..n as u64).map(|id| generator.problem(number, id, &held_out)).collect()
 }
@@ -137,6 +153,15 @@ pub fn official(path: Option<&Path>) -> Result<Vec<Problem>> {
             .map_err(|message| Error::row(&path, i + 1, message))
     };
     text.lines().enumerate().map(read).collect()
+}
+
+/// The expressions of [`official`], of which `path` is that.
+///
+/// # Errors
+/// As [`official`].
+pub fn official_expressions(path: Option<&Path>) -> Result<BTreeSet<String>> {
+    let expression = |problem: Problem| problem.prompt.into_iter().last().map(|user| user.content);
+    Ok(official(path)?.into_iter().filter_map(expression).collect())
 }
 
 /// Expression and value of a published line.

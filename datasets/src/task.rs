@@ -1,5 +1,6 @@
 //! The tasks, by name.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use crate::{Error, Example, Message, Result, gsm8k, instruct, listops};
@@ -69,6 +70,17 @@ impl Default for TaskOptions {
             max_test: 0,
             seed: 1,
             listops: listops::Limits::default(),
+        }
+    }
+}
+
+impl TaskOptions {
+    /// The expressions that a generated ListOps split does not hold because the published test set
+    /// is evaluated on.
+    fn left_out_of(&self, split: &str) -> Result<BTreeSet<String>> {
+        match split == self.train_split && self.test_split == "official" {
+            true => listops::official_expressions(self.path.as_deref()),
+            false => Ok(BTreeSet::new()),
         }
     }
 }
@@ -162,13 +174,14 @@ impl Task {
     /// Tokens within which an answer is to end.
     pub fn max_completion_length(self) -> usize {
         match self {
-            Task::Gsm8k => 200,
+            Task::Gsm8k => 320,
             Task::ListOps => 8,
             Task::Instruct => 256,
         }
     }
 
     /// At most `max` problems (0 = all) of a split; path, seed and limits are those of `options`.
+    /// Generated problems of the training split are none of those in the test split.
     ///
     /// # Errors
     /// If answers of the task cannot be graded, or as its loader.
@@ -177,7 +190,10 @@ impl Task {
         let mut problems = match self {
             Task::Gsm8k => gsm8k::load(path, split)?,
             Task::ListOps if split == "official" => listops::official(path)?,
-            Task::ListOps => listops::generate(split, max, options.seed, &options.listops)?,
+            Task::ListOps => {
+                let left_out = options.left_out_of(split)?;
+                listops::generate_without(left_out, split, max, options.seed, &options.listops)?
+            }
             Task::Instruct => return Err(ungraded()),
         };
         problems.truncate(most(max));
@@ -257,6 +273,27 @@ mod tests {
         let options = TaskOptions { path: Some(path), ..options };
         assert_eq!(Task::Gsm8k.load(&options).unwrap().train.len(), 7);
         assert_eq!(Task::Gsm8k.problems("validation", 0, &options).unwrap().len(), 473);
+    }
+
+    #[test]
+    fn no_published_expression_is_trained_on_where_they_are_evaluated_on() {
+        let Some(path) = shared("listops") else { return };
+        let plain = TaskOptions { path: Some(path), ..TaskOptions::default() };
+        let options = TaskOptions { test_split: "official".to_string(), ..plain.clone() };
+        let texts = |problems: Vec<Problem>| -> Vec<String> {
+            problems.into_iter().map(|problem| problem.prompt[1].content.clone()).collect()
+        };
+        let data = Task::ListOps.load(&options).unwrap();
+        let official: BTreeSet<_> = texts(data.test).into_iter().collect();
+        let train = texts(data.train);
+        assert_eq!(train.len(), 10_000);
+        assert!(train.iter().all(|text| !official.contains(text)));
+        let usual = texts(Task::ListOps.load(&plain).unwrap().train);
+        assert!(usual.iter().any(|text| official.contains(text)), "nothing had to be left out");
+        let kept = usual.iter().zip(&train).filter(|(usual, _)| !official.contains(*usual));
+        assert!(kept.clone().all(|(usual, text)| usual == text));
+        let examples = Task::ListOps.examples("train", 0, &options).unwrap();
+        assert_eq!(examples.len(), train.len());
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl ModelArgs {
 #[command(next_help_heading = "Generation", rename_all = "snake_case")]
 #[serde(default)]
 pub struct GenerationArgs {
-    /// Longest answer in tokens; unset = the task's own (gsm8k 200, listops 8).
+    /// Longest answer in tokens; unset = the task's own (gsm8k 320, listops 8).
     pub max_completion_length: Option<usize>,
 }
 

@@ -3,7 +3,7 @@
 use datasets::{Grader, Problem};
 use reward::{Outcome, grade};
 
-use super::Proportion;
+use super::Tally;
 use crate::Result;
 use crate::adapter::Adapter;
 use crate::model::{LoadedModel, TextModel};
@@ -35,14 +35,9 @@ pub struct Accuracy {
 }
 
 impl Accuracy {
-    /// Number of answers with this outcome.
-    pub fn count(&self, outcome: Outcome) -> usize {
-        self.answers.iter().filter(|answer| answer.outcome == outcome).count()
-    }
-
-    /// The share of right answers with its interval.
-    pub fn proportion(&self) -> Proportion {
-        Proportion::new(self.count(Outcome::Right), self.answers.len())
+    /// How many answers came to each outcome.
+    pub fn tally(&self) -> Tally {
+        Tally::new(self.answers.iter().map(|answer| answer.outcome))
     }
 }
 

@@ -2,6 +2,8 @@
 
 mod accuracy;
 mod interval;
+mod tally;
 
 pub use accuracy::{Accuracy, Answer, accuracy};
 pub use interval::Proportion;
+pub use tally::Tally;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use datasets::{Example, Grader, Problem, Row, Task, TaskOptions, Template};
+use datasets::{gsm8k, locate};
 use datasets::{has_split, read_rows, read_split, split_off};
 use reward::check_gold;
 
@@ -51,11 +52,11 @@ impl SftData {
             let what = format!("{key} is for your own rows: {name} brings its own prompts");
             return Err(Error::usage(what));
         }
-        let options = task_options(args);
         let (train, test) = (&args.dataset_train_split, &args.dataset_test_split);
         if train == test {
             return Err(Error::usage(format!("split '{train}' is both trained and evaluated on")));
         }
+        let options = task_options(task, args, &[train, test])?;
         let problems = match task.grader() {
             None => None,
             Some(grader) => {
@@ -151,7 +152,8 @@ impl SftData {
 /// As [`SftData::load`]; also if the data set is no task.
 pub fn problems(args: &DataArgs) -> Result<(Vec<Problem>, Grader)> {
     let task = Task::by_name(args.dataset()?)?;
-    let (options, split) = (task_options(args), &args.dataset_test_split);
+    let split = &args.dataset_test_split;
+    let options = task_options(task, args, &[split])?;
     let problems = task.problems(split, options.max_test, &options)?;
     let tasks = || format!("accuracy wants a task with gold answers; {} has none", task.name());
     let grader = task.grader().ok_or_else(|| Error::usage(tasks()))?;
@@ -185,8 +187,10 @@ pub fn token_example(
     }
 }
 
-fn task_options(args: &DataArgs) -> TaskOptions {
-    TaskOptions {
+/// What is loaded of a task, of which `splits` are used.
+fn task_options(task: Task, args: &DataArgs, splits: &[&str]) -> Result<TaskOptions> {
+    Ok(TaskOptions {
+        path: if task == Task::Gsm8k { fetch_gsm8k(splits)? } else { None },
         train_split: args.dataset_train_split.clone(),
         test_split: args.dataset_test_split.clone(),
         max_train: args.max_train_samples,
@@ -198,7 +202,18 @@ fn task_options(args: &DataArgs) -> TaskOptions {
             max_tokens: None,
         },
         ..TaskOptions::default()
-    }
+    })
+}
+
+/// The folder of the hub's copy of GSM8K, unless the files of all `splits` are on this machine.
+fn fetch_gsm8k(splits: &[&str]) -> Result<Option<PathBuf>> {
+    let files = splits.iter().map(|split| gsm8k::file_of(split));
+    let files = files.collect::<datasets::Result<Vec<_>>>()?;
+    let missing = files.into_iter().find_map(|file| locate::find(gsm8k::FOLDER, &file).err());
+    let Some(missing) = missing else { return Ok(None) };
+    let fetched = hub::fetch_dataset("openai/gsm8k")
+        .map_err(|error| Error::failure(format!("{missing}; nor could it be fetched: {error}")))?;
+    Ok(Some(fetched.join("main")))
 }
 
 fn check<'a>(grader: Grader, problems: impl Iterator<Item = &'a Problem>) -> Result<()> {

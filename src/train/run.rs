@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::adapter::{BaseModel, Positions};
 use crate::config::{Adapter, BestMetric, EvalAccuracy, SftConfig, to_toml};
-use crate::eval::Proportion;
+use crate::eval::Tally;
 use crate::report::{Event, MetricLine, Metrics, Reporter};
 use crate::{Error, Result};
 
@@ -16,7 +16,7 @@ use super::sft::{SftTrainer, StepReport};
 use crate::files::{verify, write_atomic};
 
 /// Measures the accuracy of the current adapters, if the data can be graded.
-pub type AccuracyCheck<'a> = &'a dyn Fn(&SftTrainer) -> Result<Proportion>;
+pub type AccuracyCheck<'a> = &'a dyn Fn(&SftTrainer) -> Result<Tally>;
 
 /// What is evaluated.
 #[derive(Clone, Copy)]
@@ -183,11 +183,7 @@ impl<'a> SftRun<'a> {
         }
         let check = held_out.accuracy.filter(|_| accuracy);
         if let Some(check) = check.filter(|_| self.config.train.eval_accuracy != EvalAccuracy::No) {
-            let accuracy = check(trainer)?;
-            metrics.set("eval_accuracy", accuracy.rate());
-            metrics.set("eval_accuracy_low", accuracy.low);
-            metrics.set("eval_accuracy_high", accuracy.high);
-            metrics.set("eval_samples", accuracy.trials as f64);
+            check(trainer)?.write(&mut metrics);
         }
         let step = trainer.state().global_step;
         if metrics.iter().next().is_some() {
@@ -255,7 +251,7 @@ impl<'a> SftRun<'a> {
         crate::adapter::save(output_dir, trainer.adapters(), &self.base)?;
         let message = match self.accuracies(trainer, held_out, best.unwrap_or(step))? {
             Some((before, after)) => {
-                format!("accuracy before: {before}\naccuracy after: {after}\n")
+                format!("accuracy before: {before}\naccuracy after:  {after}\n")
             }
             None => String::new(),
         };
@@ -270,18 +266,19 @@ impl<'a> SftRun<'a> {
         trainer: &mut SftTrainer,
         held_out: HeldOut,
         kept: u64,
-    ) -> Result<Option<(Proportion, Proportion)>> {
+    ) -> Result<Option<(Tally, Tally)>> {
         if self.config.train.eval_accuracy == EvalAccuracy::No {
             return Ok(None);
         }
         let history = &trainer.state().log_history;
-        let before = history.iter().find_map(accuracy_of);
-        let known = history.iter().rev().filter(|line| line.step == kept).find_map(accuracy_of);
+        let tally = |line: &MetricLine| Tally::read(&line.metrics);
+        let before = history.iter().find_map(tally);
+        let known = history.iter().rev().filter(|line| line.step == kept).find_map(tally);
         let after = match known {
             Some(after) => Some(after),
             None => {
                 let held_out = HeldOut { examples: &[], ..held_out };
-                accuracy_of(&self.measure(trainer, held_out, true)?)
+                Tally::read(&self.measure(trainer, held_out, true)?.metrics)
             }
         };
         Ok(before.zip(after))
@@ -310,12 +307,6 @@ fn metric_name(metric: BestMetric) -> &'static str {
         BestMetric::EvalMeanTokenAccuracy => "eval_mean_token_accuracy",
         BestMetric::EvalAccuracy => "eval_accuracy",
     }
-}
-
-/// The accuracy that a line of metrics tells of.
-fn accuracy_of(line: &MetricLine) -> Option<Proportion> {
-    let (rate, trials) = (line.metrics.get("eval_accuracy")?, line.metrics.get("eval_samples")?);
-    Some(Proportion::new((rate * trials).round() as usize, trials as usize))
 }
 
 /// Whether something that comes every so many steps (0 = never), and at the end, comes now.

@@ -22,14 +22,16 @@ struct State {
     requests: Vec<String>,
 }
 
-struct Server {
-    endpoint: String,
+/// A hub that answers until the test is over.
+pub struct Server {
+    /// Its address.
+    pub endpoint: String,
     state: Arc<Mutex<State>>,
 }
 
 impl Server {
     /// A hub with the files of `repo` (`owner/name`, or `datasets/owner/name`).
-    fn new(repo: &str, files: &[(&str, &str)]) -> Server {
+    pub fn new(repo: &str, files: &[(&str, &str)]) -> Server {
         let mut state = State::default();
         for (name, content) in files {
             let path = format!("/{repo}/resolve/main/{name}");
@@ -58,7 +60,7 @@ impl Server {
     }
 
     /// The requests since the last call.
-    fn requests(&self) -> Vec<String> {
+    pub fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.state.lock().unwrap().requests)
     }
 }

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use reward::Outcome;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use steersman::adapter::{load_all, warn_of_other_model};
@@ -113,10 +112,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 }
 
 fn show(found: &Accuracy, seconds: f64) {
-    println!("accuracy: {}", found.proportion());
-    for outcome in [Outcome::Right, Outcome::Wrong, Outcome::Unparsable] {
-        println!("reward_outcome/{}: {}", outcome.as_str(), found.count(outcome));
-    }
+    println!("accuracy: {}", found.tally());
     let rate = found.new_tokens as f64 / seconds;
     println!("{} new tokens, {rate:.0} tokens/s", found.new_tokens);
 }
