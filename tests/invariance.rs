@@ -5,12 +5,14 @@ mod common;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use common::{FAMILIES, policy, reference, relative, shared};
+use common::{FAMILIES, policy, policy_stored_as, reference, relative, shared};
 use steersman::adapter::{
     Adapter, Lora, LoraConfig, Positions, Site, Steering, SteeringConfig, SteeringKind,
 };
 use steersman::model::{Batch, Policy};
-use steersman::ops::{Engine, Gradients, KvCache, Tape, Target, Value};
+use steersman::ops::{
+    Engine, Gradients, KvCache, MatmulPrecision, Tape, Target, Value, WeightDtype,
+};
 
 type Adapters = Vec<Box<dyn Adapter>>;
 
@@ -140,9 +142,26 @@ fn shared_prefix(policy: &Policy, adapters: &Adapters, all: &[Vec<u32>]) -> Vec<
 
 #[test]
 fn cached_full_packed_and_shared_prefix_agree_to_the_bit() {
+    check_passes(MatmulPrecision::Highest, WeightDtype::F32);
+}
+
+#[test]
+fn passes_agree_to_the_bit_with_bf16_weights() {
+    check_passes(MatmulPrecision::Highest, WeightDtype::Bf16);
+}
+
+#[test]
+fn passes_agree_to_the_bit_at_high_and_medium_precision() {
+    check_passes(MatmulPrecision::High, WeightDtype::Bf16);
+    check_passes(MatmulPrecision::Medium, WeightDtype::Bf16);
+    check_passes(MatmulPrecision::Medium, WeightDtype::F32);
+}
+
+/// Holds full, packed, cached and shared-prefix log-probs against each other.
+fn check_passes(precision: MatmulPrecision, dtype: WeightDtype) {
     for family in FAMILIES {
         let Some(folder) = shared(&format!("fixtures/{family}")) else { return };
-        let policy = policy(&folder, &Engine::cpu());
+        let policy = policy_stored_as(&folder, &Engine::new(Device::Cpu, precision), dtype);
         let mut all = sequences(&folder);
         let prompt = all[0][..PROMPT].to_vec();
         all[1][..PROMPT].copy_from_slice(&prompt);

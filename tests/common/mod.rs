@@ -25,10 +25,15 @@ pub const FAMILIES: [&str; 5] = ["llama-tied", "llama3-scaled-rope", "qwen2", "q
 
 /// Loads the f32 policy of a Hugging Face folder.
 pub fn policy(folder: &Path, engine: &Engine) -> Policy {
+    policy_stored_as(folder, engine, WeightDtype::F32)
+}
+
+/// Loads the policy of a Hugging Face folder, its matrices stored as `dtype`.
+pub fn policy_stored_as(folder: &Path, engine: &Engine, dtype: WeightDtype) -> Policy {
     let json = std::fs::read(folder.join("config.json")).unwrap();
     let config = ModelConfig::from_json(&serde_json::from_slice(&json).unwrap()).unwrap();
     let weights = Weights::open(&ModelSource::Folder(folder.to_path_buf())).unwrap();
-    Policy::load(&config, &weights, engine, WeightDtype::F32).unwrap()
+    Policy::load(&config, &weights, engine, dtype).unwrap()
 }
 
 /// The numbers that transformers and PEFT computed for a family.
