@@ -1,7 +1,8 @@
 //! Seconds of one SFT step on the default model: 8 x 256 random tokens, all in the loss, post-block
 //! linear steering of rank 8 (or `--lora`).
 //!
-//! `cargo bench --bench sft_step -- [--lora] [--checkpointing] [--steps N] [--dtype bf16] [--matmul_precision P]`
+//! `cargo bench --bench sft_step -- [--lora] [--checkpointing] [--steps N] [--dtype f32|bf16]
+//! [--matmul_precision highest|high|medium]`
 
 use std::time::Instant;
 
@@ -30,7 +31,8 @@ fn main() -> Result<()> {
     let precision = match value("--matmul_precision").as_deref() {
         Some("high") => MatmulPrecision::High,
         Some("medium") => MatmulPrecision::Medium,
-        _ => MatmulPrecision::Highest,
+        Some("highest") | None => MatmulPrecision::Highest,
+        Some(other) => panic!("no matmul_precision '{other}'"),
     };
     let engine = Engine::new(Device::Cpu, precision);
     let model = LoadedModel::load("smollm2-135m-instruct", Some(dtype), &engine)?;

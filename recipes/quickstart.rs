@@ -31,17 +31,15 @@ const HELP: &str = "\
 usage: quickstart
 
 Gets SmolLM2, trains rank-8 linear post-block steering on generated ListOps, and prints the accuracy on
-held-out problems before and after. The adapter goes to runs/quickstart.";
+held-out problems before and after. The adapter goes to runs/quickstart.
+";
 
 const SEED: u64 = 1;
 
 fn main() -> ExitCode {
     cli::main(|args| match args.first().map(String::as_str) {
         None => run(&free_folder()),
-        Some("--help" | "-h") => {
-            println!("{HELP}");
-            Ok(())
-        }
+        Some("--help" | "-h") => cli::print(HELP),
         Some(arg) => Err(Error::usage(format!("quickstart takes no arguments, not '{arg}'"))),
     })
 }
@@ -65,19 +63,18 @@ fn run(output_dir: &Path) -> Result<()> {
     let (train, _) = data.tokenise(&encoder, &recipe.data, config.max_position_embeddings)?;
     let steering = SteeringConfig::post_block(config);
     let steering = Steering::new(steering, config, SEED, model.policy.engine().device())?;
-    println!("training {} of {} parameters", steering.parameter_count(), config.parameters());
+    let (trained, all) = (steering.parameter_count(), config.parameters());
+    cli::print(&format!("training {trained} of {all} parameters\n"))?;
 
     let before = measure(&model, &text, &[], data.graded()?)?;
-    println!("accuracy before: {before}");
+    cli::print(&format!("accuracy before: {before}\n"))?;
     let adapters = fit(&recipe, &model, Box::new(steering), &train)?;
     let after = measure(&model, &text, &adapters, data.graded()?)?;
 
     std::fs::create_dir_all(output_dir).map_err(Error::io(output_dir))?;
     save(output_dir, &adapters, &model.base()?)?;
-    println!("accuracy before: {before}");
-    println!("accuracy after:  {after}");
-    println!("adapter: {}", output_dir.display());
-    Ok(())
+    let folder = output_dir.display();
+    cli::print(&format!("accuracy before: {before}\naccuracy after:  {after}\nadapter: {folder}\n"))
 }
 
 /// One pass over the rows in batches of 16 at a rate of 2e-3, falling to 0.

@@ -14,7 +14,7 @@ use steersman::config::{self, EvalAccuracy, Request, SftConfig};
 use steersman::eval::{Tally, accuracy};
 use steersman::model::{LoadedModel, ModelConfig, ModelSource, TextModel};
 use steersman::rollout::GenerateOptions;
-use steersman::train::claim::claim_output_dir;
+use steersman::train::claim::{check_output_dir, claim_output_dir};
 use steersman::train::data::SftData;
 use steersman::train::run::{HeldOut, SftRun, check_rows};
 use steersman::train::sft::SftTrainer;
@@ -27,16 +27,14 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     cli::main(|args| match config::load::<SftConfig>(args)? {
         Request::Run(config) => run(&config),
-        Request::Print(text) => {
-            print!("{text}");
-            Ok(())
-        }
+        Request::Print(text) => cli::print(&text),
     })
 }
 
 fn run(config: &SftConfig) -> Result<()> {
     // ---- data: rows, then tokens -------------------------------------------------------------
-    let find = if config.train.dry_run { ModelSource::find } else { ModelSource::resolve };
+    let run_args = &config.train;
+    let find = if run_args.dry_run { ModelSource::rehearse } else { ModelSource::resolve };
     let source = find(&config.model.model_name_or_path)?;
     let shape = ModelConfig::load(&source)?;
     let template = config.model.chat_template_path.as_deref();
@@ -50,14 +48,14 @@ fn run(config: &SftConfig) -> Result<()> {
     check_rows(config, &train, &test)?;
     let adapters =
         config.adapter.build(&shape, config.train.seed, config.model.engine()?.device())?;
-    if config.train.dry_run {
-        print!("{}", config::to_toml(config)?);
-        return Ok(());
+    let resolved = config::to_toml(config)?;
+    if run_args.dry_run {
+        check_output_dir(run_args, &resolved)?;
+        return cli::print(&resolved);
     }
 
     // ---- model and trainer -------------------------------------------------------------------
-    let run_args = &config.train;
-    let claim = claim_output_dir(&run_args.output_dir, &run_args.resume_from_checkpoint)?;
+    let claim = claim_output_dir(run_args, &resolved)?;
     let (model_args, engine) = (&config.model, config.model.engine()?);
     let model = LoadedModel::load(&model_args.model_name_or_path, model_args.storage(), &engine)?;
     let base = model.base()?;

@@ -1,22 +1,47 @@
 //! What the programs share: start-up, flag spelling, exit codes.
 
+use std::io::{ErrorKind, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
-use crate::Result;
+use crate::{Error, Result};
+
+/// What errors call the standard output.
+const STDOUT: &str = "standard output";
 
 /// Runs a program: its arguments after the name go in, flags in snake_case or kebab-case, and an
 /// exit code comes out.
 ///
-/// An error is printed as one line on stderr; exit code 2 for usage, 1 for failure.
+/// An error is printed as one line on stderr; exit code 2 for usage, 1 for failure. A reader of the
+/// standard output who goes away, as `head` does, ends the program without a word and with 0.
 pub fn main(run: impl FnOnce(Vec<String>) -> Result<()>) -> ExitCode {
     keep_freed_pages();
     let result = crate::config::arguments().and_then(|args| run(snake_flags(args)));
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if reader_is_gone(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", one_line(&error.to_string()));
             ExitCode::from(error.exit_code())
         }
+    }
+}
+
+/// Writes a text to the standard output, now. Programs print nothing in any other way.
+///
+/// # Errors
+/// If it cannot be written; [`main`] takes a closed pipe for the end of the program.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io(STDOUT))
+}
+
+fn reader_is_gone(error: &Error) -> bool {
+    match error {
+        Error::Io { path, source } => {
+            path == Path::new(STDOUT) && source.kind() == ErrorKind::BrokenPipe
+        }
+        _ => false,
     }
 }
 

@@ -10,7 +10,8 @@ use std::process::Command;
 
 use candle_core::{Device, Tensor};
 use common::program::{
-    Ran, SFT, STEER, adapter_files, checkpoints, copy_model, metrics, names, run, text, toy_rows,
+    Ran, SFT, STEER, adapter_files, checkpoints, command, copy_model, metrics, names, ran, run,
+    text, toy_rows,
 };
 use common::shared;
 
@@ -260,7 +261,7 @@ fn adapters_that_do_not_fit() {
         place.refused(&["--adapter_name_or_path", text(dir)], code, wanted);
         place.forward_refused(&tokens, &["--adapter", text(dir)], code, wanted);
     };
-    refuse(&place.path("none"), 2, &["none"]);
+    refuse(&place.path("none"), 2, &["none: no such folder"]);
     refuse(&place.model, 2, &["no adapter here", "steering_config.json", "adapter_config.json"]);
 
     let spoilt = |name: &str, from: &str, to: &str| {
@@ -311,11 +312,64 @@ fn bad_input_to_forward() {
 }
 
 #[test]
+fn forward_refuses_what_it_would_not_read_or_would_overwrite() {
+    let Some(place) = Place::new() else { return };
+    let good = ids(&[1, 2, 3]);
+    let input = place.path("in.safetensors");
+    let around = place.path("model/../in.safetensors");
+    for output in [&input, &around] {
+        let flags = ["--output", text(output)];
+        place.forward_refused(&good, &flags, 2, &["in.safetensors", "--input", "another"]);
+    }
+    let tensors = ["input_ids", "attention_mask"].map(|name| (name.to_string(), good.clone()));
+    let other = place.path("other.safetensors");
+    candle_core::safetensors::save(&HashMap::from(tensors), &other).unwrap();
+    let wanted = ["other.safetensors", "attention_mask is not read"];
+    place.forward_refused(&good, &["--input", text(&other)], 2, &wanted);
+}
+
+#[test]
+fn a_standard_output_that_is_full_or_closed() {
+    let Some(place) = Place::new() else { return };
+    let model = ["--model_name_or_path", text(&place.model)];
+    let inspect = [&["model", "inspect"], &model[..]].concat();
+    let answer = ["generate", "--raw", "--prompt", "Once upon a time", "--max_new_tokens", "30"];
+    let answer = [&answer[..], &model].concat();
+    let steer: [&[&str]; 3] = [&[], &inspect, &answer];
+    let programs = steer.map(|args| (STEER, args)).into_iter().chain([(SFT, &["--help"][..])]);
+    for (program, args) in programs {
+        let mut full = command(program, args);
+        full.stdout(fs::File::options().write(true).open("/dev/full").unwrap());
+        says(ran(full).only_sentence(1), &["standard output: no space left"]);
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut closed = command(program, args);
+        closed.stdout(writer);
+        let quiet = ran(closed);
+        assert_eq!((quiet.code, quiet.stderr.as_str()), (Some(0), ""), "{args:?}");
+    }
+}
+
+#[test]
+fn a_model_given_to_inspect_without_its_flag() {
+    for model in ["path/to/model", "model.gguf"] {
+        let wanted = ["--model_name_or_path ", model];
+        says(run(STEER, &["model", "inspect", model]).only_sentence(2), &wanted);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let args = ["model", "inspect", "--rank", "4", text(folder.path())];
+    says(run(STEER, &args).only_sentence(2), &["no configuration file"]);
+}
+
+#[test]
 fn an_output_folder_that_cannot_be_written() {
     let Some(place) = Place::new() else { return };
     let file = place.write("file", "mine");
-    place.refused(&["--output_dir", &file], 1, &[&file]);
-    place.refused(&["--output_dir", &format!("{file}/out")], 1, &[&file]);
+    for folder in [file.clone(), format!("{file}/out")] {
+        let wanted = format!("output_dir {folder}: cannot be created: ");
+        place.refused(&["--output_dir", &folder], 1, &[&wanted]);
+        place.refused(&["--output_dir", &folder, "--dry_run"], 1, &[&wanted]);
+    }
     assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
 }
 

@@ -195,6 +195,28 @@ fn a_run_is_not_resumed_on_other_rows() {
 }
 
 #[test]
+fn a_run_is_not_resumed_with_other_adapter_keys() {
+    let Some(place) = Place::new() else { return };
+    place.run("a", "").ok();
+    let config = || fs::read(place.dir("a").join("config.toml")).unwrap();
+    let (before, adapter) = (config(), adapter_files(&place.dir("a")));
+    for (flags, wanted) in [
+        ("--steering_rank 4", "steering_rank was 8 and is now 4: "),
+        ("--steering_rank 4 --dry_run", "steering_rank was 8 and is now 4: "),
+        ("--steering_kind silu", "steering_kind was \"linear\" and is now \"silu\": "),
+        ("--adapter lora", "adapter was \"steering\" and is now \"lora\": "),
+    ] {
+        let ran = place.run("a", &format!("--resume_from_checkpoint latest {flags}"));
+        let said = ran.only_sentence(2);
+        assert!(said.starts_with(wanted) && said.ends_with("in a new output_dir"), "{said}");
+        assert!(config() == before && adapter_files(&place.dir("a")) == adapter);
+    }
+    let free = "--resume_from_checkpoint latest --save_steps 3 --logging_steps 7";
+    let said = place.run("a", free).ok().stderr;
+    assert!(!said.contains("warning"), "{said}");
+}
+
+#[test]
 fn another_runs_folder_is_refused_and_left_as_it_is() {
     let Some(place) = Place::new() else { return };
     place.run("a", "").ok();
@@ -250,8 +272,8 @@ fn the_accuracy_after_training_is_that_of_the_adapter_that_is_kept() {
     assert!(said.contains("accuracy before: ") && said.contains("accuracy after: "), "{said}");
     assert_eq!(accuracies("last"), 2);
     let last = |name: &str| *series(&place.dir("last"), name).last().unwrap();
-    let counts = ["right", "wrong", "unparsable"].map(|o| last(&format!("reward_outcome/{o}")));
-    let [right, wrong, unparsable] = counts;
+    let count = |outcome: &str| last(&format!("eval_reward_outcome/{outcome}"));
+    let [right, wrong, unparsable] = ["right", "wrong", "unparsable"].map(count);
     assert_eq!(right + wrong + unparsable, last("eval_samples"));
     assert_eq!(right / last("eval_samples"), last("eval_accuracy"));
     let told = format!(" ({right}/8; {wrong} wrong, {unparsable} unparsable)\nadapter: ");
@@ -332,20 +354,15 @@ fn what_changes_memory_only_changes_no_loss() {
 }
 
 #[test]
-fn a_dry_run_checks_without_weights_and_prints_a_recipe() {
-    let Some(mut place) = Place::new() else { return };
+fn a_dry_run_prints_a_recipe() {
+    let Some(place) = Place::new() else { return };
     let keys = "--adapter joint --lora_r 2 --warmup_steps 5 --steering_layers 0-2";
     place.run("by-flags", keys).ok();
     let wanted = adapter_files(&place.dir("by-flags"));
-    let copy = place.dir("model");
-    let model = std::mem::replace(&mut place.model, copy);
-    copy_model(&model, &place.model);
-    fs::remove_file(place.model.join("model.safetensors")).unwrap();
     let printed = place.run("dry", &format!("{keys} --dry_run")).ok().stdout;
     assert!(!place.dir("dry").exists(), "a dry run left files");
     assert!(printed.contains("warmup_steps = 5"), "{printed}");
 
-    copy_model(&model, &place.model);
     let recipe = place.dir("recipe.toml");
     fs::write(&recipe, printed).unwrap();
     run(SFT, &[text(&recipe), "--dry_run", "false"]).ok();
@@ -354,6 +371,35 @@ fn a_dry_run_checks_without_weights_and_prints_a_recipe() {
     let again = place.dir("again");
     run(SFT, &[text(&resolved), "--output-dir", text(&again)]).ok();
     assert!(adapter_files(&again) == wanted);
+}
+
+#[test]
+fn a_dry_run_checks_the_folder_and_the_weights() {
+    let Some(mut place) = Place::new() else { return };
+    place.run("a", "--max_steps 1").ok();
+    let before = names(&place.dir("a"));
+    let ran = place.run("a", "--dry_run");
+    assert!(ran.only_sentence(2).contains("already holds a run"), "{}", ran.stderr);
+    place.run("a", "--dry_run --max_steps 1 --resume_from_checkpoint latest").ok();
+    assert_eq!(names(&place.dir("a")), before);
+
+    let copy = place.dir("model");
+    place.model = copy_model(&std::mem::take(&mut place.model), &copy);
+    let weights = place.model.join("model.safetensors");
+    let whole = fs::read(&weights).unwrap();
+    fs::write(&weights, &whole[..whole.len() / 2]).unwrap();
+    let ran = place.run("dry/run", "--dry_run");
+    assert!(ran.only_sentence(1).contains("model.safetensors is truncated"), "{}", ran.stderr);
+    fs::remove_file(&weights).unwrap();
+    let ran = place.run("dry/run", "--dry_run");
+    assert!(ran.only_sentence(1).contains("has no model.safetensors"), "{}", ran.stderr);
+    let index = r#"{"weight_map": {"model.norm.weight": "part-1.safetensors"}}"#;
+    fs::write(place.model.join("model.safetensors.index.json"), index).unwrap();
+    let ran = place.run("dry/run", "--dry_run");
+    assert!(ran.only_sentence(1).contains("has no part-1.safetensors"), "{}", ran.stderr);
+    fs::write(place.model.join("part-1.safetensors"), whole).unwrap();
+    place.run("dry/run", "--dry_run").ok();
+    assert!(!place.dir("dry").exists(), "a dry run left files");
 }
 
 #[test]

@@ -220,6 +220,27 @@ fn logps_are_those_of_the_logits_and_the_loss_counts_masked_targets() {
 }
 
 #[test]
+fn the_loss_of_no_target_is_a_plain_zero() {
+    let Some(family) = Family::new("qwen3") else { return };
+    let mask = family.refs["loss_mask"].zeros_like().unwrap();
+    let found = family.forward(&[], &[("loss_mask", mask)]);
+    let loss = found["loss"].to_vec1::<f32>().unwrap();
+    assert_eq!(loss.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>(), [0]);
+}
+
+#[test]
+fn every_command_of_model_has_help() {
+    for (args, wanted) in [
+        (["model", "--help"].as_slice(), "steer model fetch"),
+        (&["model", "fetch", "--help"], "usage: steer model fetch"),
+        (&["model", "inspect", "--help"], "--model_name_or_path"),
+    ] {
+        let printed = run(STEER, args).ok().stdout;
+        assert!(printed.contains(wanted), "{printed}");
+    }
+}
+
+#[test]
 fn several_adapters_add_up_in_any_order() {
     let Some(family) = Family::new("gemma3") else { return };
     let lora = family.folder.join("lora");
@@ -399,7 +420,7 @@ fn a_chat_answers_every_line_or_says_that_there_is_no_template() {
     };
     let refused = chat(&[]);
     let said = refused.only_sentence(2);
-    assert!(said.contains("has no chat template"), "{said}");
+    assert!(said.contains("has no chat template") && said.ends_with(", or give --raw"), "{said}");
     let answered = chat(&["--chat_template_path", text(&template)]).ok();
     assert!(answered.stdout.lines().filter(|line| !line.is_empty()).count() >= 2);
     let first = ["--chat_template_path", text(&template), "--max-new-tokens", "12"];

@@ -32,6 +32,8 @@ pub enum Example {
 const WANTED: &str = "wanted text, or messages, or prompt and completion \
                       (rename with columns, or make them with prompt_template)";
 
+const TEXT_OR_MESSAGES: &str = "text or a list of messages";
+
 impl Example {
     /// Recognises the columns `text` | `messages` | `prompt` + `completion`; others are ignored,
     /// and so is a column that is null.
@@ -40,7 +42,8 @@ impl Example {
     /// the assistant; it makes a conversation of a prompt that is text.
     ///
     /// # Errors
-    /// If columns are missing, ambiguous or of another type: lists the row's columns.
+    /// If columns are missing or ambiguous (lists the row's columns) or of another type, a message
+    /// has neither content nor tool calls, or the completion is empty.
     pub fn from_row(row: &Row) -> Result<Self> {
         let column = |name: &str| row.get(name).filter(|value| !value.is_null());
         let (text, messages) = (column("text"), column("messages"));
@@ -66,16 +69,25 @@ pub(crate) fn message(role: &str, content: &str) -> Value {
 
 /// The text of a completion: text itself, or the content of one message of the assistant.
 pub(crate) fn completion_text(value: &Value) -> Result<String> {
-    if let Value::String(text) = value {
-        return Ok(text.clone());
-    }
-    let list = conversation("completion", value)?;
+    let list = match value {
+        Value::String(text) => return filled(text.clone()),
+        Value::Array(_) => conversation("completion", value)?,
+        other => return Err(wrong("completion", TEXT_OR_MESSAGES, other)),
+    };
     match list.as_slice() {
         [only] if only["role"] == "assistant" => match &only["content"] {
-            Value::String(content) => Ok(content.clone()),
+            Value::String(content) => filled(content.clone()),
             other => Err(wrong("content of the completion", "text", other)),
         },
         _ => Err(Error::usage("a completion of messages is one message of the role assistant")),
+    }
+}
+
+/// A completion that has something to learn from.
+pub(crate) fn filled(completion: String) -> Result<String> {
+    match completion.is_empty() {
+        true => Err(Error::usage("the completion is empty; give it text or remove the row")),
+        false => Ok(completion),
     }
 }
 
@@ -88,11 +100,14 @@ fn pair(prompt: &Value, completion: &Value) -> Result<Example> {
         Value::String(text) => {
             Example::Chat { prompt: vec![message("user", text)], completion: answer }
         }
-        list => Example::Chat { prompt: conversation("prompt", list)?, completion: answer },
+        Value::Array(_) => {
+            Example::Chat { prompt: conversation("prompt", prompt)?, completion: answer }
+        }
+        other => return Err(wrong("prompt", TEXT_OR_MESSAGES, other)),
     })
 }
 
-/// A list of messages, each an object with a role.
+/// A list of messages, each an object with a role and either content or tool calls.
 fn conversation(name: &str, value: &Value) -> Result<Vec<Value>> {
     let Value::Array(list) = value else {
         return Err(wrong(name, "a list of messages", value));
@@ -101,15 +116,25 @@ fn conversation(name: &str, value: &Value) -> Result<Vec<Value>> {
         return Err(Error::usage(format!("column {name} is a list without messages")));
     }
     for (i, message) in list.iter().enumerate() {
-        if !message["role"].is_string() {
+        if let Some(lacking) = lacks(message) {
             let number = i + 1;
             return Err(Error::usage(format!(
-                "message {number} of column {name} has no role; a message is {{\"role\": \"user\", \
-                 \"content\": \"...\"}}"
+                "message {number} of column {name} has {lacking}; a message is {{\"role\": \
+                 \"user\", \"content\": \"...\"}}"
             )));
         }
     }
     Ok(list.clone())
+}
+
+/// What a message has not, if it is none.
+fn lacks(message: &Value) -> Option<&'static str> {
+    let calls = message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty());
+    match (message["role"].is_string(), message["content"].is_null() && !calls) {
+        (false, _) => Some("no role"),
+        (true, true) => Some("neither content nor tool_calls"),
+        (true, false) => None,
+    }
 }
 
 fn wrong(name: &str, wanted: &str, value: &Value) -> Error {
@@ -153,6 +178,30 @@ mod tests {
     }
 
     #[test]
+    fn empty_completions_and_messages_without_content_are_refused() {
+        let silent = json!([user("a"), {"role": "assistant", "content": null, "tool_calls": []}]);
+        let empty = json!([message("assistant", "")]);
+        for (columns, wanted) in [
+            (json!({"prompt": "a", "completion": ""}), "the completion is empty; give it text"),
+            (json!({"prompt": [user("a")], "completion": empty}), "the completion is empty"),
+            (
+                json!({"messages": silent}),
+                "message 2 of column messages has neither content nor tool_calls",
+            ),
+            (
+                json!({"prompt": [{"role": "user"}], "completion": "a"}),
+                "message 1 of column prompt has neither content nor tool_calls",
+            ),
+        ] {
+            let error = Example::from_row(&row(columns)).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(wanted), "{error}");
+        }
+        let silent_system = json!({"messages": [message("system", ""), user("a")]});
+        assert!(Example::from_row(&row(silent_system)).is_ok());
+    }
+
+    #[test]
     fn other_columns_are_refused_with_what_is_there_and_what_is_wanted() {
         let two = json!([{"role": "assistant", "content": "a"}, user("b")]);
         for (columns, wanted) in [
@@ -163,6 +212,8 @@ mod tests {
             (json!({"completion": "a"}), "completion without prompt"),
             (json!({"text": 3}), "column text is a number, wanted text"),
             (json!({"messages": "a"}), "column messages is text, wanted a list of messages"),
+            (json!({"prompt": 3, "completion": "a"}), "prompt is a number, wanted text or a list"),
+            (json!({"prompt": "a", "completion": {}}), "is an object, wanted text or a list of"),
             (json!({"messages": []}), "list without messages"),
             (json!({"messages": [user("a"), "b"]}), "message 2 of column messages has no role"),
             (json!({"prompt": "a", "completion": two}), "one message of the role assistant"),

@@ -45,7 +45,7 @@ pub fn load(path: Option<&Path>, split: &str) -> Result<Vec<Problem>> {
         }
         Some(folder) => (folder.to_path_buf(), read_split(folder, stored)?),
         None => {
-            let file = locate::find(FOLDER, &file_of(split)?)?;
+            let file = locate::find(FOLDER, &format!("{stored}.jsonl"))?;
             let rows = read_rows(&file)?;
             (file, rows)
         }

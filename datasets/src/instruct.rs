@@ -17,7 +17,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::example::message;
+use crate::example::{filled, message};
 use crate::rows::text;
 use crate::{Error, Example, Result, Row, locate, map_rows, read_rows, read_split};
 
@@ -58,7 +58,8 @@ fn range(split: &str, n: usize) -> Result<std::ops::Range<usize>> {
 /// The conversation of an Alpaca row or a row of messages, as [`Example::Chat`].
 ///
 /// # Errors
-/// If the row is neither, or its messages do not end with text of the assistant.
+/// If the row is neither, its messages do not end with text of the assistant, or the answer is
+/// empty.
 pub fn example(row: &Row) -> Result<Example> {
     if row.contains_key("messages") {
         return match Example::from_row(row)? {
@@ -67,7 +68,7 @@ pub fn example(row: &Row) -> Result<Example> {
         };
     }
     let instruction = text(row, "instruction").map_err(Error::usage)?;
-    let completion = text(row, "output").map_err(Error::usage)?.to_string();
+    let completion = filled(text(row, "output").map_err(Error::usage)?.to_string())?;
     let question = match row.get("input") {
         None | Some(Value::Null) => instruction.to_string(),
         Some(_) => match text(row, "input").map_err(Error::usage)? {
@@ -82,7 +83,7 @@ fn answered(mut messages: Vec<Value>) -> Result<Example> {
     let last = messages.pop().filter(|last| last["role"] == "assistant");
     match last.as_ref().map(|last| &last["content"]) {
         Some(Value::String(completion)) if !messages.is_empty() => {
-            Ok(Example::Chat { prompt: messages, completion: completion.clone() })
+            Ok(Example::Chat { prompt: messages, completion: filled(completion.clone())? })
         }
         _ => Err(Error::usage(
             "messages of an instruction are a prompt and, last, text of the role assistant",
@@ -119,6 +120,7 @@ mod tests {
     fn other_rows_are_refused() {
         for (columns, wanted) in [
             (json!({"instruction": "a"}), "no column output; the row has instruction"),
+            (json!({"instruction": "a", "output": ""}), "the completion is empty"),
             (json!({"instruction": 1, "output": "b"}), "column instruction is a number, not text"),
             (json!({"messages": [message("user", "a")]}), "last, text of the role assistant"),
             (json!({"messages": [message("assistant", "a")]}), "are a prompt and"),

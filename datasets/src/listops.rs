@@ -155,7 +155,7 @@ pub fn official(path: Option<&Path>) -> Result<Vec<Problem>> {
     text.lines().enumerate().map(read).collect()
 }
 
-/// The expressions of [`official`], of which `path` is that.
+/// The expressions of [`official`]; `path` as there.
 ///
 /// # Errors
 /// As [`official`].

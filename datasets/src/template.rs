@@ -6,7 +6,7 @@ use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, escape_formatter};
 use serde_json::Value;
 
-use crate::example::{completion_text, message};
+use crate::example::{completion_text, filled, message};
 use crate::rows::columns;
 use crate::{Error, Example, Result, Row};
 
@@ -32,8 +32,8 @@ impl Template {
     /// as [`Example::from_row`] does; with a `prompt_template` it is always an [`Example::Chat`].
     ///
     /// # Errors
-    /// If a column is missing (the row's are listed), a template is not Jinja, or there is no
-    /// completion.
+    /// If a column is missing (the row's are listed), a template is not Jinja, or the completion is
+    /// missing or empty.
     pub fn apply(&self, row: &Row) -> Result<Example> {
         let row = self.renamed(row)?;
         let system = self.system_prompt.as_deref();
@@ -69,7 +69,7 @@ impl Template {
 
     fn completion(&self, row: &Row) -> Result<String> {
         if let Some(template) = &self.completion_template {
-            return render("completion_template", template, row);
+            return filled(render("completion_template", template, row)?);
         }
         match row.get("completion").filter(|value| !value.is_null()) {
             Some(value) => completion_text(value),
@@ -226,6 +226,7 @@ mod tests {
                 "prompt_template: no column query; the row has question, answer",
             ),
             (template("{{ question }}", ""), "set completion_template"),
+            (template("{{ question }}", "{% if 0 %}a{% endif %}"), "the completion is empty"),
             (template("{{ question }}", "{{ a b }}"), "completion_template, line 1: syntax error"),
             (template("{{ question.x }}", "x"), "prompt_template, line 1: undefined value"),
             (renamed, "columns: no column quest to call prompt; the row has question, answer"),

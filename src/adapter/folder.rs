@@ -65,6 +65,12 @@ fn f32_name() -> String {
 /// # Errors
 /// If the folder holds none, a file is damaged, or a parameter does not fit the model.
 pub fn load(dir: &Path, model: &ModelConfig, device: &Device) -> Result<Vec<Box<dyn Adapter>>> {
+    if !dir.is_dir() {
+        return Err(Error::usage(format!(
+            "{}: no such folder; give one with {STEERING_CONFIG} or {LORA_CONFIG}",
+            dir.display()
+        )));
+    }
     let mut adapters: Vec<Box<dyn Adapter>> = Vec::new();
     if dir.join(STEERING_CONFIG).is_file() {
         adapters.push(Box::new(load_steering(dir, model, device)?));
@@ -147,10 +153,10 @@ fn load_steering(dir: &Path, model: &ModelConfig, device: &Device) -> Result<Ste
 }
 
 fn load_lora(dir: &Path, model: &ModelConfig, device: &Device) -> Result<Lora> {
-    let (config, alphas) = peft::read(&dir.join(LORA_CONFIG))?;
+    let (config, patterns) = peft::read(&dir.join(LORA_CONFIG))?;
     let weights = dir.join(LORA_WEIGHTS);
     let parameters = read_safetensors(&weights, device)?;
-    Lora::with_parameters(config, model, parameters, &alphas, &weights.display().to_string())
+    Lora::with_parameters(config, model, parameters, &patterns, &weights.display().to_string())
 }
 
 pub(super) fn steering_json(config: &SteeringConfig, base: &BaseModel) -> Result<Vec<u8>> {

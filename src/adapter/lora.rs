@@ -125,17 +125,18 @@ impl Lora {
                 parameters.insert(b, init::zeros((outputs, config.r), device)?);
             }
         }
-        Self::with_parameters(config, model, parameters, &Patterns::new(), "lora")
+        Self::with_parameters(config, model, parameters, &Patterns::default(), "lora")
     }
 
-    /// An adapter with given parameters; `alphas` overrides `lora_alpha` for some modules.
+    /// An adapter with given parameters; `patterns` override `lora_alpha` and `r` for some modules.
     ///
-    /// The rank of each matrix is that of its tensors.
+    /// # Errors
+    /// If a parameter is missing, fits nothing in the model or has another rank than it should.
     pub(super) fn with_parameters(
         config: LoraConfig,
         model: &ModelConfig,
         parameters: BTreeMap<String, Tensor>,
-        alphas: &Patterns,
+        patterns: &Patterns,
         origin: &str,
     ) -> Result<Self> {
         if !(0.0..1.0).contains(&config.lora_dropout) {
@@ -146,8 +147,20 @@ impl Lora {
             for matrix in Matrix::ALL {
                 let (inputs, outputs) = model.linear_shape(matrix);
                 let (a, b) = (key(layer, matrix, "A"), key(layer, matrix, "B"));
-                let Some(r) = rank(parameters.get(&a), parameters.get(&b)) else { continue };
-                let alpha = peft::lookup(alphas, &module(layer, matrix));
+                let Some(found) = rank(parameters.get(&a), parameters.get(&b)) else { continue };
+                let name = module(layer, matrix);
+                let r = match &patterns.ranks {
+                    Some(ranks) => peft::lookup(ranks, &name).map_or(config.r, |r| r as usize),
+                    None => found,
+                };
+                let of_another_rank = |a: &Tensor| r != found && a.dims() == [found, inputs];
+                if parameters.get(&a).is_some_and(of_another_rank) {
+                    return Err(Error::failure(format!(
+                        "{origin}: '{a}' has shape [{found}, {inputs}], this adapter's r wants \
+                         [{r}, {inputs}]"
+                    )));
+                }
+                let alpha = peft::lookup(&patterns.alphas, &name);
                 let alpha = alpha.unwrap_or(config.lora_alpha);
                 let scale = config.scale(r, alpha);
                 updates.insert((layer, matrix), Update { r, alpha, scale });

@@ -14,10 +14,18 @@ use crate::model::Matrix;
 use crate::{Error, Result};
 
 /// Values for the modules that a name matches, in the order of the file.
-pub(super) type Patterns = Vec<(String, f64)>;
+pub(super) type Pattern = Vec<(String, f64)>;
 
-/// The fields of the file that change what a LoRA computes. Ranks are those of the tensors, so
-/// that `rank_pattern` is not needed.
+/// What some modules have of their own.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Patterns {
+    /// Numerators of the factor.
+    pub alphas: Pattern,
+    /// Ranks; nothing where the file names modules by regular expressions: the tensors tell.
+    pub ranks: Option<Pattern>,
+}
+
+/// The fields of the file that change what a LoRA computes.
 #[derive(Deserialize)]
 struct PeftConfig {
     peft_type: String,
@@ -31,11 +39,13 @@ struct PeftConfig {
     target_modules: Json,
     #[serde(default)]
     alpha_pattern: Option<Map<String, Json>>,
+    #[serde(default)]
+    rank_pattern: Option<Map<String, Json>>,
     #[serde(flatten)]
     rest: BTreeMap<String, Json>,
 }
 
-/// Reads the configuration and its `alpha_pattern`.
+/// Reads the configuration with its `alpha_pattern` and `rank_pattern`.
 ///
 /// # Errors
 /// If the file is damaged or asks for something that is not computed here.
@@ -49,25 +59,42 @@ pub(super) fn read(path: &Path) -> Result<(LoraConfig, Patterns)> {
         use_rslora: file.use_rslora,
         target_modules: target_modules(&file.target_modules),
     };
-    let named = file.alpha_pattern.unwrap_or_default();
-    let patterns = named.into_iter().map(|(name, alpha)| pattern(path, name, &alpha));
-    Ok((config, patterns.collect::<Result<_>>()?))
+    let alphas = file.alpha_pattern.unwrap_or_default();
+    let alphas = alphas.into_iter().map(|(name, alpha)| pattern(path, name, &alpha));
+    let ranks = file.rank_pattern.unwrap_or_default();
+    let plain = ranks.keys().all(|name| is_plain(name));
+    let ranks = ranks.into_iter().map(|(name, rank)| rank_of(path, name, &rank));
+    let ranks = if plain { Some(ranks.collect::<Result<_>>()?) } else { None };
+    Ok((config, Patterns { alphas: alphas.collect::<Result<_>>()?, ranks }))
 }
 
 /// The value of the first pattern that is `name` or its end after a dot, as PEFT's
 /// `get_pattern_key` finds it.
-pub(super) fn lookup(patterns: &Patterns, name: &str) -> Option<f64> {
+pub(super) fn lookup(patterns: &Pattern, name: &str) -> Option<f64> {
     let matches = |pattern: &str| {
         name.strip_suffix(pattern).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
     };
     patterns.iter().find(|(pattern, _)| matches(pattern)).map(|(_, value)| *value)
 }
 
+/// Whether a pattern is a name, and no regular expression.
+fn is_plain(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+    !name.is_empty() && name.chars().all(plain)
+}
+
+/// A module's own rank.
+fn rank_of(path: &Path, name: String, rank: &Json) -> Result<(String, f64)> {
+    let path = path.display();
+    let bad = || Error::failure(format!("{path}: rank_pattern of '{name}' is not a whole number"));
+    let rank = rank.as_u64().ok_or_else(bad)?;
+    Ok((name, rank as f64))
+}
+
 /// Refuses a pattern that is more than a plain name, which PEFT reads as a regular expression.
 fn pattern(path: &Path, name: String, alpha: &Json) -> Result<(String, f64)> {
     let path = path.display();
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
-    if name.is_empty() || !name.chars().all(plain) {
+    if !is_plain(&name) {
         return Err(Error::failure(format!(
             "{path}: alpha_pattern has the key '{name}', but only plain module names such as \
              q_proj or layers.0.self_attn.q_proj are supported; write one key for each module"
@@ -198,12 +225,13 @@ mod tests {
     fn the_first_alpha_in_the_file_that_names_a_module_counts() {
         let text = r#""alpha_pattern": {"q_proj": 1, "layers.0.self_attn.q_proj": 2, "proj": 3}"#;
         let (_, patterns) = read_with(text).unwrap();
-        assert_eq!(lookup(&patterns, "model.layers.0.self_attn.q_proj"), Some(1.0));
+        assert_eq!(lookup(&patterns.alphas, "model.layers.0.self_attn.q_proj"), Some(1.0));
         let text = r#""alpha_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 1}"#;
         let (_, patterns) = read_with(text).unwrap();
-        assert_eq!(lookup(&patterns, "model.layers.0.self_attn.q_proj"), Some(2.0));
-        assert_eq!(lookup(&patterns, "model.layers.10.self_attn.q_proj"), Some(1.0));
-        assert_eq!(lookup(&patterns, "model.layers.0.self_attn.k_proj"), None);
+        let alphas = patterns.alphas;
+        assert_eq!(lookup(&alphas, "model.layers.0.self_attn.q_proj"), Some(2.0));
+        assert_eq!(lookup(&alphas, "model.layers.10.self_attn.q_proj"), Some(1.0));
+        assert_eq!(lookup(&alphas, "model.layers.0.self_attn.k_proj"), None);
     }
 
     #[test]
@@ -214,11 +242,44 @@ mod tests {
             assert!(error.contains(&format!("the key '{name}'")), "{error}");
             assert!(error.contains("plain module names"), "{error}");
         }
-        assert!(read_with(r#""alpha_pattern": null"#).unwrap().1.is_empty());
+        assert!(read_with(r#""alpha_pattern": null"#).unwrap().1.alphas.is_empty());
+        let (_, patterns) = read_with(r#""rank_pattern": {".*q_proj": 2}"#).unwrap();
+        assert!(patterns.ranks.is_none());
+        let error = read_with(r#""rank_pattern": {"q_proj": 2.5}"#).unwrap_err().to_string();
+        assert!(error.contains("rank_pattern of 'q_proj' is not a whole number"), "{error}");
+    }
+
+    #[test]
+    fn tensors_of_another_rank_than_the_configuration_gives_are_refused() {
+        let (model, key) = (tiny_model(), "base_model.model.model.layers.0.self_attn.q_proj");
+        let fresh = Lora::new(LoraConfig::all_linear(), &model, 0, &Device::Cpu).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &[Box::new(fresh)], &BaseModel::default()).unwrap();
+        let path = dir.path().join("adapter_config.json");
+        let mut json: Json = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let mut loaded = |r: usize, ranks: Json| {
+            json["r"] = json!(r);
+            json["rank_pattern"] = ranks;
+            std::fs::write(&path, json.to_string()).unwrap();
+            load(dir.path(), &model, &Device::Cpu).map(drop).map_err(|error| error.to_string())
+        };
+        let width = model.hidden_size;
+        let wanted = format!(
+            "'{key}.lora_A.weight' has shape [8, {width}], this adapter's r wants [4, {width}]"
+        );
+        for (r, ranks) in [(4, Json::Null), (8, json!({"q_proj": 4}))] {
+            let error = loaded(r, ranks).unwrap_err();
+            assert!(error.contains(&wanted), "{error}");
+        }
+        loaded(8, json!({})).unwrap();
+        loaded(4, json!({"proj": 4, "q_proj": 8})).unwrap_err();
+        let each = Matrix::ALL.map(|matrix| (matrix.short_name().to_string(), json!(8)));
+        loaded(4, Json::Object(each.into_iter().collect())).unwrap();
+        loaded(4, json!({".*": 8})).unwrap();
     }
 
     /// A LoRA with these matrices and ranks, all of whose numbers are 1.
-    fn lora(parts: &[(usize, Matrix, usize)], use_rslora: bool, alphas: &Patterns) -> Lora {
+    fn lora(parts: &[(usize, Matrix, usize)], use_rslora: bool, alphas: &Pattern) -> Lora {
         let model = tiny_model();
         let mut parameters = BTreeMap::new();
         for (layer, matrix, r) in parts {
@@ -231,7 +292,11 @@ mod tests {
             }
         }
         let config = LoraConfig { r: 4, use_rslora, ..LoraConfig::all_linear() };
-        Lora::with_parameters(config, &model, parameters, alphas, "test").unwrap()
+        let rank =
+            |(layer, matrix, r): &(usize, Matrix, usize)| (module(*layer, *matrix), *r as f64);
+        let ranks = Some(parts.iter().map(rank).collect());
+        let patterns = Patterns { alphas: alphas.clone(), ranks };
+        Lora::with_parameters(config, &model, parameters, &patterns, "test").unwrap()
     }
 
     /// Saves and loads; what was written, which must say the same as before.

@@ -20,7 +20,8 @@ pub struct DataArgs {
     pub dataset_test_split: String,
     /// Most training rows, from the start of the split; 0 = all.
     pub max_train_samples: usize,
-    /// Most evaluation rows, from the start of the split; 0 = all.
+    /// Most evaluation rows, from the start of the split, 0 = all; of a single file, rows held out
+    /// of it, at most half, 0 = none.
     pub max_eval_samples: usize,
     /// Jinja template over a row's columns that makes the prompt.
     pub prompt_template: Option<String>,
@@ -74,7 +75,8 @@ impl DataArgs {
     pub fn dataset(&self) -> Result<&str> {
         self.dataset_name.as_deref().filter(|name| !name.is_empty()).ok_or_else(|| {
             Error::usage(
-                "dataset_name is not set; give a task (gsm8k, listops, instruct), a file or a hub id",
+                "dataset_name is not set; give a task (gsm8k, listops, instruct), a file or a hub \
+                 id",
             )
         })
     }

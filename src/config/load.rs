@@ -164,6 +164,10 @@ pub fn read_toml<C: RunConfig>(path: &Path) -> Result<C> {
             "{}: no such configuration file; give a TOML file, and flags as --key value",
             path.display()
         )),
+        std::io::ErrorKind::IsADirectory => Error::usage(format!(
+            "{}: a folder is no configuration file; give a TOML file, and flags as --key value",
+            path.display()
+        )),
         std::io::ErrorKind::InvalidData => {
             Error::usage(format!("{}: not a TOML file: it is not UTF-8 text", path.display()))
         }

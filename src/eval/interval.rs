@@ -16,7 +16,8 @@ pub struct Proportion {
 }
 
 impl Proportion {
-    /// The Wilson score interval (Wilson 1927), which stays inside [0, 1] and is right near its ends.
+    /// The Wilson score interval (Wilson 1927), which stays inside [0, 1] and is right near its
+    /// ends.
     pub fn new(successes: usize, trials: usize) -> Self {
         if trials == 0 {
             return Proportion { successes, trials, low: 0.0, high: 1.0 };
@@ -34,6 +35,12 @@ impl Proportion {
         self.successes as f64 / self.trials.max(1) as f64
     }
 
+    /// The share and its interval in per cent: `50.0 % [44.4, 55.6]`.
+    pub fn percent(&self) -> String {
+        let [rate, low, high] = [self.rate(), self.low, self.high].map(|share| 100.0 * share);
+        format!("{rate:.1} % [{low:.1}, {high:.1}]")
+    }
+
     /// Whether two intervals share no point.
     pub fn is_apart_from(&self, other: &Proportion) -> bool {
         self.high < other.low || other.high < self.low
@@ -42,9 +49,7 @@ impl Proportion {
 
 impl std::fmt::Display for Proportion {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Proportion { successes, trials, low, high } = self;
-        let [rate, low, high] = [self.rate(), *low, *high].map(|share| 100.0 * share);
-        write!(f, "{rate:.1} % [{low:.1}, {high:.1}] ({successes}/{trials})")
+        write!(f, "{} ({}/{})", self.percent(), self.successes, self.trials)
     }
 }
 
@@ -60,6 +65,12 @@ mod tests {
         close(Proportion::new(0, 10), 0.0, 0.27753);
         close(Proportion::new(5, 10), 0.23659, 0.76341);
         close(Proportion::new(126, 300), 0.36551, 0.47652);
+    }
+
+    #[test]
+    fn a_proportion_is_written_with_its_interval_and_counts() {
+        let text = Proportion::new(150, 300).to_string();
+        assert_eq!(text, "50.0 % [44.4, 55.6] (150/300)");
     }
 
     #[test]

@@ -16,25 +16,40 @@ pub struct Tally {
 
 impl Tally {
     /// Counts outcomes.
-    pub fn new(outcomes: impl Iterator<Item = Outcome> + Clone) -> Self {
-        let count = |wanted| outcomes.clone().filter(|outcome| *outcome == wanted).count();
-        Tally { counts: Outcome::ALL.map(count) }
+    pub fn new(outcomes: impl Iterator<Item = Outcome>) -> Self {
+        let mut counts = [0; Outcome::ALL.len()];
+        for outcome in outcomes {
+            for (known, count) in Outcome::ALL.into_iter().zip(&mut counts) {
+                *count += usize::from(known == outcome);
+            }
+        }
+        Tally { counts }
+    }
+
+    /// How many answers came to `wanted`.
+    pub fn count(&self, wanted: Outcome) -> usize {
+        self.iter().filter(|(outcome, _)| *outcome == wanted).map(|(_, count)| count).sum()
+    }
+
+    /// Every outcome with its count.
+    fn iter(&self) -> impl Iterator<Item = (Outcome, usize)> {
+        Outcome::ALL.into_iter().zip(self.counts)
     }
 
     /// The share of right answers with its interval.
     pub fn proportion(&self) -> Proportion {
-        Proportion::new(self.counts[0], self.counts.iter().sum())
+        Proportion::new(self.count(Outcome::Right), self.counts.iter().sum())
     }
 
-    /// Adds `eval_accuracy` with its interval, `eval_samples`, and a `reward_outcome/…` each.
+    /// Adds `eval_accuracy` with its interval, `eval_samples`, and an `eval_reward_outcome/…` each.
     pub fn write(&self, metrics: &mut Metrics) {
         let accuracy = self.proportion();
         metrics.set("eval_accuracy", accuracy.rate());
         metrics.set("eval_accuracy_low", accuracy.low);
         metrics.set("eval_accuracy_high", accuracy.high);
         metrics.set("eval_samples", accuracy.trials as f64);
-        for (outcome, count) in Outcome::ALL.iter().zip(self.counts) {
-            metrics.set(outcome.metric(), count as f64);
+        for (outcome, count) in self.iter() {
+            metrics.set(metric(outcome), count as f64);
         }
     }
 
@@ -42,20 +57,26 @@ impl Tally {
     pub fn read(metrics: &Metrics) -> Option<Self> {
         metrics.get("eval_accuracy")?;
         let mut counts = [0; Outcome::ALL.len()];
-        for (outcome, count) in Outcome::ALL.iter().zip(&mut counts) {
-            *count = metrics.get(&outcome.metric())? as usize;
+        for (outcome, count) in Outcome::ALL.into_iter().zip(&mut counts) {
+            *count = metrics.get(&metric(outcome))? as usize;
         }
         Some(Tally { counts })
     }
 }
 
+/// The name under which an evaluation counts an outcome.
+fn metric(outcome: Outcome) -> String {
+    format!("eval_{}", outcome.metric())
+}
+
 /// `50.0 % [44.4, 55.6] (150/300; 140 wrong, 10 unparsable)`
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let accuracy = self.proportion().to_string();
-        let others = Outcome::ALL.iter().zip(self.counts).skip(1);
+        let accuracy = self.proportion();
+        let (right, of) = (accuracy.successes, accuracy.trials);
+        let others = self.iter().filter(|(outcome, _)| *outcome != Outcome::Right);
         let others: Vec<_> = others.map(|(outcome, count)| format!("{count} {outcome}")).collect();
-        write!(f, "{}; {})", accuracy.trim_end_matches(')'), others.join(", "))
+        write!(f, "{} ({right}/{of}; {})", accuracy.percent(), others.join(", "))
     }
 }
 
@@ -82,9 +103,9 @@ mod tests {
         assert_eq!(Tally::read(&metrics), None);
         tally.write(&mut metrics);
         assert_eq!(Tally::read(&metrics), Some(tally));
-        let names = ["eval_accuracy", "eval_samples", "reward_outcome/right"];
+        let names = ["eval_accuracy", "eval_samples", "eval_reward_outcome/right"];
         assert_eq!(names.map(|name| metrics.get(name)), [Some(0.7), Some(10.0), Some(7.0)]);
-        let names = ["reward_outcome/wrong", "reward_outcome/unparsable"];
+        let names = ["eval_reward_outcome/wrong", "eval_reward_outcome/unparsable"];
         assert_eq!(names.map(|name| metrics.get(name)), [Some(2.0), Some(1.0)]);
     }
 }

@@ -27,6 +27,8 @@ pub(crate) trait Simd: Copy {
     fn load_even(self, x: &[u16; 2 * LANES]) -> Self::V;
     /// Reads the second of each pair of bf16 numbers.
     fn load_odd(self, x: &[u16; 2 * LANES]) -> Self::V;
+    /// Reads the first or second of each pair of bf16 numbers, by whether `k` is even or odd.
+    fn load_link(self, x: &[u16; 2 * LANES], k: usize) -> Self::V;
     /// Writes the upper halves of the lanes' bits as pairs of bf16 numbers.
     fn store_pairs(self, y: &mut [u16; 2 * LANES], even: Self::V, odd: Self::V);
     /// Writes the lanes.
@@ -130,6 +132,10 @@ impl Simd for Portable {
         std::array::from_fn(|i| f32::from_bits(u32::from(x[2 * i + 1]) << 16))
     }
     #[inline(always)]
+    fn load_link(self, x: &[u16; 2 * LANES], k: usize) -> Self::V {
+        std::array::from_fn(|i| f32::from_bits(u32::from(x[2 * i + k % 2]) << 16))
+    }
+    #[inline(always)]
     fn store_pairs(self, y: &mut [u16; 2 * LANES], even: Self::V, odd: Self::V) {
         for i in 0..LANES {
             y[2 * i] = (even[i].to_bits() >> 16) as u16;
@@ -211,6 +217,8 @@ mod tests {
                 s.splat(self.0[3]),
                 s.load_even(&pairs),
                 s.load_odd(&pairs),
+                s.load_link(&pairs, 6),
+                s.load_link(&pairs, 7),
                 s.add(a, b),
                 s.sub(a, b),
                 s.mul(a, b),

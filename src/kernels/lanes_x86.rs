@@ -115,6 +115,11 @@ impl Simd for Avx2 {
         unsafe { (odd8(x.as_ptr()), odd8(x.as_ptr().add(LANES))) }
     }
     #[inline(always)]
+    fn load_link(self, x: &[u16; 2 * LANES], k: usize) -> Self::V {
+        // SAFETY: both halves lie inside `x`.
+        unsafe { (link8(x.as_ptr(), k), link8(x.as_ptr().add(LANES), k)) }
+    }
+    #[inline(always)]
     fn store_pairs(self, y: &mut [u16; 2 * LANES], even: Self::V, odd: Self::V) {
         // SAFETY: both halves lie inside `y`.
         unsafe {
@@ -212,6 +217,14 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    fn load_link(self, x: &[u16; 2 * LANES], k: usize) -> Self::V {
+        // SAFETY: sixteen pairs lie inside `x`.
+        unsafe {
+            let pairs = _mm512_sll_epi32(_mm512_loadu_si512(x.as_ptr().cast()), shift(k));
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(UPPER)))
+        }
+    }
+    #[inline(always)]
     fn store_pairs(self, y: &mut [u16; 2 * LANES], even: Self::V, odd: Self::V) {
         // SAFETY: sixteen pairs lie inside `y`.
         unsafe {
@@ -287,6 +300,27 @@ unsafe fn odd8(x: *const u16) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe {
         let pairs = _mm256_loadu_si256(x.cast());
+        _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(UPPER)))
+    }
+}
+
+/// Bits by which a pair moves so that link `k` is in its upper half.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn shift(k: usize) -> __m128i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm_cvtsi32_si128(16 - 16 * (k as i32 & 1)) }
+}
+
+/// # Safety
+/// The machine has AVX2, and eight pairs can be read.
+#[inline(always)]
+unsafe fn link8(x: *const u16, k: usize) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let pairs = _mm256_sll_epi32(_mm256_loadu_si256(x.cast()), shift(k));
         _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(UPPER)))
     }
 }

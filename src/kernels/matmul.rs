@@ -1,10 +1,11 @@
 //! Products with a frozen packed weight: the layer's output and the gradient of its input.
 //!
 //! **Batch-invariant**: the bits of a row of the result depend only on that row of the input and
-//! on the weight, never on the number of rows, the row's place, the threads or the CPU level.
+//! on the weight, never on the number of rows, the row's place, the threads or (up to `high`) the
+//! machine.
 //! Every element is the bias (or zero) plus, in order, the sums over 256 k at a time, each of them
-//! one chain of fused multiply-adds in ascending k. `medium` alone may have other bits on another
-//! CPU level, see [`matmul_dot`](super::matmul_dot).
+//! one chain of fused multiply-adds in ascending k. `medium` is a chain of pairs where the machine
+//! multiplies pairs (`matmul_dot`), and then has bits of its own.
 
 use std::ops::Range;
 
@@ -36,7 +37,8 @@ const K_SPAN: usize = 8 * K_BLOCK;
 const NEAR_OUTPUTS: usize = 1 << 16;
 /// Rows of a task at most: one block of k of them lies in the second-level cache.
 const ROW_BLOCK: usize = 384;
-/// Rows up to which a weight is read straight from its storage, and the input where it lies.
+/// Rows up to which `f32` products read a bf16 weight straight from its storage, and the input
+/// where it lies.
 pub(crate) const STREAM_ROWS: usize = 6;
 
 /// `y = x W^T + bias`: `x [M, in]`, `y [M, out]`, `bias [out]`. Panics if the lengths disagree.
@@ -144,7 +146,7 @@ impl<'a> Product<'a> {
         let group = best_panels(self.level, rows.len());
         let near = (NEAR_OUTPUTS / (rows.len() * LANES)).next_multiple_of(group);
         let panel_rows = K_BLOCK.min(self.k.next_multiple_of(LANES)) / A::LINKS;
-        let mut scratch = vec![A::ZERO; group * panel_rows];
+        let mut scratch = vec![A::ZERO_ROW; group * panel_rows];
         let mut copied = Vec::new();
         for k0 in (0..self.k).step_by(K_SPAN) {
             let k = k0..(k0 + K_SPAN).min(self.k);
@@ -162,14 +164,11 @@ impl<'a> Product<'a> {
         if rows.len() <= STREAM_ROWS && A::in_place(self.x).is_some() {
             return;
         }
-        copied.clear();
-        copied.reserve(rows.len() * k.len().div_ceil(A::LINKS));
-        let blocks = k.clone().step_by(K_BLOCK);
-        for k0 in blocks {
-            let width = K_BLOCK.min(k.end - k0);
-            let (x, start) = (&self.x[rows.start * self.k + k0..], copied.len());
-            copied.resize(start + rows.len() * width.div_ceil(A::LINKS), A::START);
-            A::copy(self.level, x, self.k, width, &mut copied[start..]);
+        copied.resize(rows.len() * k.len().div_ceil(A::LINKS), A::ZERO);
+        let parts = copied.chunks_mut(rows.len() * K_BLOCK / A::LINKS);
+        for (k0, into) in k.clone().step_by(K_BLOCK).zip(parts) {
+            let x = &self.x[rows.start * self.k + k0..];
+            A::copy(self.level, x, self.k, K_BLOCK.min(k.end - k0), into);
         }
     }
 
@@ -199,11 +198,15 @@ impl<'a> Product<'a> {
     }
 
     /// Runs the strip of a panel group; a last, partial panel goes through a buffer.
-    pub(crate) fn columns_of<A: Form, B: Element>(
+    ///
+    /// # Safety
+    /// `step` has `kc` links of its rows at `a`, and there are as many of its panels at `b`,
+    /// `panel_stride` elements apart; `multiply` computes a valid strip.
+    pub(crate) unsafe fn columns_of<A: Form, B: Element>(
         &self,
         step: &Step<A>,
-        b: *const B,
-        panel_stride: usize,
+        (b, panel_stride): (*const B, usize),
+        multiply: unsafe fn(CpuLevel, Strip<A, B>),
     ) {
         let (rows, column) = (step.rows.len(), step.panel * LANES);
         let first = step.k0 == 0;
@@ -221,8 +224,8 @@ impl<'a> Product<'a> {
             ldy: self.columns,
         };
         let width = (self.columns - column).min(step.panels * LANES);
-        // SAFETY: tasks own disjoint rows and panels; a and b hold kc links of these rows and
-        // panels; the buffer has whole panels.
+        // SAFETY: tasks own disjoint rows and panels; a and b are as the caller promises; the
+        // buffer has whole panels.
         unsafe {
             let y = self.y.at(step.rows.start * self.columns + column);
             if width == step.panels * LANES {
@@ -230,7 +233,7 @@ impl<'a> Product<'a> {
                 if !first {
                     (strip.init, strip.ldi) = (y, self.columns);
                 }
-                A::multiply(self.level, strip);
+                multiply(self.level, strip);
                 return;
             }
             let padded = step.panels * LANES;
@@ -242,7 +245,7 @@ impl<'a> Product<'a> {
                 }
                 (strip.init, strip.ldi) = (strip.y, padded);
             }
-            A::multiply(self.level, strip);
+            multiply(self.level, strip);
             for (i, row) in buffer.chunks(padded).enumerate() {
                 y.add(i * self.columns).copy_from(row.as_ptr(), width);
             }

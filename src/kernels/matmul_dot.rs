@@ -1,7 +1,7 @@
 //! The inner loop of products of bf16 pairs on AVX-512 BF16: each instruction adds the products of
-//! two neighbouring links to sixteen sums, twice the rate of fused multiply-adds.
+//! two neighbouring links to sixteen sums.
 //!
-//! As everywhere an element is one chain in the order of k, so rows do not depend on the batch. The
+//! An element is one chain in the order of pairs of k, so rows do not depend on the batch. The
 //! instruction takes subnormal numbers for zero and rounds in its own way, so `medium` has other
 //! bits here than on machines without it.
 
@@ -16,9 +16,8 @@ const ROWS: usize = 12;
 /// Computes a strip of pairs.
 ///
 /// # Safety
-/// As [`multiply`](super::matmul_tile::multiply); the machine has AVX-512 F and BF16, and panels
-/// are pairs of links.
-pub(crate) unsafe fn multiply<B>(strip: Strip<Pair, B>) {
+/// As [`multiply`](super::matmul_tile::multiply); the machine has AVX-512 F and BF16.
+pub(crate) unsafe fn multiply(strip: Strip<Pair, u16>) {
     let strip = Strip {
         rows: strip.rows,
         k: strip.k.div_ceil(2),

@@ -1,5 +1,5 @@
-//! Brings operands into the form that the inner loops read: rows, as they are or rounded to pairs of
-//! bf16, and panels widened, rounded or transposed into scratch.
+//! Brings operands into the form that the inner loops read: rows, as they are or rounded to pairs
+//! of bf16, and panels widened, rounded or transposed into scratch.
 
 use std::ops::Range;
 
@@ -73,11 +73,7 @@ pub(crate) fn fill_panel(
     into: &mut [RowF32],
 ) {
     if axis == Axis::Input {
-        let visit = |tile: &[[f32; LANES]], i: usize| {
-            let to = into[i..i + LANES].iter_mut().zip(tile);
-            to.for_each(|(to, row)| to.0 = *row);
-        };
-        return level.run(Transposed { w, panel, k, round: false, visit });
+        return level.run(Transpose { w, panel, k, into });
     }
     match &w.storage {
         Storage::F32(rows) => {
@@ -101,7 +97,7 @@ pub(crate) fn fill_pairs(
     into: &mut [PairRow],
 ) {
     if axis == Axis::Input {
-        return level.run(TransposedPairs { w, panel, k, into });
+        return level.run(TransposePairs { w, panel, k, into });
     }
     match &w.storage {
         Storage::F32(rows) => {
@@ -125,11 +121,9 @@ struct Widen<'a> {
 impl Kernel for Widen<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for (to, row) in self.into.chunks_mut(2).zip(self.rows) {
+        for (to, row) in self.into.as_chunks_mut::<2>().0.iter_mut().zip(self.rows) {
             s.store(&mut to[0].0, s.load_even(&row.0));
-            if let Some(to) = to.get_mut(1) {
-                s.store(&mut to.0, s.load_odd(&row.0));
-            }
+            s.store(&mut to[1].0, s.load_odd(&row.0));
         }
     }
 }
@@ -144,76 +138,90 @@ impl Kernel for RoundPairs<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for (to, rows) in self.into.iter_mut().zip(self.rows.chunks(2)) {
-            let odd = rows.get(1).map_or([0.0; LANES], |row| rounded(&row.0));
-            s.store_pairs(&mut to.0, s.load(&rounded(&rows[0].0)), s.load(&odd));
+            let mut pair = [0.0f32; 2 * LANES];
+            let rows = RowF32::elements(rows);
+            pair.iter_mut().zip(rows).for_each(|(to, x)| *to = round_to_bf16(*x));
+            let (even, odd) = pair.split_at(LANES);
+            s.store_pairs(&mut to.0, s.load_part(even), s.load_part(odd));
         }
     }
 }
 
-#[inline(always)]
-fn rounded(row: &[f32; LANES]) -> [f32; LANES] {
-    row.map(round_to_bf16)
+/// Sixteen input features (`panel` of them) of the output features `k`, transposed.
+struct Transpose<'a> {
+    w: &'a PackedMatrix,
+    panel: usize,
+    k: Range<usize>,
+    into: &'a mut [RowF32],
 }
 
-/// Transposes to pairs.
-struct TransposedPairs<'a> {
+impl Kernel for Transpose<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut tile = [0.0f32; LANES * LANES];
+        let tiles = self.into.chunks_exact_mut(LANES);
+        for (k0, to) in self.k.step_by(LANES).zip(tiles) {
+            read_tile(s, self.w, self.panel, k0, false, &mut tile);
+            transpose16(s, &tile, RowF32::elements_mut(to));
+        }
+    }
+}
+
+/// The same as pairs of bf16.
+struct TransposePairs<'a> {
     w: &'a PackedMatrix,
     panel: usize,
     k: Range<usize>,
     into: &'a mut [PairRow],
 }
 
-impl Kernel for TransposedPairs<'_> {
+impl Kernel for TransposePairs<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { w, panel, k, into } = self;
-        let visit = |tile: &[[f32; LANES]], i: usize| {
-            for (to, rows) in into[i / 2..i / 2 + LANES / 2].iter_mut().zip(tile.chunks(2)) {
-                s.store_pairs(&mut to.0, s.load(&rows[0]), s.load(&rows[1]));
+        let mut tile = [0.0f32; LANES * LANES];
+        let mut turned = [0.0f32; LANES * LANES];
+        let tiles = self.into.chunks_exact_mut(LANES / 2);
+        for (k0, to) in self.k.step_by(LANES).zip(tiles) {
+            read_tile(s, self.w, self.panel, k0, true, &mut tile);
+            transpose16(s, &tile, &mut turned);
+            let rows = turned.as_chunks::<LANES>().0.as_chunks::<2>().0;
+            for (to, [even, odd]) in to.iter_mut().zip(rows) {
+                s.store_pairs(&mut to.0, s.load(even), s.load(odd));
             }
-        };
-        Transposed { w, panel, k, round: true, visit }.run(s);
+        }
     }
 }
 
-/// Visits the tiles of sixteen input features (`panel` of them) of the output features `k`,
-/// transposed; the number is that of a tile's first link, from 0.
-struct Transposed<'a, F> {
-    w: &'a PackedMatrix,
+/// Reads sixteen input features (`panel` of them) of the sixteen output features from `k0` on, a
+/// row a feature; rows that the weight does not have stay.
+#[inline(always)]
+fn read_tile<S: Simd>(
+    s: S,
+    w: &PackedMatrix,
     panel: usize,
-    k: Range<usize>,
+    k0: usize,
     round: bool,
-    visit: F,
-}
-
-impl<F: FnMut(&[[f32; LANES]], usize)> Kernel for Transposed<'_, F> {
-    #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        let in_features = self.w.in_features();
-        let first = self.panel * LANES;
-        let count = LANES.min(in_features - first);
-        let mut tile = [0.0f32; LANES * LANES];
-        let mut turned = [0.0f32; LANES * LANES];
-        for k0 in self.k.clone().step_by(LANES) {
-            match &self.w.storage {
-                Storage::F32(rows) if count == LANES && !self.round => {
-                    let start = k0 / LANES * in_features + first;
-                    let rows = RowF32::elements(&rows[start..start + LANES]);
-                    transpose16(s, rows, &mut turned);
-                    (self.visit)(turned.as_chunks().0, k0 - self.k.start);
-                    continue;
-                }
-                Storage::F32(rows) => {
-                    let start = k0 / LANES * in_features + first;
-                    read_f32(&rows[start..start + count], self.round, &mut tile);
-                }
-                Storage::Bf16(rows) => {
-                    let start = k0 / LANES * in_features.div_ceil(2) + first / 2;
-                    read_bf16(s, &rows[start..start + count.div_ceil(2)], &mut tile);
-                }
+    tile: &mut [f32; LANES * LANES],
+) {
+    let in_features = w.in_features();
+    let first = panel * LANES;
+    let count = LANES.min(in_features - first);
+    match &w.storage {
+        Storage::F32(rows) => {
+            let start = k0 / LANES * in_features + first;
+            let rows = RowF32::elements(&rows[start..start + count]);
+            for (to, &x) in tile.iter_mut().zip(rows) {
+                *to = if round { round_to_bf16(x) } else { x };
             }
-            transpose16(s, &tile, &mut turned);
-            (self.visit)(turned.as_chunks().0, k0 - self.k.start);
+        }
+        Storage::Bf16(rows) => {
+            let start = k0 / LANES * in_features.div_ceil(2) + first / 2;
+            let rows = &rows[start..start + count.div_ceil(2)];
+            let tile = tile.as_chunks_mut::<LANES>().0.as_chunks_mut::<2>().0;
+            for ([even, odd], row) in tile.iter_mut().zip(rows) {
+                s.store(even, s.load_even(&row.0));
+                s.store(odd, s.load_odd(&row.0));
+            }
         }
     }
 }
@@ -223,20 +231,5 @@ impl<F: FnMut(&[[f32; LANES]], usize)> Kernel for Transposed<'_, F> {
 fn transpose16<S: Simd>(s: S, x: &[f32], y: &mut [f32]) {
     for (i, j) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
         s.transpose8(&x[i * LANES + j..], LANES, &mut y[j * LANES + i..], LANES);
-    }
-}
-
-#[inline(always)]
-fn read_f32(rows: &[RowF32], round: bool, tile: &mut [f32]) {
-    for (to, row) in tile.as_chunks_mut().0.iter_mut().zip(rows) {
-        *to = if round { rounded(&row.0) } else { row.0 };
-    }
-}
-
-#[inline(always)]
-fn read_bf16<S: Simd>(s: S, rows: &[PairRow], tile: &mut [f32]) {
-    for (to, row) in tile.as_chunks_mut::<LANES>().0.chunks_exact_mut(2).zip(rows) {
-        s.store(&mut to[0], s.load_even(&row.0));
-        s.store(&mut to[1], s.load_odd(&row.0));
     }
 }

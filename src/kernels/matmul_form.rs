@@ -6,7 +6,7 @@ use super::dispatch::CpuLevel;
 use super::lanes::LANES;
 use super::matmul::{Axis, Product, STREAM_ROWS};
 use super::matmul_fill::{copy_rows, fill_pairs, fill_panel, round_rows};
-use super::matmul_tile::{Left, Pair};
+use super::matmul_tile::{Left, Pair, multiply, multiply_pairs};
 use super::pack::{PairRow, RowF32, Storage};
 
 /// The form in which the inner loop reads its operands.
@@ -14,12 +14,12 @@ pub(crate) trait Form: Left {
     /// A row of a panel in scratch.
     type Row: Copy;
     /// A row of zeros.
-    const ZERO: Self::Row;
-    /// An element of zeros.
-    const START: Self;
+    const ZERO_ROW: Self::Row;
+    /// An element of zero links.
+    const ZERO: Self;
     /// Links of k in an element on the left, and in a row of a panel.
     const LINKS: usize;
-    /// Whether a few rows of the input are read where they lie.
+    /// The input itself, where a few rows of it can be read without a copy.
     fn in_place(x: &[f32]) -> Option<&[Self]>;
     /// Copies the first `width` columns of rows of `x`, `stride` apart.
     fn copy(level: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [Self]);
@@ -29,8 +29,8 @@ pub(crate) trait Form: Left {
 
 impl Form for f32 {
     type Row = RowF32;
-    const ZERO: RowF32 = RowF32([0.0; LANES]);
-    const START: f32 = 0.0;
+    const ZERO_ROW: RowF32 = RowF32([0.0; LANES]);
+    const ZERO: f32 = 0.0;
     const LINKS: usize = 1;
 
     fn in_place(x: &[f32]) -> Option<&[f32]> {
@@ -46,19 +46,25 @@ impl Form for f32 {
         match &job.w.storage {
             Storage::F32(w) if job.axis == Axis::Output => {
                 let rows = &w[step.panel * job.k + step.k0..];
-                job.columns_of(&step, rows.as_ptr().cast::<f32>(), job.k * LANES);
+                let panels = (rows.as_ptr().cast::<f32>(), job.k * LANES);
+                // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
+                unsafe { job.columns_of(&step, panels, multiply) }
             }
             Storage::Bf16(w) if job.axis == Axis::Output && few => {
                 let panel = job.k.div_ceil(2);
                 let rows = &w[step.panel * panel + step.k0 / 2..];
-                job.columns_of(&step, rows.as_ptr().cast::<u16>(), panel * 2 * LANES);
+                let panels = (rows.as_ptr().cast::<u16>(), panel * 2 * LANES);
+                // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
+                unsafe { job.columns_of(&step, panels, multiply) }
             }
             _ => {
                 let (rows, links) = (step.kc.next_multiple_of(LANES), step.links());
                 for (i, into) in step.scratch.chunks_mut(rows).take(step.panels).enumerate() {
                     fill_panel(job.level, job.w, job.axis, step.panel + i, links.clone(), into);
                 }
-                job.columns_of(&step, step.scratch.as_ptr().cast::<f32>(), rows * LANES);
+                let panels = (step.scratch.as_ptr().cast::<f32>(), rows * LANES);
+                // SAFETY: the group's panels have just been filled.
+                unsafe { job.columns_of(&step, panels, multiply) }
             }
         }
     }
@@ -66,8 +72,8 @@ impl Form for f32 {
 
 impl Form for Pair {
     type Row = PairRow;
-    const ZERO: PairRow = PairRow::ZERO;
-    const START: Pair = Pair(0);
+    const ZERO_ROW: PairRow = PairRow::ZERO;
+    const ZERO: Pair = Pair(0);
     const LINKS: usize = 2;
 
     fn in_place(_: &[f32]) -> Option<&[Pair]> {
@@ -83,14 +89,18 @@ impl Form for Pair {
             Storage::Bf16(w) if job.axis == Axis::Output => {
                 let panel = job.k.div_ceil(2);
                 let rows = &w[step.panel * panel + step.k0 / 2..];
-                job.columns_of(&step, rows.as_ptr().cast::<u16>(), panel * 2 * LANES);
+                let panels = (rows.as_ptr().cast::<u16>(), panel * 2 * LANES);
+                // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
+                unsafe { job.columns_of(&step, panels, multiply_pairs) }
             }
             _ => {
                 let (rows, links) = (step.kc.next_multiple_of(LANES) / 2, step.links());
                 for (i, into) in step.scratch.chunks_mut(rows).take(step.panels).enumerate() {
                     fill_pairs(job.level, job.w, job.axis, step.panel + i, links.clone(), into);
                 }
-                job.columns_of(&step, step.scratch.as_ptr().cast::<u16>(), rows * 2 * LANES);
+                let panels = (step.scratch.as_ptr().cast::<u16>(), rows * 2 * LANES);
+                // SAFETY: the group's panels have just been filled.
+                unsafe { job.columns_of(&step, panels, multiply_pairs) }
             }
         }
     }
@@ -98,13 +108,18 @@ impl Form for Pair {
 
 /// One block of k of a panel group, ready to multiply.
 pub(crate) struct Step<'a, A: Form> {
+    /// Rows of the input and the result.
     pub rows: Range<usize>,
+    /// The input's links from `k0` on, `lda` elements from row to row.
     pub a: *const A,
     pub lda: usize,
+    /// The first panel of the group and their number, 1 or 2.
     pub panel: usize,
     pub panels: usize,
+    /// The first link and their number.
     pub k0: usize,
     pub kc: usize,
+    /// Room for the group's panels.
     pub scratch: &'a mut [A::Row],
 }
 

@@ -14,16 +14,7 @@ pub(crate) trait Left: Copy {
     ///
     /// # Safety
     /// The row has so many links.
-    unsafe fn at<const ODD: bool>(row: *const Self, k: usize) -> f32;
-
-    /// Computes a strip.
-    ///
-    /// # Safety
-    /// As [`multiply`].
-    unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<Self, B>) {
-        // SAFETY: the caller's promise.
-        unsafe { multiply(level, strip) }
-    }
+    unsafe fn at(row: *const Self, k: usize) -> f32;
 }
 
 /// Two neighbouring links in bf16 bits, the first in the lower half.
@@ -33,7 +24,7 @@ pub(crate) struct Pair(pub u32);
 
 impl Left for f32 {
     #[inline(always)]
-    unsafe fn at<const ODD: bool>(row: *const f32, k: usize) -> f32 {
+    unsafe fn at(row: *const f32, k: usize) -> f32 {
         // SAFETY: the caller's promise.
         unsafe { *row.add(k) }
     }
@@ -41,54 +32,36 @@ impl Left for f32 {
 
 impl Left for Pair {
     #[inline(always)]
-    unsafe fn at<const ODD: bool>(row: *const Pair, k: usize) -> f32 {
+    unsafe fn at(row: *const Pair, k: usize) -> f32 {
         // SAFETY: the caller's promise.
         let pair = unsafe { (*row.add(k / 2)).0 };
-        f32::from_bits(if ODD { pair & 0xffff_0000 } else { pair << 16 })
-    }
-
-    unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<Pair, B>) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            #[cfg(target_arch = "x86_64")]
-            if B::PAIRS && level.multiplies_pairs() {
-                return matmul_dot::multiply(strip);
-            }
-            multiply(level, strip);
-        }
+        f32::from_bits(if k.is_multiple_of(2) { pair << 16 } else { pair & 0xffff_0000 })
     }
 }
 
-/// An element of a panel, widened to `f32` when loaded.
+/// An element of a panel, widened to `f32` when loaded: `f32` in panels `[k][16]`, or bf16 bits in
+/// panels `[k / 2][16][2]`.
 pub(crate) trait Element: Copy {
-    /// Whether panels are pairs of links, `[k / 2][16][2]`, instead of `[k][16]`.
-    const PAIRS: bool;
-
     /// Sixteen elements of link `k` of a panel as lanes.
     ///
     /// # Safety
     /// The panel has so many links.
-    unsafe fn load<S: Simd, const ODD: bool>(s: S, panel: *const Self, k: usize) -> S::V;
+    unsafe fn load<S: Simd>(s: S, panel: *const Self, k: usize) -> S::V;
 }
 
 impl Element for f32 {
-    const PAIRS: bool = false;
-
     #[inline(always)]
-    unsafe fn load<S: Simd, const ODD: bool>(s: S, panel: *const f32, k: usize) -> S::V {
+    unsafe fn load<S: Simd>(s: S, panel: *const f32, k: usize) -> S::V {
         // SAFETY: the caller's promise.
         s.load(unsafe { &*panel.add(k * LANES).cast() })
     }
 }
 
 impl Element for u16 {
-    const PAIRS: bool = true;
-
     #[inline(always)]
-    unsafe fn load<S: Simd, const ODD: bool>(s: S, panel: *const u16, k: usize) -> S::V {
+    unsafe fn load<S: Simd>(s: S, panel: *const u16, k: usize) -> S::V {
         // SAFETY: the caller's promise.
-        let pairs = unsafe { &*panel.add(k / 2 * 2 * LANES).cast() };
-        if ODD { s.load_odd(pairs) } else { s.load_even(pairs) }
+        s.load_link(unsafe { &*panel.add(k / 2 * 2 * LANES).cast() }, k)
     }
 }
 
@@ -121,6 +94,21 @@ pub(crate) struct Strip<A, B> {
 /// The pointers are valid for the shapes that the fields state, and nobody else uses `y`.
 pub(crate) unsafe fn multiply<A: Left, B: Element>(level: CpuLevel, strip: Strip<A, B>) {
     level.run(Multiply(strip));
+}
+
+/// Computes a strip of pairs, two links at once where the machine can.
+///
+/// # Safety
+/// As [`multiply`].
+pub(crate) unsafe fn multiply_pairs(level: CpuLevel, strip: Strip<Pair, u16>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        if level.multiplies_pairs() {
+            return matmul_dot::multiply(strip);
+        }
+        multiply(level, strip);
+    }
 }
 
 /// A strip whose pointers are valid.
@@ -201,44 +189,23 @@ impl<A: Left, B: Element> Strip<A, B> {
         // SAFETY: all offsets are inside the shapes stated by the fields.
         unsafe {
             let mut acc = [[s.splat(0.0); PANELS]; ROWS];
-            for k in (0..self.k / 2 * 2).step_by(2) {
-                self.link::<S, false, ROWS, PANELS>(s, k, &mut acc);
-                self.link::<S, true, ROWS, PANELS>(s, k + 1, &mut acc);
-            }
-            if self.k % 2 == 1 {
-                self.link::<S, false, ROWS, PANELS>(s, self.k - 1, &mut acc);
+            for k in 0..self.k {
+                let mut b = [s.splat(0.0); PANELS];
+                for p in 0..PANELS {
+                    b[p] = B::load(s, self.b.add(p * self.panel_stride), k);
+                }
+                for i in 0..ROWS {
+                    let a = s.splat(A::at(self.a.add(i * self.lda), k));
+                    for p in 0..PANELS {
+                        acc[i][p] = s.fma(a, b[p], acc[i][p]);
+                    }
+                }
             }
             for i in 0..ROWS {
                 for p in 0..PANELS {
                     let old = s.load(&*self.init.add(i * self.ldi + p * LANES).cast());
                     let sum = s.add(old, acc[i][p]);
                     s.store(&mut *self.y.add(i * self.ldy + p * LANES).cast(), sum);
-                }
-            }
-        }
-    }
-    /// Adds the products of link `k`, which is odd or not.
-    ///
-    /// # Safety
-    /// As [`multiply`].
-    #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // the indices are also offsets of the pointers
-    unsafe fn link<S: Simd, const ODD: bool, const ROWS: usize, const PANELS: usize>(
-        &self,
-        s: S,
-        k: usize,
-        acc: &mut [[S::V; PANELS]; ROWS],
-    ) {
-        // SAFETY: all offsets are inside the shapes stated by the fields.
-        unsafe {
-            let mut b = [s.splat(0.0); PANELS];
-            for p in 0..PANELS {
-                b[p] = B::load::<S, ODD>(s, self.b.add(p * self.panel_stride), k);
-            }
-            for i in 0..ROWS {
-                let a = s.splat(A::at::<ODD>(self.a.add(i * self.lda), k));
-                for p in 0..PANELS {
-                    acc[i][p] = s.fma(a, b[p], acc[i][p]);
                 }
             }
         }

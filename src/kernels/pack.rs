@@ -16,6 +16,12 @@ impl RowF32 {
         // SAFETY: a row is sixteen floats without padding.
         unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), rows.len() * LANES) }
     }
+
+    /// As [`RowF32::elements`], to write.
+    pub(crate) fn elements_mut(rows: &mut [Self]) -> &mut [f32] {
+        // SAFETY: a row is sixteen floats without padding.
+        unsafe { std::slice::from_raw_parts_mut(rows.as_mut_ptr().cast(), rows.len() * LANES) }
+    }
 }
 
 /// Two input features of a panel: their weights to sixteen output features in bf16 bits, the two of
@@ -36,8 +42,8 @@ pub(crate) enum Storage {
     Bf16(Vec<PairRow>),
 }
 
-/// A frozen weight `W [out, in]` in panels of sixteen output rows, the last panel padded with zeros,
-/// stored as `f32` (`[out / 16][in][16]`) or bf16 (`[out / 16][in / 2][16][2]`).
+/// A frozen weight `W [out, in]` in panels of sixteen output rows, the last panel padded with
+/// zeros, stored as `f32` (`[out / 16][in][16]`) or bf16 (`[out / 16][in / 2][16][2]`).
 #[derive(Clone)]
 pub struct PackedMatrix {
     out_features: usize,

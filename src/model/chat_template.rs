@@ -193,8 +193,7 @@ fn default_template(value: &Value) -> Result<&str> {
 
 fn no_template(place: &str) -> Error {
     Error::usage(format!(
-        "{place} has no chat template; set chat_template_path to a Jinja file with one, or use \
-         data in prompt and completion columns"
+        "{place} has no chat template; set chat_template_path to a Jinja file with one"
     ))
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::model::fetch;
 use crate::model::hub::{Hub, RepoKind};
-use crate::model::weights_safetensors::{INDEX, SINGLE, shard_files};
+use crate::model::weights_safetensors::{INDEX, SINGLE, Shards, shard_files};
 
 /// A model on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +45,22 @@ impl ModelSource {
     /// As [`ModelSource::resolve`], missing weights aside.
     pub fn find(model_name_or_path: &str) -> Result<ModelSource> {
         Self::locate(model_name_or_path, RepoKind::ModelConfig)
+    }
+
+    /// As [`ModelSource::find`], for a dry run: the weights in a folder must be there with headers
+    /// that can be read. From the hub they are not fetched.
+    ///
+    /// # Errors
+    /// As [`ModelSource::resolve`], or if a file of weights is damaged.
+    pub fn rehearse(model_name_or_path: &str) -> Result<ModelSource> {
+        let source = Self::find(model_name_or_path)?;
+        if let ModelSource::Folder(folder) = &source
+            && Path::new(model_name_or_path).is_dir()
+        {
+            check_weights(folder)?;
+            Shards::open(folder)?;
+        }
+        Ok(source)
     }
 
     fn locate(name: &str, kind: RepoKind) -> Result<ModelSource> {

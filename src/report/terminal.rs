@@ -124,7 +124,7 @@ impl Sink for Terminal {
             Event::Step { step, tokens, seconds } => self.stepped(*step, *tokens, *seconds),
             Event::Logged(line) => self.logged(line),
             Event::Evaluated(line) => {
-                let shown = line.metrics.iter().filter(|(name, _)| name.starts_with("eval_"));
+                let shown = line.metrics.iter().filter(|(name, _)| is_shown(name));
                 let text = self.place(line.step) + &columns(shown);
                 self.say(&text);
             }
@@ -142,6 +142,11 @@ impl Sink for Terminal {
         }
         Ok(())
     }
+}
+
+/// Whether a person sees an evaluation's metric: counts of one kind, as `eval_a/b`, are left out.
+fn is_shown(name: &str) -> bool {
+    name.starts_with("eval_") && !name.contains('/')
 }
 
 /// `"  loss    1.2345  grad_norm    0.5000"`, columns of the same width in every line.
@@ -222,6 +227,17 @@ mod tests {
              warning: one row was cut\n\
              done\n"
         );
+    }
+
+    #[test]
+    fn counts_of_outcomes_are_left_out_of_an_evaluation_line() {
+        let page = Page::default();
+        let metrics = Metrics::new().with("eval_accuracy", 0.5).with("epoch", 1.0);
+        let metrics = metrics.with("eval_reward_outcome/right", 4.0);
+        let mut terminal = Terminal::plain(page.clone());
+        terminal.take(&Event::Evaluated(MetricLine::new(3, metrics))).unwrap();
+        let text = String::from_utf8(page.0.borrow().clone()).unwrap();
+        assert_eq!(text, "step 3/0  eval_accuracy    0.5000\n");
     }
 
     #[test]

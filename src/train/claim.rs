@@ -5,7 +5,7 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::{PREFIX, checkpoint_dir, latest_good, list};
-use crate::config::Resume;
+use crate::config::{Resume, TrainArgs};
 use crate::files::{disk_error, remove_temporaries, verify, write_atomic};
 use crate::report::METRICS_FILE;
 use crate::{Error, Result};
@@ -22,52 +22,108 @@ pub struct Claim {
     pub checkpoint: Option<(u64, PathBuf)>,
     /// What the user should know, a sentence each.
     pub warnings: Vec<String>,
-    /// Whether the folder was made for this claim.
-    made: bool,
+    /// The folders that were made for this claim.
+    _made: Made,
     /// Locked until the process ends, however it ends.
     _lock: File,
 }
 
-impl Drop for Claim {
-    /// A folder that was made for a run that never began is removed again.
+/// Folders that were made for a run, the innermost first; if it never began they are removed again.
+#[derive(Debug)]
+struct Made(Vec<PathBuf>);
+
+impl Drop for Made {
     fn drop(&mut self) {
-        if self.made {
+        for folder in &self.0 {
             // fails, as it should, where anything was written
-            let _ = fs::remove_dir(&self.output_dir);
+            let _ = fs::remove_dir(folder);
         }
     }
 }
 
 /// Claims `output_dir` for a run, making it if needed. A folder with another run's files is refused
-/// unless this run resumes it, and so is one in use by a living process. When resuming, damaged
-/// checkpoints are renamed to `….damaged` with a warning and remains of a killed process are removed.
-pub fn claim_output_dir(output_dir: &Path, resume: &Resume) -> Result<Claim> {
-    let made = !output_dir.exists();
-    fs::create_dir_all(output_dir).map_err(disk_error(output_dir))?;
-    let lock = lock(output_dir)?;
-    let held = run_files(output_dir)?;
-    if *resume == Resume::No && !held.is_empty() {
-        return Err(Error::usage(format!(
-            "{} already holds a run ({}); give another --output_dir, continue it with \
-             --resume_from_checkpoint latest, or remove the folder",
-            output_dir.display(),
-            held.join(", ")
-        )));
-    }
+/// unless this run resumes it, and so are one in use by a living process and one whose run has
+/// other adapter keys than `config`, the text of this run's [`CONFIG_FILE`]. When resuming, damaged
+/// checkpoints are renamed to `….damaged` with a warning and remains of a killed process removed.
+pub fn claim_output_dir(run: &TrainArgs, config: &str) -> Result<Claim> {
+    let output_dir = run.output_dir.as_path();
+    let (made, lock) = open(output_dir)?;
+    refuse_other_run(run, config)?;
     remove_temporaries(output_dir)?;
     let mut claim = Claim {
         output_dir: output_dir.to_path_buf(),
         checkpoint: None,
         warnings: Vec::new(),
-        made,
+        _made: made,
         _lock: lock,
     };
-    match resume {
+    match &run.resume_from_checkpoint {
         Resume::No => {}
         Resume::Latest => claim.take_latest()?,
-        Resume::From(path) => claim.take(path)?,
+        Resume::From(path) => claim.checkpoint = Some(named_checkpoint(output_dir, path)?),
     }
     Ok(claim)
+}
+
+/// Refuses what [`claim_output_dir`] would refuse, and a folder in which no file can be written;
+/// leaves everything as it is.
+///
+/// # Errors
+/// As [`claim_output_dir`].
+pub fn check_output_dir(run: &TrainArgs, config: &str) -> Result<()> {
+    let output_dir = run.output_dir.as_path();
+    let (_made, _lock) = open(output_dir)?;
+    refuse_other_run(run, config)?;
+    if let Resume::From(path) = &run.resume_from_checkpoint {
+        named_checkpoint(output_dir, path)?;
+    }
+    let probe = output_dir.join(".dry_run.tmp");
+    File::create(&probe).map_err(disk_error(&probe))?;
+    fs::remove_file(&probe).map_err(Error::io(&probe))
+}
+
+/// Makes the folder if needed, and locks it.
+fn open(output_dir: &Path) -> Result<(Made, File)> {
+    let missing = output_dir.ancestors().filter(|folder| !folder.as_os_str().is_empty());
+    let missing = missing.take_while(|folder| !folder.exists()).map(Path::to_path_buf);
+    let made = Made(missing.collect());
+    fs::create_dir_all(output_dir).map_err(|error| {
+        let (folder, said) = (output_dir.display(), disk_error(output_dir)(error).to_string());
+        let reason = said.strip_prefix(&format!("{folder}: ")).unwrap_or(&said);
+        Error::failure(format!("output_dir {folder}: cannot be created: {reason}"))
+    })?;
+    let lock = lock(output_dir)?;
+    Ok((made, lock))
+}
+
+/// Refuses a folder with a run that this one neither resumes nor could.
+fn refuse_other_run(run: &TrainArgs, config: &str) -> Result<()> {
+    let output_dir = run.output_dir.as_path();
+    let held = run_files(output_dir)?;
+    if run.resume_from_checkpoint == Resume::No {
+        return match held.is_empty() {
+            true => Ok(()),
+            false => Err(Error::usage(format!(
+                "{} already holds a run ({}); give another --output_dir, continue it with \
+                 --resume_from_checkpoint latest, or remove the folder",
+                output_dir.display(),
+                held.join(", ")
+            ))),
+        };
+    }
+    let path = output_dir.join(CONFIG_FILE);
+    if list(output_dir)?.is_empty() || !path.exists() {
+        return Ok(());
+    }
+    let before = fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let changes = changes(&before, config).unwrap_or_default();
+    match changes.iter().find(|change| FIXED_KEYS.contains(&change.key.as_str())) {
+        None => Ok(()),
+        Some(Change { key, was, now }) => Err(Error::usage(format!(
+            "{key} was {was} and is now {now}: resume the run with what it began with, or start \
+             another in a new output_dir"
+        ))),
+    }
 }
 
 /// Locks the folder itself, where the file system can.
@@ -117,30 +173,6 @@ impl Claim {
         Ok(())
     }
 
-    fn take(&mut self, path: &Path) -> Result<()> {
-        let canonical = |path: &Path| path.canonicalize().map_err(Error::io(path));
-        let wanted = canonical(path)?;
-        let checkpoints = list(&canonical(&self.output_dir)?)?;
-        let Some((step, _)) = checkpoints.iter().find(|(_, dir)| *dir == wanted) else {
-            return Err(Error::usage(format!(
-                "{} is no checkpoint of {}; resume in the checkpoint's own output_dir, or start \
-                 a new run from its adapter with --adapter_name_or_path",
-                path.display(),
-                self.output_dir.display()
-            )));
-        };
-        if let Some((later, _)) = checkpoints.last().filter(|(last, _)| last > step) {
-            return Err(Error::usage(format!(
-                "{} also holds {PREFIX}{later}, which resuming from step {step} would overwrite; \
-                 move it away first",
-                self.output_dir.display()
-            )));
-        }
-        verify(&wanted)?;
-        self.checkpoint = Some((*step, checkpoint_dir(&self.output_dir, *step)));
-        Ok(())
-    }
-
     /// Writes [`CONFIG_FILE`], with a warning for each key that differs from the earlier one.
     ///
     /// # Errors
@@ -153,6 +185,30 @@ impl Claim {
         }
         write_atomic(&path, config.as_bytes())
     }
+}
+
+/// The run's newest checkpoint, given by its path, with its step.
+fn named_checkpoint(output_dir: &Path, path: &Path) -> Result<(u64, PathBuf)> {
+    let canonical = |path: &Path| path.canonicalize().map_err(Error::io(path));
+    let wanted = canonical(path)?;
+    let checkpoints = list(&canonical(output_dir)?)?;
+    let Some((step, _)) = checkpoints.iter().find(|(_, dir)| *dir == wanted) else {
+        return Err(Error::usage(format!(
+            "{} is no checkpoint of {}; resume in the checkpoint's own output_dir, or start \
+             a new run from its adapter with --adapter_name_or_path",
+            path.display(),
+            output_dir.display()
+        )));
+    };
+    if let Some((later, _)) = checkpoints.last().filter(|(last, _)| last > step) {
+        return Err(Error::usage(format!(
+            "{} also holds {PREFIX}{later}, which resuming from step {step} would overwrite; \
+             move it away first",
+            output_dir.display()
+        )));
+    }
+    verify(&wanted)?;
+    Ok((*step, checkpoint_dir(output_dir, *step)))
 }
 
 /// Renames a damaged checkpoint to a free name beside it.
@@ -168,35 +224,68 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
 }
 
 /// Keys that may change when a run goes on without changing what it computes.
-const FREE_KEYS: [&str; 8] = [
+const FREE_KEYS: [&str; 10] = [
     "resume_from_checkpoint",
     "dry_run",
     "output_dir",
     "run_name",
     "report_to",
+    "logging_steps",
+    "save_steps",
     "save_total_limit",
     "micro_batch_tokens",
     "gradient_checkpointing",
 ];
 
+/// Keys that say what the parameters of a checkpoint mean.
+const FIXED_KEYS: [&str; 11] = [
+    "adapter",
+    "steering_kind",
+    "steering_site",
+    "steering_rank",
+    "steering_alpha",
+    "steering_layers",
+    "steering_positions",
+    "lora_r",
+    "lora_alpha",
+    "use_rslora",
+    "lora_target_modules",
+];
+
+/// A key with another value than before.
+struct Change {
+    key: String,
+    was: String,
+    now: String,
+}
+
 /// A sentence for each key whose value differs, [`FREE_KEYS`] aside.
 fn changed_keys(before: &str, after: &str) -> Vec<String> {
-    let (Ok(before), Ok(after)) = (before.parse::<toml::Table>(), after.parse::<toml::Table>())
-    else {
+    let Some(changes) = changes(before, after) else {
         return vec![format!("the earlier {CONFIG_FILE} cannot be read and is replaced")];
     };
+    let sentence = |Change { key, was, now }| {
+        format!("{key} was {was} and is now {now}: the result is not that of an unbroken run")
+    };
+    let free = |change: &Change| FREE_KEYS.contains(&change.key.as_str());
+    changes.into_iter().filter(|change| !free(change)).map(sentence).collect()
+}
+
+/// The keys whose values differ; nothing if a text is no TOML.
+fn changes(before: &str, after: &str) -> Option<Vec<Change>> {
+    let (before, after) = (before.parse::<toml::Table>().ok()?, after.parse::<toml::Table>().ok()?);
     let show = |value: Option<&toml::Value>| match value {
         Some(value) => value.to_string(),
         None => "unset".to_string(),
     };
     let keys: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
-    keys.into_iter()
-        .filter(|key| !FREE_KEYS.contains(&key.as_str()) && before.get(*key) != after.get(*key))
-        .map(|key| {
-            let (old, new) = (show(before.get(key)), show(after.get(key)));
-            format!("{key} was {old} and is now {new}: the result is not that of an unbroken run")
-        })
-        .collect()
+    let changed = keys.into_iter().filter(|key| before.get(*key) != after.get(*key));
+    let change = |key: &String| Change {
+        key: key.clone(),
+        was: show(before.get(key)),
+        now: show(after.get(key)),
+    };
+    Some(changed.map(change).collect())
 }
 
 #[cfg(test)]
@@ -209,8 +298,13 @@ mod tests {
         save(output_dir, step, |dir| state.save(dir)).unwrap()
     }
 
+    fn run(output_dir: &Path, resume: &Resume) -> TrainArgs {
+        let (output_dir, resume_from_checkpoint) = (output_dir.to_path_buf(), resume.clone());
+        TrainArgs { output_dir, resume_from_checkpoint, ..Default::default() }
+    }
+
     fn claimed(output_dir: &Path, config: &str, resume: &Resume) -> Result<Claim> {
-        let mut claim = claim_output_dir(output_dir, resume)?;
+        let mut claim = claim_output_dir(&run(output_dir, resume), config)?;
         claim.write_config(config)?;
         Ok(claim)
     }
@@ -264,6 +358,47 @@ mod tests {
         assert_eq!(claim.warnings.len(), 2, "{:?}", claim.warnings);
         assert!(claim.warnings[1].starts_with("seed was 1 and is now 2"));
         checkpoint(dir.path(), 20);
+    }
+
+    #[test]
+    fn other_adapter_keys_are_refused_before_anything_is_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(claimed(dir.path(), "steering_rank = 8\n", &Resume::No).unwrap());
+        claimed(dir.path(), "steering_rank = 4\n", &Resume::Latest).unwrap();
+        checkpoint(dir.path(), 10);
+        fs::create_dir(dir.path().join(".checkpoint-20.tmp")).unwrap();
+        let message = refused(claimed(dir.path(), "steering_rank = 8\n", &Resume::Latest));
+        let wanted = "steering_rank was 4 and is now 8: resume the run with what it began with";
+        assert!(message.starts_with(wanted), "{message}");
+        let dry = run(dir.path(), &Resume::Latest);
+        assert_eq!(check_output_dir(&dry, "steering_rank = 8\n").unwrap_err().exit_code(), 2);
+        assert!(dir.path().join(".checkpoint-20.tmp").exists());
+        let config = fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();
+        assert_eq!(config, "steering_rank = 4\n");
+        let more = "steering_rank = 4\nsave_steps = 3\nlogging_steps = 7\n";
+        let claim = claimed(dir.path(), more, &Resume::Latest).unwrap();
+        assert_eq!(claim.warnings, [""; 0]);
+    }
+
+    #[test]
+    fn a_check_and_a_claim_that_came_to_nothing_leave_no_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let none = |output_dir: &Path| {
+            check_output_dir(&run(output_dir, &Resume::No), "").unwrap();
+            drop(claim_output_dir(&run(output_dir, &Resume::No), "").unwrap());
+        };
+        none(&dir.path().join("a/b/c"));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        fs::create_dir(dir.path().join("mine")).unwrap();
+        none(&dir.path().join("mine"));
+        assert_eq!(fs::read_dir(dir.path().join("mine")).unwrap().count(), 0);
+        fs::write(dir.path().join("file"), "").unwrap();
+        for below in ["file", "file/a"] {
+            let path = dir.path().join(below);
+            let error = check_output_dir(&run(&path, &Resume::No), "").unwrap_err();
+            let wanted = format!("output_dir {}: cannot be created: ", path.display());
+            assert!(error.to_string().starts_with(&wanted), "{error}");
+        }
     }
 
     #[test]

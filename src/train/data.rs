@@ -20,19 +20,22 @@ pub struct SftData {
     problems: Option<(Vec<Problem>, Grader)>,
 }
 
+/// The hub's copy of GSM8K.
+const GSM8K_ON_HUB: &str = "openai/gsm8k";
+
 /// Something with the number of its row in the file or split, from 1.
 type Numbered<T> = (usize, T);
 
 impl SftData {
     /// Loads what `dataset_name` names: a task, a file, a folder or a hub id.
     ///
-    /// A task's gold answers must all grade right, or nothing is trained; its generated problems are
-    /// the same for every seed of a run. Of a single file, `max_eval_samples` rows that `seed` picks
-    /// are held out.
+    /// A task's gold answers must all grade right, or nothing is trained; its generated problems
+    /// are the same for every seed of a run. Of a single file, `max_eval_samples` rows that `seed`
+    /// picks are held out, at most half of them.
     ///
     /// # Errors
-    /// If nothing of that name exists, a row is malformed (file and line), or a gold answer does not
-    /// grade right.
+    /// If nothing of that name exists, a row is malformed (file and line), or a gold answer does
+    /// not grade right.
     pub fn load(args: &DataArgs, seed: u64) -> Result<Self> {
         match Task::find(args.dataset()?) {
             Some(task) => Self::of_task(task, args),
@@ -41,36 +44,27 @@ impl SftData {
     }
 
     fn of_task(task: Task, args: &DataArgs) -> Result<Self> {
-        let foreign = [
-            ("prompt_template", args.prompt_template.is_some()),
-            ("completion_template", args.completion_template.is_some()),
-            ("system_prompt", args.system_prompt.is_some()),
-            ("columns", !args.columns.0.is_empty()),
-        ];
-        if let Some((key, _)) = foreign.iter().find(|(_, given)| *given) {
-            let name = task.name();
-            let what = format!("{key} is for your own rows: {name} brings its own prompts");
-            return Err(Error::usage(what));
-        }
+        refuse_keys_of_rows(task, args)?;
         let (train, test) = (&args.dataset_train_split, &args.dataset_test_split);
         if train == test {
             return Err(Error::usage(format!("split '{train}' is both trained and evaluated on")));
         }
         let options = task_options(task, args, &[train, test])?;
-        let problems = match task.grader() {
-            None => None,
-            Some(grader) => {
-                let problems = task.problems(test, options.max_test, &options)?;
-                let trained = task.problems(train, options.max_train, &options)?;
-                check(grader, trained.iter().chain(&problems))?;
-                Some((problems, grader))
-            }
+        let Some(grader) = task.grader() else {
+            return Ok(SftData {
+                train: numbered(task.examples(train, options.max_train, &options)?),
+                test: numbered(task.examples(test, options.max_test, &options)?),
+                problems: None,
+            });
         };
-        Ok(SftData {
-            train: numbered(task.examples(train, options.max_train, &options)?),
-            test: numbered(task.examples(test, options.max_test, &options)?),
-            problems,
-        })
+        let trained = task.problems(train, options.max_train, &options)?;
+        let problems = task.problems(test, options.max_test, &options)?;
+        check(grader, trained.iter().chain(&problems))?;
+        let examples = |problems: &[Problem]| -> Vec<Numbered<Example>> {
+            numbered(problems.iter().map(Problem::example).collect())
+        };
+        let (train, test) = (examples(&trained), examples(&problems));
+        Ok(SftData { train, test, problems: Some((problems, grader)) })
     }
 
     fn of_rows(args: &DataArgs, seed: u64) -> Result<Self> {
@@ -187,6 +181,24 @@ pub fn token_example(
     }
 }
 
+/// Refuses keys that say how rows of any columns become examples.
+fn refuse_keys_of_rows(task: Task, args: &DataArgs) -> Result<()> {
+    let foreign = [
+        ("prompt_template", args.prompt_template.is_some()),
+        ("completion_template", args.completion_template.is_some()),
+        ("system_prompt", args.system_prompt.is_some()),
+        ("columns", !args.columns.0.is_empty()),
+    ];
+    match foreign.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((key, _)) => {
+            let name = task.name();
+            let what = format!("{key} is for your own rows: {name} brings its own prompts");
+            Err(Error::usage(what))
+        }
+    }
+}
+
 /// What is loaded of a task, of which `splits` are used.
 fn task_options(task: Task, args: &DataArgs, splits: &[&str]) -> Result<TaskOptions> {
     Ok(TaskOptions {
@@ -205,15 +217,21 @@ fn task_options(task: Task, args: &DataArgs, splits: &[&str]) -> Result<TaskOpti
     })
 }
 
-/// The folder of the hub's copy of GSM8K, unless the files of all `splits` are on this machine.
+/// The folder of the hub's copy of GSM8K, unless the files of all `splits` are on this machine; a
+/// line on stderr says that it is used.
 fn fetch_gsm8k(splits: &[&str]) -> Result<Option<PathBuf>> {
     let files = splits.iter().map(|split| gsm8k::file_of(split));
     let files = files.collect::<datasets::Result<Vec<_>>>()?;
-    let missing = files.into_iter().find_map(|file| locate::find(gsm8k::FOLDER, &file).err());
+    let missing = files.iter().find(|file| locate::find(gsm8k::FOLDER, file).is_err());
     let Some(missing) = missing else { return Ok(None) };
-    let fetched = hub::fetch_dataset("openai/gsm8k")
-        .map_err(|error| Error::failure(format!("{missing}; nor could it be fetched: {error}")))?;
-    Ok(Some(fetched.join("main")))
+    let fetched = hub::fetch_dataset(GSM8K_ON_HUB).map_err(|error| {
+        let besides = format!(", and {GSM8K_ON_HUB} could not be fetched: {error}");
+        Error::failure(locate::missing(gsm8k::FOLDER, missing, &besides).to_string())
+    })?;
+    let folder = fetched.join("main");
+    let (wanted, place) = (gsm8k::FOLDER, folder.display());
+    eprintln!("{wanted}/{missing} was not found: {GSM8K_ON_HUB} of the hub is used, in {place}");
+    Ok(Some(folder))
 }
 
 fn check<'a>(grader: Grader, problems: impl Iterator<Item = &'a Problem>) -> Result<()> {
@@ -240,8 +258,8 @@ fn locate(name: &str) -> Result<PathBuf> {
     }
     let tasks = Task::names().join(", ");
     Err(Error::usage(format!(
-        "no data set '{name}': give a task ({tasks}), a JSONL, JSON or parquet file, a folder, or a \
-         hub id owner/name"
+        "no data set '{name}': give a task ({tasks}), a JSONL, JSON or parquet file, a folder, or \
+         a hub id owner/name"
     )))
 }
 

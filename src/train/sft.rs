@@ -199,18 +199,19 @@ impl<'a> SftTrainer<'a> {
     /// end.
     ///
     /// # Errors
-    /// If it is missing, damaged or another kind of adapter.
+    /// If it is missing, damaged or has other settings than the current one.
     pub fn restore_adapters(&mut self, folder: &Path) -> Result<()> {
         let device = self.policy.engine().device();
         let saved = crate::adapter::load(folder, self.policy.config(), device)?;
-        let same = saved.len() == self.adapters.len()
-            && saved
-                .iter()
-                .zip(&self.adapters)
-                .all(|(a, b)| a.parameters().keys().eq(b.parameters().keys()));
-        if !same {
+        let all = |adapters: &[Box<dyn Adapter>]| {
+            adapters.iter().map(|adapter| settings(&**adapter)).collect::<Result<Vec<_>>>()
+        };
+        if all(&saved)? != all(&self.adapters)? {
             let folder = folder.display();
-            return Err(Error::usage(format!("{folder}: the adapter here is of another kind")));
+            return Err(Error::usage(format!(
+                "{folder}: the adapter here has other settings than this run's: resume the run \
+                 with what it began with, or start another in a new output_dir"
+            )));
         }
         for (adapter, saved) in self.adapters.iter_mut().zip(saved) {
             adapter.set_parameters(saved.parameters().clone());
@@ -290,6 +291,19 @@ impl<'a> SftTrainer<'a> {
         let (step, rows) = (self.state.global_step + 1, rows.join(", "));
         Error::failure(format!("step {step} (training rows {rows}): {error}"))
     }
+}
+
+/// What an adapter's configuration file says of it, dropout aside, which does not change what the
+/// parameters mean.
+fn settings(adapter: &dyn Adapter) -> Result<Option<serde_json::Value>> {
+    let files = adapter.files(&BaseModel::default())?;
+    let json = files.iter().find(|(name, _)| name.ends_with(".json"));
+    let mut settings: Option<serde_json::Value> =
+        json.and_then(|(_, bytes)| serde_json::from_slice(bytes).ok());
+    if let Some(fields) = settings.as_mut().and_then(|json| json.as_object_mut()) {
+        fields.remove("lora_dropout");
+    }
+    Ok(settings)
 }
 
 /// Refuses to go on with other data than the run began with.

@@ -6,7 +6,7 @@
 use serde_json::{Map, Value, json};
 
 use super::example::TokenExample;
-use crate::model::{TextModel, Tokenizer};
+use crate::model::{ChatTemplate, TextModel, Tokenizer};
 use crate::{Error, Result};
 
 /// Turns rows into tokens for one model.
@@ -32,6 +32,11 @@ impl<'a> Encoder<'a> {
         &self.text.tokenizer
     }
 
+    fn template(&self) -> Result<&ChatTemplate> {
+        let otherwise = "or use data in prompt and completion columns";
+        self.text.template().map_err(|error| Error::usage(format!("{error}, {otherwise}")))
+    }
+
     /// A chat prompt and its answer; only the answer counts unless `whole`.
     ///
     /// The answer's tokens are those that the template writes for it, its end-of-turn token last.
@@ -40,7 +45,7 @@ impl<'a> Encoder<'a> {
     /// If the model has no chat template, or the template refuses the messages or writes the prompt
     /// otherwise than at the beginning of the whole conversation.
     pub fn chat(&self, messages: &[Value], answer: &str, whole: bool) -> Result<TokenExample> {
-        let template = self.text.template()?;
+        let template = self.template()?;
         let before = template.render(messages, true, &Map::new())?;
         let mut conversation = messages.to_vec();
         conversation.push(json!({"role": "assistant", "content": answer}));
@@ -61,7 +66,7 @@ impl<'a> Encoder<'a> {
     /// As [`Encoder::chat`]; with `assistant_only` also if the template neither marks the
     /// assistant's text nor renders prefixes of a conversation as prefixes.
     pub fn messages(&self, messages: &[Value], assistant_only: bool) -> Result<TokenExample> {
-        let template = self.text.template()?;
+        let template = self.template()?;
         let (text, spans) = match (assistant_only, template.has_generation_tags()) {
             (false, _) => (template.render(messages, false, &Map::new())?, Vec::new()),
             (true, true) => template.render_with_spans(messages, false, &Map::new())?,

@@ -69,8 +69,11 @@ fn gsm8k_comes_from_the_hub_where_no_folder_has_it() {
     let server = Server::new("datasets/openai/gsm8k", &files);
     place.online(&server.endpoint, SFT, &TRAIN).ok();
     assert!(server.requests().iter().any(|path| path.ends_with("main/test.jsonl")));
-    let answered = place.online(&server.endpoint, STEER, &EVAL).ok().stdout;
+    let online = place.online(&server.endpoint, STEER, &EVAL).ok();
+    let answered = &online.stdout;
     assert!(answered.starts_with("accuracy: ") && answered.contains("/2"), "{answered}");
+    let told = "gsm8k/test.jsonl was not found: openai/gsm8k of the hub is used, in ";
+    assert_eq!(online.stderr.matches(told).count(), 1, "{online:?}");
     let again = ran(place.gsm8k(STEER, &EVAL)).ok().stdout;
     assert_eq!(again.lines().next(), answered.lines().next(), "offline, from the cache");
 }
@@ -91,7 +94,8 @@ fn files_on_this_machine_are_used_without_asking_the_hub() {
 fn gsm8k_that_is_nowhere_says_where_was_looked_and_what_the_hub_said() {
     let Some(place) = Place::new() else { return };
     let wanted = [
-        "looked for ../shared/data/gsm8k/test.jsonl (STEERSMAN_DATA is not set)",
+        "(looked for ../shared/data/gsm8k/test.jsonl; STEERSMAN_DATA is not set), and openai/gsm8k",
+        "could not be fetched: ",
         "set STEERSMAN_DATA to a folder that holds gsm8k/test.jsonl",
         "HF_HUB_OFFLINE is set and openai/gsm8k is not in the cache",
     ];

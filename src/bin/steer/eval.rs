@@ -13,7 +13,7 @@ use steersman::files::write_atomic;
 use steersman::model::{LoadedModel, TextModel};
 use steersman::rollout::GenerateOptions;
 use steersman::train::data::problems;
-use steersman::{Error, Result};
+use steersman::{Error, Result, cli};
 
 /// Flags of `steer eval`.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -107,14 +107,14 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let start = Instant::now();
     let graded = (&problems[..], grader);
     let found = accuracy(&model, &text, &adapters, graded, &options)?;
-    show(&found, start.elapsed().as_secs_f64());
-    args.output.as_ref().map_or(Ok(()), |path| write_answers(path, &found))
+    let seconds = start.elapsed().as_secs_f64();
+    args.output.as_ref().map_or(Ok(()), |path| write_answers(path, &found))?;
+    cli::print(&told(&found, seconds))
 }
 
-fn show(found: &Accuracy, seconds: f64) {
-    println!("accuracy: {}", found.tally());
+fn told(found: &Accuracy, seconds: f64) -> String {
     let rate = found.new_tokens as f64 / seconds;
-    println!("{} new tokens, {rate:.0} tokens/s", found.new_tokens);
+    format!("accuracy: {}\n{} new tokens, {rate:.0} tokens/s\n", found.tally(), found.new_tokens)
 }
 
 fn write_answers(path: &std::path::Path, found: &Accuracy) -> Result<()> {

@@ -2,7 +2,7 @@
 //! wants to check the numbers.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use clap::Args;
@@ -26,7 +26,8 @@ pub struct ForwardArgs {
     model: ModelArgs,
     /// Adapter folder, ours or PEFT's LoRA; may be given several times
     adapter: Repeated,
-    /// Safetensors file with `input_ids` [B, T] and optionally `loss_mask` [B, T], `prompt_lengths` `[B]`
+    /// Safetensors file with `input_ids` [B, T] and optionally `loss_mask` [B, T], whose entry t
+    /// counts the prediction of token t, and `prompt_lengths` `[B]`
     input: Option<PathBuf>,
     /// Safetensors file to write: `logits` [B, T, V], `logps` [B, T-1], `loss` `[1]`
     output: Option<PathBuf>,
@@ -41,11 +42,22 @@ impl RunConfig for ForwardArgs {
 
     fn validate(&self) -> Result<()> {
         self.model.validate()?;
-        match (&self.input, &self.output) {
-            (Some(_), Some(_)) => Ok(()),
-            _ => Err(Error::usage("steer forward needs --input and --output")),
+        let (Some(input), Some(output)) = (&self.input, &self.output) else {
+            return Err(Error::usage("steer forward needs --input and --output"));
+        };
+        if same_file(input, output) {
+            return Err(Error::usage(format!(
+                "--output {} is the file of --input and would replace it; give another",
+                output.display()
+            )));
         }
+        Ok(())
     }
+}
+
+/// Whether two paths lead to one file.
+fn same_file(a: &Path, b: &Path) -> bool {
+    a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
 /// Runs the command.
@@ -106,7 +118,8 @@ fn forward(
     let h = tape.input(&hidden);
     let (loss, said) = policy.weighted_logps(&tape, &h, targets, weights)?;
     output.insert("logps".to_string(), Tensor::new(said.logps, &Device::Cpu)?);
-    output.insert("loss".to_string(), loss.tensor().clone());
+    // + 0 makes 0 of the -0 that a mask of zeros sums to
+    output.insert("loss".to_string(), loss.tensor().affine(1.0, 0.0)?);
     if let Some(trace) = trace {
         let one = Tensor::ones(1, DType::F32, policy.engine().device())?;
         for (key, parameter) in adapters.iter().flat_map(|adapter| adapter.parameters()) {

@@ -11,23 +11,31 @@ use steersman::{Error, Result};
 pub struct Input {
     /// Token ids [B, T].
     pub ids: Vec<Vec<u32>>,
-    /// Which tokens count as targets, [B, T]; all where the file says nothing.
+    /// Which tokens count as targets, [B, T]: `mask[t]` counts the prediction of token t, which is
+    /// made at t - 1; all where the file says nothing.
     pub mask: Vec<Vec<bool>>,
     /// Prompt lengths `[B]`, if the file has them.
     pub prompt_lengths: Option<Vec<usize>>,
 }
 
 /// Reads `input_ids`, `loss_mask` and `prompt_lengths` of any integer type or boolean; other tensors
-/// are passed over.
+/// are passed over, but for an `attention_mask`, which would change the result.
 ///
 /// # Errors
-/// If the file is damaged, or a tensor has another shape or values than the model takes.
+/// If the file is damaged or holds an `attention_mask`, or a tensor has another shape or values than
+/// the model takes.
 pub fn read_input(path: &Path, policy: &Policy) -> Result<Input> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     let path = path.display();
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::failure(format!("{path}: damaged safetensors file: {e}")))?;
     let bad = |what: &str| Error::failure(format!("{path}: {what}"));
+    if file.names().contains(&"attention_mask") {
+        return Err(Error::usage(format!(
+            "{path}: attention_mask is not read, since every row is a whole sequence; leave it out \
+             and give rows of equal length"
+        )));
+    }
     let ids = file.tensor("input_ids").map_err(|_| bad("'input_ids' is missing"))?;
     let &[b, t] = ids.shape() else {
         return Err(bad("'input_ids' must have two dimensions, [B, T]"));

@@ -1,7 +1,7 @@
 //! `steer generate`: answers one prompt, or chats on a terminal.
 
 use std::cell::RefCell;
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, IsTerminal};
 use std::path::Path;
 
 use clap::Args;
@@ -13,7 +13,7 @@ use steersman::model::{LoadedModel, TextModel};
 use steersman::rollout::{
     GenerateOptions, Generator, Progress, Request, SamplingParams, StopReason,
 };
-use steersman::{Error, Result};
+use steersman::{Error, Result, cli};
 
 /// Flags of `steer generate`.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -126,7 +126,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     match &args.prompt {
         Some(prompt) if args.raw => session.answer(&session.encode(prompt, true)?, 0).map(drop),
         Some(prompt) => {
-            let ids = session.text.chat_prompt(&session.opening(prompt))?;
+            let ids = session.chat_prompt(&session.opening(prompt))?;
             session.answer(&ids, 0).map(drop)
         }
         None => session.chat(),
@@ -136,6 +136,11 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 impl Session<'_> {
     fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         self.text.tokenizer.encode(text, special)
+    }
+
+    fn chat_prompt(&self, messages: &[Value]) -> Result<Vec<u32>> {
+        self.text.template().map_err(|e| Error::usage(format!("{e}, or give --raw")))?;
+        self.text.chat_prompt(messages)
     }
 
     fn opening(&self, prompt: &str) -> Vec<Value> {
@@ -150,32 +155,32 @@ impl Session<'_> {
     fn answer(&self, prompt: &[u32], turn: u64) -> Result<String> {
         let stream = RefCell::new(self.text.tokenizer.decode_stream(true));
         let printed = RefCell::new(String::new());
+        let failure = RefCell::new(None);
+        let wants_stop = !self.args.stop.0.is_empty();
         let stopped = |tokens: &[u32]| {
+            if failure.borrow().is_some() || !wants_stop {
+                return failure.borrow().is_some();
+            }
             let text = self.text.tokenizer.decode(tokens, true).unwrap_or_default();
             self.args.stop.0.iter().any(|stop| text.contains(stop.as_str()))
         };
-        let wants_stop = !self.args.stop.0.is_empty();
-        let generator = Generator::new(
-            &self.model.policy,
-            &self.adapters,
-            &self.options,
-            wants_stop.then_some(&stopped),
-        );
+        let (policy, options) = (&self.model.policy, &self.options);
+        let generator = Generator::new(policy, &self.adapters, options, Some(&stopped));
         let request = Request { prompt: prompt.to_vec(), prompt_id: turn, sample: 0 };
-        let mut failure = None;
         let completions = generator.stream(&[request], &mut |event| {
             let Progress::Token(_, token) = event else { return };
             match stream.borrow_mut().step(token) {
                 Ok(piece) if wants_stop => printed.borrow_mut().push_str(&piece),
                 Ok(piece) => {
-                    print!("{piece}");
-                    let _ = std::io::stdout().flush();
                     printed.borrow_mut().push_str(&piece);
+                    if let Err(error) = cli::print(&piece) {
+                        failure.replace(Some(error));
+                    }
                 }
-                Err(error) => failure = Some(error),
+                Err(error) => drop(failure.replace(Some(error))),
             }
         })?;
-        if let Some(error) = failure {
+        if let Some(error) = failure.take() {
             return Err(error);
         }
         let rest = stream.into_inner().finish()?;
@@ -184,7 +189,8 @@ impl Session<'_> {
             let end = self.args.stop.0.iter().filter_map(|stop| text.find(stop.as_str())).min();
             text.truncate(end.unwrap_or(text.len()));
         }
-        println!("{}", if wants_stop { &text } else { &rest });
+        let unprinted = if wants_stop { &text } else { &rest };
+        cli::print(&format!("{unprinted}\n"))?;
         Ok(text)
     }
 
@@ -194,8 +200,7 @@ impl Session<'_> {
         let mut turn = 0;
         loop {
             if terminal {
-                print!("> ");
-                std::io::stdout().flush().map_err(Error::io("standard output"))?;
+                cli::print("> ")?;
             }
             let mut line = String::new();
             let read = std::io::stdin().lock().read_line(&mut line);
@@ -210,7 +215,7 @@ impl Session<'_> {
                 true => messages = self.opening(line),
                 false => messages.push(json!({"role": "user", "content": line})),
             }
-            let answer = self.answer(&self.text.chat_prompt(&messages)?, turn)?;
+            let answer = self.answer(&self.chat_prompt(&messages)?, turn)?;
             messages.push(json!({"role": "assistant", "content": answer}));
             turn += 1;
         }

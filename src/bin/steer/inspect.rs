@@ -9,7 +9,7 @@ use steersman::adapter::{LoraConfig, Site, SteeringConfig, SteeringKind};
 use steersman::config::{ModelArgs, RunConfig};
 use steersman::model::{Matrix, ModelConfig, ModelSource};
 use steersman::train::memory::activation_bytes;
-use steersman::{Error, Result};
+use steersman::{Error, Result, cli};
 
 /// Flags of `steer model inspect`.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -47,10 +47,8 @@ impl RunConfig for InspectArgs {
 /// Runs the command.
 pub fn run(args: &InspectArgs) -> Result<()> {
     let config = load(&args.model_name_or_path)?;
-    sizes(&config);
-    trainable(&config, args.rank);
-    memory(&config, args.micro_batch_tokens);
-    Ok(())
+    let tokens = args.micro_batch_tokens;
+    cli::print(&(sizes(&config) + &trainable(&config, args.rank) + &memory(&config, tokens)))
 }
 
 /// Reads a configuration; unlike other commands this one needs no weights.
@@ -64,7 +62,7 @@ fn load(name: &str) -> Result<ModelConfig> {
     ModelConfig::from_json(&serde_json::from_slice(&text).map_err(damaged)?)
 }
 
-fn sizes(config: &ModelConfig) {
+fn sizes(config: &ModelConfig) -> String {
     let windows = config.layers.iter().filter(|layer| layer.window.is_some()).count();
     let rows = [
         ("family", config.family.to_string()),
@@ -82,15 +80,15 @@ fn sizes(config: &ModelConfig) {
         ("steering sites", Site::ALL.map(|site| site.to_string()).join(", ")),
         ("LoRA matrices", Matrix::ALL.map(|matrix| matrix.short_name()).join(", ")),
     ];
-    rows.iter().for_each(|(name, value)| println!("{name:<24} {value}"));
+    rows.iter().map(|(name, value)| format!("{name:<24} {value}\n")).collect()
 }
 
-fn trainable(config: &ModelConfig, rank: usize) {
+fn trainable(config: &ModelConfig, rank: usize) -> String {
     let steering = |kind| SteeringConfig { kind, rank, ..SteeringConfig::post_block(config) };
     let count = |kind| steering(kind).parameter_count(config.hidden_size);
     let lora = LoraConfig { r: rank, ..LoraConfig::all_linear() }.parameter_count(config);
     let linear = count(SteeringKind::Linear);
-    println!("\n{:<32} {:>14} {:>9}", "adapter", "trainable", "share");
+    let mut text = format!("\n{:<32} {:>14} {:>9}\n", "adapter", "trainable", "share");
     let rows = [
         ("steering vector".to_string(), count(SteeringKind::Vector)),
         (format!("steering linear, rank {rank}"), linear),
@@ -99,22 +97,25 @@ fn trainable(config: &ModelConfig, rank: usize) {
     ];
     for (name, count) in rows {
         let share = 100.0 * count as f64 / config.parameters() as f64;
-        println!("{name:<32} {:>14} {share:>8.3} %", grouped(count));
+        text += &format!("{name:<32} {:>14} {share:>8.3} %\n", grouped(count));
     }
     let others = [SteeringKind::Silu, SteeringKind::Relu, SteeringKind::Gelu, SteeringKind::Tanh];
     let names = others.map(|kind| kind.to_string()).join(", ");
-    println!("({names}: as linear; the same at every site)");
+    text + &format!("({names}: as linear; the same at every site)\n")
 }
 
-fn memory(config: &ModelConfig, tokens: usize) {
+fn memory(config: &ModelConfig, tokens: usize) -> String {
     let mib = |bytes: usize| format!("{:.0} MiB", bytes as f64 / (1024.0 * 1024.0));
     let weights = config.parameters();
     let estimate = |checkpointing| activation_bytes(config, tokens, checkpointing);
-    println!("\nmemory estimate for {tokens} tokens in a micro-batch");
-    println!("{:<32} {:>14}", "weights, bf16", mib(2 * weights));
-    println!("{:<32} {:>14}", "weights, f32", mib(4 * weights));
-    println!("{:<32} {:>14}", "activations", mib(estimate(false)));
-    println!("{:<32} {:>14}", "with gradient_checkpointing", mib(estimate(true)));
+    let rows = [
+        ("weights, bf16", 2 * weights),
+        ("weights, f32", 4 * weights),
+        ("activations", estimate(false)),
+        ("with gradient_checkpointing", estimate(true)),
+    ];
+    let rows = rows.map(|(name, bytes)| format!("{name:<32} {:>14}\n", mib(bytes)));
+    format!("\nmemory estimate for {tokens} tokens in a micro-batch\n{}", rows.concat())
 }
 
 /// 1234567 as 1,234,567.

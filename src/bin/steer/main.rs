@@ -27,6 +27,13 @@ usage: steer COMMAND [FILE.toml] [--key value]...
 steer COMMAND --help lists the keys of a command. Training: the programs sft and quickstart.
 ";
 
+const FETCH_HELP: &str = "\
+usage: steer model fetch NAME
+
+Downloads a model into the user's cache, unless it is there, and prints its path. The only NAME is
+smollm2-135m-instruct.
+";
+
 /// Flags that may be repeated.
 const REPEATED: [&str; 2] = ["--adapter", "--stop"];
 
@@ -34,17 +41,23 @@ fn main() -> std::process::ExitCode {
     cli::main(|args| {
         let words: Vec<&str> = args.iter().map(String::as_str).collect();
         match words.as_slice() {
-            [] | ["--help" | "-h" | "help", ..] => {
-                print!("{HELP}");
-                Ok(())
+            [] | ["--help" | "-h" | "help", ..] | ["model", "--help" | "-h" | "help", ..] => {
+                cli::print(HELP)
             }
             ["--version" | "-V", ..] => {
-                println!("steersman {}", env!("CARGO_PKG_VERSION"));
-                Ok(())
+                cli::print(concat!("steersman ", env!("CARGO_PKG_VERSION"), "\n"))
             }
             ["generate", ..] => with_config(&args[1..], generate::run),
             ["eval", ..] => with_config(&args[1..], eval::run),
             ["forward", ..] => with_config(&args[1..], forward::run),
+            ["model", "inspect", path, ..]
+                if !path.starts_with('-') && !path.ends_with(".toml") =>
+            {
+                Err(Error::usage(format!(
+                    "steer model inspect does not take '{path}' without a flag; give the model as \
+                     --model_name_or_path {path}"
+                )))
+            }
             ["model", "inspect", ..] => with_config(&args[2..], inspect::run),
             ["model", "fetch", rest @ ..] => fetch_model(rest),
             ["model", ..] => Err(unknown(&args[1..], "steer model", &["inspect", "fetch"])),
@@ -68,19 +81,16 @@ fn unknown(args: &[String], program: &str, commands: &[&str]) -> Error {
 fn with_config<C: RunConfig>(args: &[String], run: impl FnOnce(&C) -> Result<()>) -> Result<()> {
     match config::load::<C>(join_repeated(args))? {
         Request::Run(config) => run(&config),
-        Request::Print(text) => {
-            print!("{text}");
-            Ok(())
-        }
+        Request::Print(text) => cli::print(&text),
     }
 }
 
 fn fetch_model(names: &[&str]) -> Result<()> {
     match names {
+        ["--help" | "-h", ..] => cli::print(FETCH_HELP),
         [] => Err(Error::usage(format!("steer model fetch wants a name: {}", fetch::SMOLLM2))),
         [name] if *name == fetch::SMOLLM2 => {
-            println!("{}", fetch::fetch_smollm2()?.display());
-            Ok(())
+            cli::print(&format!("{}\n", fetch::fetch_smollm2()?.display()))
         }
         [name, ..] => {
             let near = did_you_mean(name, [fetch::SMOLLM2]);
