@@ -80,8 +80,7 @@ unsafe fn tile<const R: usize, const PANELS: usize>(strip: Strip<Pair, Pair>) {
             for i in 0..R {
                 let a = _mm512_set1_epi32((*strip.a.add(i * strip.lda + k)).0 as i32);
                 for p in 0..PANELS {
-                    let (a, b) = (std::mem::transmute(a), std::mem::transmute(b[p]));
-                    acc[i][p] = _mm512_dpbf16_ps(acc[i][p], a, b);
+                    acc[i][p] = _mm512_dpbf16_ps(acc[i][p], as_bf16(a), as_bf16(b[p]));
                 }
             }
         }
@@ -93,4 +92,11 @@ unsafe fn tile<const R: usize, const PANELS: usize>(strip: Strip<Pair, Pair>) {
             }
         }
     }
+}
+
+/// The same bits as thirty-two bf16 numbers.
+#[inline(always)]
+fn as_bf16(bits: __m512i) -> __m512bh {
+    // SAFETY: both are 64 bytes for which every bit pattern is valid.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }
