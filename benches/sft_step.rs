@@ -19,7 +19,7 @@ const SEQUENCES: usize = 8;
 const LENGTH: usize = 256;
 
 fn main() -> Result<()> {
-    steersman::cli::keep_freed_pages();
+    steersman::cli::start_up();
     let args: Vec<String> = std::env::args().collect();
     let has = |flag: &str| args.iter().any(|arg| arg == flag);
     let value = |flag: &str| args.iter().position(|arg| arg == flag).map(|i| args[i + 1].clone());

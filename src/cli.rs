@@ -15,7 +15,7 @@ const STDOUT: &str = "standard output";
 /// An error is printed as one line on stderr; exit code 2 for usage, 1 for failure. A reader of the
 /// standard output who goes away, as `head` does, ends the program without a word and with 0.
 pub fn main(run: impl FnOnce(Vec<String>) -> Result<()>) -> ExitCode {
-    keep_freed_pages();
+    start_up();
     let result = crate::config::arguments().and_then(|args| run(snake_flags(args)));
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -67,9 +67,20 @@ const PURGE_DELAY: i32 = 15;
 /// mimalloc's `mi_option_arena_reserve`, in KiB.
 const ARENA_RESERVE: i32 = 23;
 
-/// Keeps freed memory for the next step: giving pages back and faulting them in again costs a fifth
-/// of a training step.
-pub fn keep_freed_pages() {
+/// Readies the process for kernels; every program calls it first.
+///
+/// Freed memory is kept for the next step: giving pages back and faulting them in again costs a fifth
+/// of a training step. The calling thread is one of those that kernels run on: handing each kernel
+/// over to other threads alone would cost a wake-up and a wait.
+pub fn start_up() {
+    keep_freed_pages();
+    let threads = rayon::ThreadPoolBuilder::new().use_current_thread();
+    if let Err(error) = threads.build_global() {
+        eprintln!("warning: kernels run on other threads: {error}");
+    }
+}
+
+fn keep_freed_pages() {
     // SAFETY: sets numbers inside the allocator, which may be done at any time.
     unsafe {
         libmimalloc_sys::mi_option_set(PURGE_DELAY, -1);

@@ -14,6 +14,8 @@ use steersman::ops::{
     Engine, Gradients, KvCache, MatmulPrecision, Tape, Target, Value, WeightDtype,
 };
 
+use steersman::rollout::{GenerateOptions, Generator, Request, SamplingParams};
+
 type Adapters = Vec<Box<dyn Adapter>>;
 
 /// Adapters whose every parameter is far from zero.
@@ -105,7 +107,7 @@ fn packed(policy: &Policy, adapters: &Adapters, all: &[Vec<u32>]) -> Vec<Vec<f32
 /// The prompt in one pass, then the rest in pieces of `piece` tokens, from the cache.
 fn cached(policy: &Policy, adapters: &Adapters, ids: &[u32], piece: usize) -> Vec<f32> {
     let mut cache = KvCache::new(policy.config().layers.len());
-    let slot = cache.open(None);
+    let slot = cache.open();
     let mut hidden = Vec::new();
     let mut done = 0;
     while done < ids.len() {
@@ -174,6 +176,38 @@ fn check_passes(precision: MatmulPrecision, dtype: WeightDtype) {
             }
             let ends: Vec<_> = full.iter().map(|logps| logps[PROMPT - 1..].to_vec()).collect();
             assert_eq!(shared_prefix(&policy, &adapters, &all), ends, "{family} {name} shared");
+        }
+    }
+}
+
+#[test]
+fn samples_of_a_prompt_drawn_together_are_those_drawn_alone_with_the_trainers_log_probs() {
+    for family in ["llama3-scaled-rope", "gemma3"] {
+        let Some(folder) = shared(&format!("fixtures/{family}")) else { return };
+        let policy = policy_stored_as(&folder, &Engine::cpu(), WeightDtype::Bf16);
+        let adapters = steering(&policy, SteeringKind::Linear, Site::PostBlock, Positions::All);
+        let prompts = sequences(&folder);
+        let request = |i: usize| Request {
+            prompt: prompts[0].iter().copied().cycle().take(PROMPT + 60 * (i / 5)).collect(),
+            prompt_id: i as u64 / 5,
+            sample: i as u64 % 5,
+        };
+        let requests: Vec<Request> = (0..10).map(request).collect();
+        let draw = |max_batch: usize| -> Vec<(Vec<u32>, Vec<f32>)> {
+            let options =
+                GenerateOptions { max_new_tokens: 70, max_batch, ..GenerateOptions::default() };
+            let options = GenerateOptions { sampling: SamplingParams::default(), ..options };
+            let generator = Generator::new(&policy, &adapters, &options, None);
+            let done = generator.run(&requests, &mut |_| {}).unwrap();
+            done.into_iter().map(|completion| (completion.tokens, completion.logps)).collect()
+        };
+        let together = draw(10);
+        assert_eq!(together, draw(1), "{family}");
+        assert_eq!(together, draw(3), "{family}");
+        assert_ne!(together[0].0, together[1].0, "{family}");
+        for (request, (tokens, drawn)) in requests.iter().zip(&together) {
+            let whole = [request.prompt.as_slice(), tokens].concat();
+            assert_eq!(alone(&policy, &adapters, &whole)[request.prompt.len() - 1..], *drawn);
         }
     }
 }

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows of a block of queries, about: what shares one transposed tile of keys.
-const BLOCK_ROWS: usize = 192;
+pub(super) const BLOCK_ROWS: usize = 192;
 
 /// Softmax attention of the packed queries `q` to the keys of their chains, into `out`, both
 /// `[N, heads * head_dim]`; `lse`, `[N, heads]`, the logarithm of each softmax's denominator, is
@@ -97,24 +97,40 @@ struct Scratch {
 }
 
 /// A row's softmax so far.
-#[derive(Clone)]
-struct Running {
+#[derive(Clone, Copy)]
+pub(super) struct Running {
     top: f32,
     total: [f32; LANES],
+}
+
+impl Running {
+    /// That of no key.
+    pub(super) const START: Running = Running { top: f32::NEG_INFINITY, total: [0.0; LANES] };
+
+    /// Divides the sums of weighted values by the sum of the weights, and returns that. Adding 0
+    /// makes the sign of a zero the same whatever masked keys were skipped.
+    #[inline(always)]
+    pub(super) fn divide<S: Simd>(&self, s: S, sums: &mut [f32]) -> f32 {
+        let total = s.sum(s.load(&self.total));
+        for x in sums.as_chunks_mut::<LANES>().0 {
+            let mean = s.div(s.load(x), s.splat(total));
+            s.store(x, s.add(mean, s.splat(0.0)));
+        }
+        total
+    }
 }
 
 impl Scratch {
     fn new(shape: &AttentionShape, rows: usize) -> Self {
         let width = padded(shape.head_dim);
         let tile = vec![0.0; KEYS * width];
-        let running = Running { top: f32::NEG_INFINITY, total: [0.0; LANES] };
         Self {
             q: vec![0.0; rows * width],
             kt: tile.clone(),
             eight: vec![0.0; 8 * width],
             v: tile,
             scores: vec![0.0; ROWS * KEYS],
-            state: vec![running; rows],
+            state: vec![Running::START; rows],
             sums: vec![0.0; rows * width],
         }
     }
@@ -137,9 +153,7 @@ impl Kernel for Forward<'_> {
         let (rows, width) = (block.rows(shape), padded(shape.head_dim));
         block.gather(shape, self.q, &mut self.scratch.q);
         self.scratch.sums[..rows * width].fill(0.0);
-        for row in &mut self.scratch.state[..rows] {
-            *row = Running { top: f32::NEG_INFINITY, total: [0.0; LANES] };
-        }
+        self.scratch.state[..rows].fill(Running::START);
         let seen = block.seen(shape, 0..rows);
         for tile in (seen.start / KEYS * KEYS..seen.end).step_by(KEYS) {
             self.load(s, tile, within_tile(&seen, tile));
@@ -225,20 +239,15 @@ impl<'a> Forward<'a> {
         }
     }
 
-    /// Divides the sums by the denominators and writes the results. Adding 0 makes the sign of a
-    /// zero the same whatever masked keys were skipped.
+    /// Divides the sums by the denominators and writes the results.
     #[inline(always)]
     fn finish<S: Simd>(&mut self, s: S) {
         let (shape, block, scratch) = (self.shape, self.block, &mut *self.scratch);
         let (d, group, width) = (shape.head_dim, shape.group(), padded(shape.head_dim));
         for row in 0..block.rows(shape) {
             let state = &scratch.state[row];
-            let total = s.sum(s.load(&state.total));
             let sums = &mut scratch.sums[row * width..(row + 1) * width];
-            for x in sums.as_chunks_mut::<LANES>().0 {
-                let mean = s.div(s.load(x), s.splat(total));
-                s.store(x, s.add(mean, s.splat(0.0)));
-            }
+            let total = state.divide(s, sums);
             let at = block.source(shape, row / group).start / d + row % group;
             // SAFETY: chains do not overlap, and a block's rows and heads are its own.
             unsafe {
@@ -254,7 +263,7 @@ impl<'a> Forward<'a> {
 /// Turns the scores of a row in a tile into weights relative to the running maximum, and scales
 /// what was summed before if the maximum has grown.
 #[inline(always)]
-fn weigh<S: Simd>(
+pub(super) fn weigh<S: Simd>(
     s: S,
     shape: &AttentionShape,
     scores: &mut [f32],

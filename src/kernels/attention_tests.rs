@@ -1,9 +1,13 @@
 //! Attention against plain f64 loops, and bit for bit against itself.
 
+use std::collections::HashMap;
+
 use super::attention::*;
 use super::attention_backward::backward_at;
+use super::attention_cached::{CachedSegment, LayerPages, forward_cached_at};
 use super::attention_forward::forward_at;
 use super::dispatch::CpuLevel;
+use super::pages::{PAGE, PageShape};
 
 /// A packed batch with all its numbers.
 #[derive(Clone)]
@@ -322,6 +326,52 @@ fn decoding_many_sequences_is_decoding_each() {
     forward(&q, &chains, &shape, &mut out, None);
     for (row, &p) in positions.iter().enumerate() {
         assert_bits("out", &out[at(row)], &full.out[at(p)]);
+    }
+}
+
+/// The pages of all segments' chains, equal ones once, and each segment's page numbers.
+fn pages(batch: &Batch, parts: PageShape, layer: usize) -> (Vec<Box<[f32]>>, Vec<Vec<u32>>) {
+    let width = batch.shape.kv_width();
+    let (mut pages, mut known) = (Vec::new(), HashMap::new());
+    let mut number = |rows: &[usize]| {
+        *known.entry(rows.to_vec()).or_insert_with(|| {
+            let mut page = vec![7.0; parts.len()];
+            let take = |x: &[f32]| -> Vec<f32> {
+                rows.iter().flat_map(|r| x[r * width..][..width].to_vec()).collect()
+            };
+            parts.write(&mut page, layer, 0, &take(&batch.k), &take(&batch.v));
+            pages.push(page.into());
+            pages.len() as u32 - 1
+        })
+    };
+    let numbers = (0..batch.segments.len())
+        .map(|segment| batch.rows(segment).chunks(PAGE).map(&mut number).collect());
+    let numbers = numbers.collect();
+    (pages, numbers)
+}
+
+#[test]
+fn new_tokens_over_shared_pages_get_the_bits_of_the_full_pass() {
+    for shape in shapes() {
+        let batch = Batch::new(forest(), shape);
+        let parts = PageShape { layers: 2, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+        let (pages, numbers) = pages(&batch, parts, 1);
+        assert!(pages.len() < numbers.iter().map(Vec::len).sum());
+        let rows = batch.segments.iter().zip(&numbers);
+        let segments: Vec<_> = rows
+            .map(|(s, pages)| CachedSegment {
+                start: s.start,
+                len: s.len,
+                position0: s.position0,
+                pages,
+            })
+            .collect();
+        let layer = LayerPages { pages: &pages, shape: parts, layer: 1 };
+        for level in [CpuLevel::Portable, CpuLevel::Avx2, CpuLevel::Avx512] {
+            let mut out = vec![9.0; batch.q.len()];
+            forward_cached_at(level, &batch.q, &segments, layer, &shape, &mut out);
+            assert_bits("out", &out, &batch.forward(level).out);
+        }
     }
 }
 

@@ -124,6 +124,13 @@ pub fn backward(
     });
 }
 
+/// Bounds raw logits `[N, V]` to `cap tanh(z / cap)` in place.
+pub fn cap(logits: &mut [f32], tokens: usize, cap: f32) {
+    let options = LogpOptions { softcap: Some(cap), ..LogpOptions::default() };
+    let rows = logits.par_chunks_mut(tokens);
+    rows.for_each(|row| squash(CpuLevel::detect(), row, &options));
+}
+
 /// A checked call.
 struct Job<'a> {
     h: &'a [f32],

@@ -37,6 +37,31 @@ impl RowStats {
     pub fn logp(&self, l: f32) -> f32 {
         (f64::from(l) - f64::from(self.max) - self.log_sum) as f32
     }
+
+    /// The token at which the running sum of the probabilities passes `u`, in [0, 1); `row` is what
+    /// the statistics are of.
+    pub fn draw(&self, row: &[f32], u: f64) -> u32 {
+        let (level, goal) = (CpuLevel::detect(), u * self.log_sum.exp());
+        let (mut sum, mut last) = (0.0, self.argmax);
+        for (i, block) in row.chunks(SUM_BLOCK).enumerate() {
+            let in_block = f64::from(level.run(SumExp { row: block, max: self.max }).0);
+            if sum + in_block > goal {
+                let mut left = goal - sum;
+                for (j, l) in block.iter().enumerate() {
+                    let weight = f64::from(l - self.max).exp();
+                    if weight > 0.0 {
+                        last = (i * SUM_BLOCK + j) as u32;
+                    }
+                    left -= weight;
+                    if left < 0.0 {
+                        return last;
+                    }
+                }
+            }
+            sum += in_block;
+        }
+        last
+    }
 }
 
 /// [`RowStats::of`] at a level.
@@ -45,14 +70,13 @@ pub(crate) fn stats_row(level: CpuLevel, row: &mut [f32], options: &LogpOptions)
     summarise(level, row)
 }
 
-/// Cap and temperature in place.
+/// Cap, then temperature, in place.
 pub(crate) fn squash(level: CpuLevel, row: &mut [f32], options: &LogpOptions) {
-    match options.softcap {
-        Some(cap) => {
-            map(level, row, Cap { inverse: 1.0 / cap, scale: cap * options.inv_temperature });
-        }
-        None if options.inv_temperature != 1.0 => map(level, row, Scale(options.inv_temperature)),
-        None => {}
+    if let Some(cap) = options.softcap {
+        map(level, row, Cap { inverse: 1.0 / cap, scale: cap });
+    }
+    if options.inv_temperature != 1.0 {
+        map(level, row, Scale(options.inv_temperature));
     }
 }
 
@@ -99,7 +123,7 @@ pub(crate) fn gradient_row(
     }
 }
 
-/// `cap tanh(z / cap)` times the inverse temperature.
+/// `cap tanh(z / cap)`.
 #[derive(Clone, Copy)]
 struct Cap {
     inverse: f32,

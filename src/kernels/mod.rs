@@ -3,6 +3,7 @@
 
 pub mod attention;
 mod attention_backward;
+pub mod attention_cached;
 mod attention_forward;
 #[cfg(test)]
 mod attention_tests;
@@ -26,6 +27,7 @@ mod matmul_form;
 mod matmul_tile;
 pub mod norm;
 pub mod pack;
+pub mod pages;
 mod parallel;
 mod product;
 pub mod rope;

@@ -144,6 +144,14 @@ impl Policy {
         ops::logits(&tape, normed.tensor(), self.head(), self.config.final_logit_softcapping)
     }
 
+    /// [`Policy::logits`] into a vector, whose memory is used again from call to call.
+    pub fn logits_into(&self, h: &Tensor, rows: &[u32], into: &mut Vec<f32>) -> Result<()> {
+        let tape = Tape::off(&self.engine);
+        let normed = self.normed_rows(&tape, &Value::constant(h.clone()), rows)?;
+        let softcap = self.config.final_logit_softcapping;
+        ops::logits_into(&tape, normed.tensor(), self.head(), softcap, into)
+    }
+
     /// sum over t of `weights[t]` * log p(target t), where a target's row is a row of h [N, D], the
     /// last block's output; differentiable in h.
     pub fn weighted_logps(

@@ -9,8 +9,9 @@ use super::kv_cache::{KvCache, SlotId};
 use super::tape::{Tape, Value};
 use crate::Result;
 use crate::kernels::attention::{
-    AttentionShape, BackwardInput, Chain, Gradients, Segment, backward, chains, forward,
+    AttentionShape, BackwardInput, Gradients, Segment, backward, chains, forward,
 };
+use crate::kernels::attention_cached::forward_cached;
 
 /// Attention of a packed batch: q [N, heads * head_dim], k and v [N, kv_heads * head_dim].
 ///
@@ -68,25 +69,19 @@ pub fn attention_cached(
     (cache, slots, layer): (&mut KvCache, &[SlotId], usize),
     shape: &AttentionShape,
 ) -> Result<Tensor> {
-    cache.append(engine, layer, segments, slots, (k, v))?;
+    cache.append(engine, layer, (segments, slots), (k, v), shape)?;
+    let continued = segments.iter().zip(slots);
     if !engine.fused() {
-        let parts = segments.iter().zip(slots).map(|(segment, slot)| {
+        let attended = continued.filter_map(|(segment, slot)| {
             let (keys, values) = cache.tensors(*slot, layer)?;
-            let queries = q.narrow(0, segment.start, segment.len)?;
-            Ok(attend(&queries, &keys, &values, segment.position0, shape)?)
+            let queries = q.narrow(0, segment.start, segment.len);
+            Some(queries.and_then(|q| attend(&q, keys, values, segment.position0, shape)))
         });
-        return Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?);
+        return Ok(Tensor::cat(&attended.collect::<candle_core::Result<Vec<_>>>()?, 0)?);
     }
-    let width = shape.kv_heads * shape.head_dim;
-    let chain = |(segment, slot): (&Segment, &SlotId)| Chain {
-        start: segment.start,
-        len: segment.len,
-        position0: segment.position0,
-        spans: cache.spans(*slot, layer, width),
-    };
-    let chains: Vec<_> = segments.iter().zip(slots).map(chain).collect();
+    let segments: Vec<_> = continued.map(|(segment, slot)| cache.segment(segment, *slot)).collect();
     let mut out = vec![0f32; q.elem_count()];
-    forward(&host(q)?, &chains, shape, &mut out, None);
+    forward_cached(&host(q)?, &segments, cache.layer(layer, shape), shape, &mut out);
     engine.tensor(out, q.dims())
 }
 

@@ -7,6 +7,7 @@ use super::linear::{Weight, linear};
 use super::tape::{Tape, Value};
 use crate::Result;
 use crate::kernels::logp::{self, LogpForward, LogpOptions, Target};
+use crate::kernels::matmul::matmul;
 
 /// What the head says about a list of targets.
 #[derive(Clone, Debug)]
@@ -30,6 +31,27 @@ impl Logps {
 pub fn logits(tape: &Tape, h: &Tensor, head: &Weight, softcap: Option<f64>) -> Result<Tensor> {
     let z = head.apply(tape.engine(), h, None)?;
     Ok(capped(z, softcap.map(|cap| cap as f32))?)
+}
+
+/// [`logits`] into a vector that keeps its memory from call to call.
+pub fn logits_into(
+    tape: &Tape,
+    h: &Tensor,
+    head: &Weight,
+    softcap: Option<f64>,
+    into: &mut Vec<f32>,
+) -> Result<()> {
+    let engine = tape.engine();
+    let Some(packed) = head.packed().filter(|_| engine.fused()) else {
+        *into = logits(tape, h, head, softcap)?.flatten_all()?.to_vec1()?;
+        return Ok(());
+    };
+    into.resize(h.dims2()?.0 * head.out_features(), 0.0);
+    matmul(&host(h)?, packed, None, engine.precision(), into);
+    if let Some(cap) = softcap {
+        logp::cap(into, head.out_features(), cap as f32);
+    }
+    Ok(())
 }
 
 /// sum over t of `weights[t]` * log p(targets`[t]`) as one number `[1]`, differentiable in h [N, D].

@@ -3,82 +3,76 @@
 use candle_core::Tensor;
 
 use super::engine::{Engine, host};
+use super::page_pool::PagePool;
 use crate::Result;
-use crate::kernels::attention::{KeySpan, Segment};
+use crate::kernels::attention::{AttentionShape, Segment};
+use crate::kernels::attention_cached::{CachedSegment, LayerPages};
+use crate::kernels::pages::{PAGE, PageShape};
 
-/// Names one sequence (or shared prefix) of a [`KvCache`].
+/// Names one sequence of a [`KvCache`].
 pub type SlotId = usize;
 
-/// Keys and values per layer and sequence; a sequence may continue another one, its parent.
+/// Keys and values per layer and sequence; sequences may share a beginning.
 ///
-/// A group of samples shares one prompt that way: the prompt is a slot, each sample a child of it.
+/// On the CPU they lie in pages of 64 positions. A fork holds its parent's pages, and a page with
+/// several holders is copied when one of them writes to it, so the samples of a prompt have one
+/// copy of it but for the last, unfilled page.
 #[derive(Debug, Default)]
 pub struct KvCache {
     layers: usize,
     slots: Vec<Option<Slot>>,
+    pool: PagePool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Slot {
-    parent: Option<SlotId>,
-    children: usize,
-    position0: usize,
     len: usize,
-    rows: Vec<Rows>,
-}
-
-/// Keys and values of one layer, each `len` rows of kv_heads * head_dim.
-#[derive(Debug)]
-enum Rows {
-    Host { k: Vec<f32>, v: Vec<f32> },
-    Device { k: Option<Tensor>, v: Option<Tensor> },
+    pages: Vec<u32>,
+    /// Keys and values of each layer, [len, kv_heads * head_dim], on a device without pages.
+    tensors: Vec<(Tensor, Tensor)>,
 }
 
 impl KvCache {
     /// An empty cache for a model of `layers` layers.
     pub fn new(layers: usize) -> Self {
-        KvCache { layers, slots: Vec::new() }
+        KvCache { layers, ..KvCache::default() }
     }
 
-    /// Opens a sequence that starts empty, or continues `parent` where that one stands now.
-    pub fn open(&mut self, parent: Option<SlotId>) -> SlotId {
-        let position0 = parent.map_or(0, |parent| self.len(parent));
-        if let Some(parent) = parent.and_then(|parent| self.slots[parent].as_mut()) {
-            parent.children += 1;
-        }
-        let slot = Slot { parent, children: 0, position0, len: 0, rows: Vec::new() };
-        match self.slots.iter().position(Option::is_none) {
-            Some(free) => {
-                self.slots[free] = Some(slot);
-                free
-            }
-            None => {
-                self.slots.push(Some(slot));
-                self.slots.len() - 1
-            }
-        }
+    /// Opens an empty sequence.
+    pub fn open(&mut self) -> SlotId {
+        self.put(Slot::default())
     }
 
-    /// Gives up a sequence; a parent's memory is freed with its last child.
+    /// Opens a sequence that begins with the first `len` tokens of another one.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn fork(&mut self, id: SlotId, len: usize) -> Result<SlotId> {
+        let Some(parent) = &self.slots[id] else { return Ok(self.open()) };
+        let len = len.min(parent.len);
+        let pages = parent.pages.iter().take(len.div_ceil(PAGE)).copied().collect::<Vec<_>>();
+        let first = |(k, v): &(Tensor, Tensor)| Ok((k.narrow(0, 0, len)?, v.narrow(0, 0, len)?));
+        let tensors = parent.tensors.iter().map(first).collect::<Result<_>>()?;
+        pages.iter().for_each(|page| self.pool.hold(*page));
+        Ok(self.put(Slot { len, pages, tensors }))
+    }
+
+    fn put(&mut self, slot: Slot) -> SlotId {
+        let id = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
+        self.slots.resize_with(self.slots.len().max(id + 1), || None);
+        self.slots[id] = Some(slot);
+        id
+    }
+
+    /// Gives up a sequence; memory that only it held is used again.
     pub fn close(&mut self, id: SlotId) {
-        let Some(slot) = self.slots[id].take() else { return };
-        if slot.children > 0 {
-            self.slots[id] = Some(slot);
-            return;
-        }
-        if let Some(parent) = slot.parent {
-            if let Some(parent) = self.slots[parent].as_mut() {
-                parent.children -= 1;
-            }
-            if self.slots[parent].as_ref().is_some_and(|parent| parent.children == 0) {
-                self.close(parent);
-            }
-        }
+        let pages = self.slots[id].take().map_or_else(Vec::new, |slot| slot.pages);
+        pages.into_iter().for_each(|page| self.pool.give_up(page));
     }
 
-    /// Tokens in the sequence, its ancestors' included: the position of its next token.
+    /// Tokens in the sequence: the position of its next one.
     pub fn len(&self, id: SlotId) -> usize {
-        self.slots[id].as_ref().map_or(0, |slot| slot.position0 + slot.len)
+        self.slots[id].as_ref().map_or(0, |slot| slot.len)
     }
 
     /// Whether no sequence is open.
@@ -86,22 +80,33 @@ impl KvCache {
         self.slots.iter().all(Option::is_none)
     }
 
-    /// Appends each segment's rows of k and v [N, kv_heads * head_dim] to its slot.
+    /// Pages of 64 positions that open sequences hold.
+    pub fn pages_held(&self) -> usize {
+        self.pool.held()
+    }
+
+    /// Appends each segment's rows of k and v [N, kv_heads * head_dim] to its slot's layer; the
+    /// slot has grown when its last layer has.
     pub(super) fn append(
         &mut self,
         engine: &Engine,
         layer: usize,
-        segments: &[Segment],
-        slots: &[SlotId],
+        (segments, slots): (&[Segment], &[SlotId]),
         (k, v): (&Tensor, &Tensor),
+        shape: &AttentionShape,
     ) -> Result<()> {
-        let width = k.dims2()?.1;
         for (segment, id) in segments.iter().zip(slots) {
-            let Some(slot) = self.slots[*id].as_mut() else { continue };
-            if slot.rows.is_empty() {
-                slot.rows = (0..self.layers).map(|_| Rows::new(engine)).collect();
+            let Some(slot) = &mut self.slots[*id] else { continue };
+            match engine.fused() {
+                true => {
+                    let shape = page_shape(self.layers, shape);
+                    if layer == 0 {
+                        slot.reserve(segment.len, shape, &mut self.pool);
+                    }
+                    slot.write(layer, segment, shape, (&host(k)?, &host(v)?), &mut self.pool);
+                }
+                false => slot.extend(layer, segment, (k, v))?,
             }
-            slot.rows[layer].append(segment, width, k, v)?;
             if layer + 1 == self.layers {
                 slot.len += segment.len;
             }
@@ -109,66 +114,72 @@ impl KvCache {
         Ok(())
     }
 
-    /// The runs of keys and values that slot `id` sees in `layer`, ancestors first.
-    pub(super) fn spans(&self, id: SlotId, layer: usize, width: usize) -> Vec<KeySpan<'_>> {
-        let chain = self.chain(id);
-        let host_rows = chain.iter().filter_map(|slot| match slot.rows.get(layer) {
-            Some(Rows::Host { k, v }) => Some((slot.position0, k, v)),
-            _ => None,
-        });
-        host_rows
-            .map(|(position0, k, v)| KeySpan { k, v, position0, len: k.len() / width })
-            .collect()
+    /// The pages of a layer.
+    pub(super) fn layer(&self, layer: usize, shape: &AttentionShape) -> LayerPages<'_> {
+        LayerPages { pages: self.pool.pages(), shape: page_shape(self.layers, shape), layer }
     }
 
-    /// Keys and values that slot `id` sees in `layer` as two tensors [keys, kv_heads * head_dim].
-    pub(super) fn tensors(&self, id: SlotId, layer: usize) -> Result<(Tensor, Tensor)> {
-        let (mut ks, mut vs) = (Vec::new(), Vec::new());
-        for slot in self.chain(id) {
-            if let Some(Rows::Device { k: Some(k), v: Some(v) }) = slot.rows.get(layer) {
-                ks.push(k);
-                vs.push(v);
-            }
-        }
-        Ok((Tensor::cat(&ks, 0)?, Tensor::cat(&vs, 0)?))
+    /// A segment and the pages of the slot that it was appended to.
+    pub(super) fn segment(&self, segment: &Segment, id: SlotId) -> CachedSegment<'_> {
+        let pages = self.slots[id].as_ref().map_or(&[][..], |slot| &slot.pages);
+        let Segment { start, len, position0, .. } = *segment;
+        CachedSegment { start, len, position0, pages }
     }
 
-    fn chain(&self, id: SlotId) -> Vec<&Slot> {
-        let mut chain = Vec::new();
-        let mut next = Some(id);
-        while let Some(slot) = next.and_then(|id| self.slots[id].as_ref()) {
-            chain.push(slot);
-            next = slot.parent;
-        }
-        chain.reverse();
-        chain
+    /// Keys and values of a slot's layer, [keys, kv_heads * head_dim], on a device without pages.
+    pub(super) fn tensors(&self, id: SlotId, layer: usize) -> Option<&(Tensor, Tensor)> {
+        self.slots[id].as_ref().and_then(|slot| slot.tensors.get(layer))
     }
 }
 
-impl Rows {
-    fn new(engine: &Engine) -> Self {
-        match engine.fused() {
-            true => Rows::Host { k: Vec::new(), v: Vec::new() },
-            false => Rows::Device { k: None, v: None },
+fn page_shape(layers: usize, shape: &AttentionShape) -> PageShape {
+    PageShape { layers, kv_heads: shape.kv_heads, head_dim: shape.head_dim }
+}
+
+impl Slot {
+    /// Makes room for `new` tokens in pages of its own.
+    fn reserve(&mut self, new: usize, shape: PageShape, pool: &mut PagePool) {
+        if let Some(last) = self.pages.get_mut(self.len / PAGE) {
+            *last = pool.own(*last, shape);
+        }
+        while self.pages.len() * PAGE < self.len + new {
+            self.pages.push(pool.take(shape));
         }
     }
 
-    fn append(&mut self, segment: &Segment, width: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let (start, len) = (segment.start, segment.len);
-        match self {
-            Rows::Host { k: keys, v: values } => {
-                let rows = start * width..(start + len) * width;
-                keys.extend_from_slice(&host(k)?[rows.clone()]);
-                values.extend_from_slice(&host(v)?[rows]);
-            }
-            Rows::Device { k: keys, v: values } => {
-                for (kept, new) in [(keys, k), (values, v)] {
-                    let new = new.narrow(0, start, len)?;
-                    *kept = Some(match kept.take() {
-                        None => new.contiguous()?,
-                        Some(before) => Tensor::cat(&[before, new], 0)?,
-                    });
-                }
+    /// Writes a segment's rows to the reserved pages.
+    fn write(
+        &self,
+        layer: usize,
+        segment: &Segment,
+        shape: PageShape,
+        (k, v): (&[f32], &[f32]),
+        pool: &mut PagePool,
+    ) {
+        let width = shape.kv_heads * shape.head_dim;
+        let mut done = 0;
+        while done < segment.len {
+            let position = self.len + done;
+            let len = (PAGE - position % PAGE).min(segment.len - done);
+            let rows = (segment.start + done) * width..(segment.start + done + len) * width;
+            let page = pool.page_mut(self.pages[position / PAGE]);
+            shape.write(page, layer, position % PAGE, &k[rows.clone()], &v[rows]);
+            done += len;
+        }
+    }
+
+    fn extend(
+        &mut self,
+        layer: usize,
+        segment: &Segment,
+        (k, v): (&Tensor, &Tensor),
+    ) -> Result<()> {
+        let new = |x: &Tensor| x.narrow(0, segment.start, segment.len)?.contiguous();
+        let (k, v) = (new(k)?, new(v)?);
+        match self.tensors.get_mut(layer) {
+            None => self.tensors.push((k, v)),
+            Some(kept) => {
+                *kept = (Tensor::cat(&[&kept.0, &k], 0)?, Tensor::cat(&[&kept.1, &v], 0)?);
             }
         }
         Ok(())

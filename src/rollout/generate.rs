@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use rayon::prelude::*;
+
 use crate::adapter::Adapter;
 use crate::model::{Batch, Policy};
 use crate::ops::{KvCache, SlotId};
@@ -115,6 +117,27 @@ struct Active<'r> {
     logps: Vec<f32>,
 }
 
+impl Active<'_> {
+    /// The next token.
+    fn draw(
+        &self,
+        logits: &mut [f32],
+        sampling: &SamplingParams,
+        seed: u64,
+        step: u64,
+    ) -> Result<Sampled> {
+        let Request { prompt, prompt_id, sample: sample_id } = self.request;
+        let position = (prompt.len() + self.tokens.len()) as u64;
+        let (prompt_id, sample_id) = (*prompt_id, *sample_id);
+        let key = RandomKey { seed, step, prompt: prompt_id, sample: sample_id, position };
+        let seen = match sampling.repetition_penalty == 1.0 {
+            true => Vec::new(),
+            false => [prompt.as_slice(), &self.tokens].concat(),
+        };
+        sample(logits, &seen, sampling, &key)
+    }
+}
+
 impl<'a> Generator<'a> {
     /// A generator; `stop_check` ends a completion when its text holds a stop string.
     pub fn new(
@@ -160,10 +183,10 @@ impl<'a> Generator<'a> {
         let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
         let mut active: Vec<Active> = Vec::new();
         let mut done: Vec<Option<Completion>> = vec![None; requests.len()];
+        let mut logits = Vec::new();
         while !(waiting.is_empty() && active.is_empty()) {
-            let old = active.len();
-            self.admit(requests, &mut waiting, &mut active, &mut cache);
-            let drawn = self.advance(&mut active, old, &mut cache)?;
+            self.admit(requests, &mut waiting, &mut active, &mut cache)?;
+            let drawn = self.advance(&active, &mut cache, &mut logits)?;
             let mut still = Vec::with_capacity(active.len());
             for (mut sequence, drawn) in active.into_iter().zip(drawn) {
                 sequence.tokens.push(drawn.token);
@@ -202,64 +225,68 @@ impl<'a> Generator<'a> {
         Ok(())
     }
 
-    /// Takes up waiting requests while there is room in the batch and in the pass.
+    /// Takes up waiting requests while there is room in the batch and in the pass. One whose prompt
+    /// an active sequence has in the cache continues from there; one whose prompt is taken up in
+    /// this pass waits for the next. Sequences stay in the order of their requests, so that those
+    /// with the same prompt are neighbours.
     fn admit<'r>(
         &self,
         requests: &'r [Request],
         waiting: &mut VecDeque<usize>,
         active: &mut Vec<Active<'r>>,
         cache: &mut KvCache,
-    ) {
+    ) -> Result<()> {
         let mut room = self.options.prefill_tokens;
+        let mut next = 0;
         while active.len() < self.options.max_batch.max(1) {
-            let Some(index) = waiting.front().copied() else { return };
+            let Some(index) = waiting.get(next).copied() else { break };
             let request = &requests[index];
-            if request.prompt.len() > room && room < self.options.prefill_tokens {
-                return;
-            }
-            room = room.saturating_sub(request.prompt.len());
-            waiting.pop_front();
-            let slot = cache.open(None);
+            let sibling = active.iter().find(|other| other.request.prompt == request.prompt);
+            let slot = match sibling.map(|other| (other.slot, cache.len(other.slot))) {
+                Some((_, 0)) => {
+                    next += 1;
+                    continue;
+                }
+                Some((slot, _)) => cache.fork(slot, request.prompt.len() - 1)?,
+                None if request.prompt.len() > room && room < self.options.prefill_tokens => break,
+                None => {
+                    room = room.saturating_sub(request.prompt.len());
+                    cache.open()
+                }
+            };
+            waiting.remove(next);
             active.push(Active { index, request, slot, tokens: Vec::new(), logps: Vec::new() });
         }
+        active.sort_by_key(|sequence| sequence.index);
+        Ok(())
     }
 
-    /// One pass: the first `old` sequences go on by a token, the others take up their prompt.
+    /// One pass: every sequence goes on by its last token, or takes up what the cache lacks of its
+    /// prompt. Each gets a new token.
     fn advance(
         &self,
-        active: &mut [Active],
-        old: usize,
+        active: &[Active],
         cache: &mut KvCache,
+        logits: &mut Vec<f32>,
     ) -> Result<Vec<Sampled>> {
         let mut batch = Batch::new();
-        for (i, sequence) in active.iter().enumerate() {
-            let prompt = &sequence.request.prompt;
-            match sequence.tokens.last().filter(|_| i < old) {
-                None => batch.push_cached(prompt, prompt.len(), 0),
-                Some(last) => batch.push_cached(&[*last], prompt.len(), cache.len(sequence.slot)),
+        for sequence in active {
+            let (prompt, cached) = (&sequence.request.prompt, cache.len(sequence.slot));
+            let new = match sequence.tokens.last() {
+                Some(last) => std::slice::from_ref(last),
+                None => &prompt[cached..],
             };
+            batch.push_cached(new, prompt.len(), cached);
         }
         let slots: Vec<SlotId> = active.iter().map(|sequence| sequence.slot).collect();
         let h = self.policy.hidden_cached(&batch, self.adapters, cache, &slots)?;
-        let logits = self.policy.logits(&h, &batch.last_rows())?;
-        let mut logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-        let width = self.policy.config().vocab_size;
-        let rows = logits.chunks_exact_mut(width).zip(active.iter());
-        rows.map(|(row, sequence)| self.draw(row, sequence)).collect()
-    }
-
-    fn draw(&self, logits: &mut [f32], sequence: &Active) -> Result<Sampled> {
-        let request = sequence.request;
-        let position = (request.prompt.len() + sequence.tokens.len()) as u64;
-        let GenerateOptions { seed, step, sampling, .. } = self.options;
-        let (seed, step) = (*seed, *step);
-        let (prompt, sample_id) = (request.prompt_id, request.sample);
-        let key = RandomKey { seed, step, prompt, sample: sample_id, position };
-        let seen = match sampling.repetition_penalty == 1.0 {
-            true => Vec::new(),
-            false => [request.prompt.as_slice(), &sequence.tokens].concat(),
-        };
-        sample(logits, &seen, sampling, &key)
+        self.policy.logits_into(&h, &batch.last_rows(), logits)?;
+        let rows = logits.par_chunks_exact_mut(self.policy.config().vocab_size);
+        let (seed, step) = (self.options.seed, self.options.step);
+        let sampling = &self.options.sampling;
+        let drawn =
+            rows.zip(active).map(|(row, sequence)| sequence.draw(row, sampling, seed, step));
+        drawn.collect()
     }
 
     fn stopped(&self, sequence: &Active) -> Option<StopReason> {

@@ -6,4 +6,4 @@ mod generate;
 mod sampling;
 
 pub use generate::{Completion, GenerateOptions, Generator, Progress, Request, StopReason};
-pub use sampling::{RandomKey, Sampled, SamplingParams, argmax, sample};
+pub use sampling::{RandomKey, Sampled, SamplingParams, sample};

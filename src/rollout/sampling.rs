@@ -3,6 +3,7 @@
 //! Order as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Random numbers are
 //! a function of (seed, step, prompt, sample, position), never of call order.
 
+use crate::ops::{LogpOptions, RowStats};
 use crate::random::Stream;
 use crate::{Error, Result};
 
@@ -25,6 +26,11 @@ impl SamplingParams {
     /// The most likely token, always.
     pub fn greedy() -> Self {
         SamplingParams { temperature: 0.0, ..Self::default() }
+    }
+
+    /// Whether some tokens cannot be drawn.
+    fn filters(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
     }
 
     /// Refuses values outside their range.
@@ -91,17 +97,6 @@ pub struct Sampled {
     pub logp: f32,
 }
 
-/// The most likely token; of equals the first, as torch.argmax.
-pub fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
-}
-
 /// Draws the next token from logits `[V]`, which the processors change in place; `seen` are the tokens
 /// of the sequence so far.
 ///
@@ -114,17 +109,27 @@ pub fn sample(
     key: &RandomKey,
 ) -> Result<Sampled> {
     penalise(logits, seen, params.repetition_penalty as f32);
-    let top = argmax(logits);
-    let max = logits[top as usize];
-    if !max.is_finite() || logits.iter().any(|logit| logit.is_nan()) {
+    let inv_temperature = if params.temperature == 0.0 { 1.0 } else { 1.0 / params.temperature };
+    let inv_temperature = inv_temperature as f32;
+    let stats = RowStats::of(logits, &LogpOptions { inv_temperature, ..LogpOptions::default() });
+    let nan = logits.iter().fold(false, |nan, logit| nan | logit.is_nan());
+    if nan || !stats.max.is_finite() {
         let place = format!("prompt {} sample {}", key.prompt, key.sample);
         return Err(Error::failure(format!("{place}: the model's logits are not finite")));
     }
     if params.temperature == 0.0 {
-        return Ok(Sampled { token: top, logp: 0.0 });
+        return Ok(Sampled { token: stats.argmax, logp: 0.0 });
     }
-    let inverse = 1.0 / params.temperature;
-    let weight = |logit: f32| ((logit - max) as f64 * inverse).exp();
+    if !params.filters() {
+        let token = stats.draw(logits, key.uniform());
+        return Ok(Sampled { token, logp: stats.logp(logits[token as usize]) });
+    }
+    Ok(sample_kept(logits, stats.max, params, key))
+}
+
+/// Draws among the tokens that survive the filters.
+fn sample_kept(logits: &[f32], max: f32, params: &SamplingParams, key: &RandomKey) -> Sampled {
+    let weight = |logit: f32| f64::from(logit - max).exp();
     let kept = keep(logits, params, weight);
     let total: f64 = kept.iter().map(|token| weight(logits[*token as usize])).sum();
     let mut left = key.uniform() * total;
@@ -136,8 +141,8 @@ pub fn sample(
             break;
         }
     }
-    let logp = (logits[chosen as usize] - max) as f64 * inverse - total.ln();
-    Ok(Sampled { token: chosen, logp: logp as f32 })
+    let logp = f64::from(logits[chosen as usize] - max) - total.ln();
+    Sampled { token: chosen, logp: logp as f32 }
 }
 
 fn penalise(logits: &mut [f32], seen: &[u32], penalty: f32) {
@@ -156,9 +161,6 @@ fn penalise(logits: &mut [f32], seen: &[u32], penalty: f32) {
 /// The tokens that survive the filters, in order of their ids; never empty.
 fn keep(logits: &[f32], params: &SamplingParams, weight: impl Fn(f32) -> f64) -> Vec<u32> {
     let mut tokens: Vec<u32> = (0..logits.len() as u32).collect();
-    if params.top_k == 0 && params.top_p >= 1.0 && params.min_p <= 0.0 {
-        return tokens;
-    }
     let likely_first =
         |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     if params.top_k > 0 && params.top_k < tokens.len() {
@@ -191,7 +193,7 @@ mod tests {
     }
 
     fn kept(logits: &[f32], params: SamplingParams) -> Vec<u32> {
-        let max = logits[argmax(logits) as usize];
+        let max = logits.iter().copied().fold(f32::MIN, f32::max);
         keep(logits, &params, |logit| ((logit - max) as f64).exp())
     }
 
