@@ -5,15 +5,13 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::attention::AttentionShape;
 use super::attention_forward::{BLOCK_ROWS, Running, weigh};
 use super::attention_tile::{KEYS, ROWS, padded, whole_vectors, within_tile};
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, Simd};
 use super::pages::{PAGE, PageShape};
-use super::parallel::SharedMut;
+use super::parallel::{SharedMut, for_each_index};
 use super::product::{Old, Product};
 
 /// New tokens of one sequence, whose own keys and values are in its pages already.
@@ -72,7 +70,8 @@ pub(super) fn forward_cached_at(
     let rows = tasks.iter().map(|(task, _)| task.len() * shape.group()).max().unwrap_or(0);
     let out = SharedMut::new(out);
     let make = || Scratch::new(shape, rows);
-    tasks.into_par_iter().for_each_init(make, |scratch, (task, head)| {
+    for_each_index(tasks.len(), make, |scratch, i| {
+        let (task, head) = tasks[i].clone();
         let (queries, out) = (&queries[task], &out);
         level.run(Forward { q, queries, head, layer, shape, scratch, out });
     });

@@ -7,9 +7,8 @@ use super::attention_tile::{
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::lanes_math::{exp, tanh};
-use super::parallel::SharedMut;
+use super::parallel::{SharedMut, for_each_index};
 use super::product::{Old, Product};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows of a block of queries, about: what shares one transposed tile of keys.
@@ -47,7 +46,8 @@ pub(super) fn forward_at(
     let blocks = blocks(chains, shape);
     let rows = blocks.iter().map(|(_, block)| block.rows(shape)).max().unwrap_or(0);
     let make = || Scratch::new(shape, rows);
-    blocks.into_par_iter().for_each_init(make, |scratch, (chain, block)| {
+    for_each_index(blocks.len(), make, |scratch, i| {
+        let (chain, block) = blocks[i];
         let (out, lse) = (&out, lse.as_ref());
         level.run(Forward { q, chain, block, shape, scratch, out, lse });
     });

@@ -14,7 +14,7 @@ use super::lanes::LANES;
 use super::matmul_form::{Form, Step};
 use super::matmul_tile::{Element, Pair, Strip, best_panels};
 use super::pack::PackedMatrix;
-use super::parallel::{SharedMut, for_each, part, task_count};
+use super::parallel::{SharedMut, for_each_index, part, task_count};
 
 /// How products are computed; the names are PyTorch's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,9 +37,12 @@ const K_SPAN: usize = 8 * K_BLOCK;
 const NEAR_OUTPUTS: usize = 1 << 16;
 /// Rows of a task at most: one block of k of them lies in the second-level cache.
 const ROW_BLOCK: usize = 384;
-/// Rows up to which `f32` products read a bf16 weight straight from its storage, and the input
-/// where it lies.
-pub(crate) const STREAM_ROWS: usize = 6;
+/// Rows up to which `f32` products read a bf16 weight straight from its storage, and the input where
+/// it lies.
+pub(crate) const STREAM_ROWS: usize = 64;
+/// Rows up to which the weight is read panel by panel, each from its beginning to its end, because
+/// memory is slower than the products.
+const FEW_ROWS: usize = 6;
 
 /// `y = x W^T + bias`: `x [M, in]`, `y [M, out]`, `bias [out]`. Panics if the lengths disagree.
 pub fn matmul(
@@ -80,14 +83,18 @@ pub(crate) fn product(
     let panels = job.columns.div_ceil(LANES);
     let tasks = task_count(job.rows * job.k * panels * LANES, 2);
     let (row_parts, panel_parts) = grid(job.rows, panels, tasks);
-    for_each(0..row_parts * panel_parts, |i| {
-        let rows = part(job.rows, 12, row_parts, i / panel_parts);
-        let panels = part(panels, 2, panel_parts, i % panel_parts);
-        match precision {
-            MatmulPrecision::Medium => job.block::<Pair>(rows, panels),
-            MatmulPrecision::Highest | MatmulPrecision::High => job.block::<f32>(rows, panels),
-        }
-    });
+    for_each_index(
+        row_parts * panel_parts,
+        || (),
+        |(), i| {
+            let rows = part(job.rows, 12, row_parts, i / panel_parts);
+            let panels = part(panels, 2, panel_parts, i % panel_parts);
+            match precision {
+                MatmulPrecision::Medium => job.block::<Pair>(rows, panels),
+                MatmulPrecision::Highest | MatmulPrecision::High => job.block::<f32>(rows, panels),
+            }
+        },
+    );
 }
 
 /// Cuts rows and panels into about `tasks` parts such that the least is read twice: each part of
@@ -144,7 +151,10 @@ impl<'a> Product<'a> {
             return;
         }
         let group = best_panels(self.level, rows.len());
-        let near = (NEAR_OUTPUTS / (rows.len() * LANES)).next_multiple_of(group);
+        let near = match rows.len() <= FEW_ROWS {
+            true => group,
+            false => (NEAR_OUTPUTS / (rows.len() * LANES)).next_multiple_of(group),
+        };
         let panel_rows = K_BLOCK.min(self.k.next_multiple_of(LANES)) / A::LINKS;
         let mut scratch = vec![A::ZERO_ROW; group * panel_rows];
         let mut copied = Vec::new();

@@ -32,6 +32,7 @@ mod parallel;
 mod product;
 pub mod rope;
 mod slices;
+mod team;
 
 #[cfg(test)]
 mod logp_tests;

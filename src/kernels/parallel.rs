@@ -1,9 +1,11 @@
-//! Splits a kernel's work over the threads of the current rayon pool. Where the cuts fall never
+//! Splits a kernel's work over as many threads as the current rayon pool has. Where the cuts fall never
 //! changes a result: tasks write disjoint outputs and each output is computed by one task.
 
 use std::marker::PhantomData;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::prelude::*;
+use super::team;
 
 /// Floats of an element-wise task, about: long enough to be worth a thread's while.
 const TASK_FLOATS: usize = 1 << 14;
@@ -23,12 +25,37 @@ pub fn task_len(width: usize) -> usize {
 
 /// Does `work` on every item, in parallel where there is more than one.
 pub fn for_each<T: Send>(items: impl Iterator<Item = T>, work: impl Fn(T) + Sync + Send) {
-    let mut items: Vec<T> = items.collect();
-    if items.len() > 1 {
-        items.into_par_iter().with_max_len(1).for_each(work);
-    } else if let Some(item) = items.pop() {
-        work(item);
-    }
+    let items: Vec<Mutex<Option<T>>> = items.map(|item| Mutex::new(Some(item))).collect();
+    for_each_index(
+        items.len(),
+        || (),
+        |(), i| {
+            let item = items[i].lock().ok().and_then(|mut item| item.take());
+            item.into_iter().for_each(&work);
+        },
+    );
+}
+
+/// Does `work` for every index below `n`, in parallel where there is more than one; each thread
+/// makes its own scratch.
+pub fn for_each_index<S>(
+    n: usize,
+    make: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, usize) + Sync,
+) {
+    let next = AtomicUsize::new(0);
+    let job = || {
+        let mut i = next.fetch_add(1, Ordering::Relaxed);
+        if i >= n {
+            return;
+        }
+        let mut scratch = make();
+        while i < n {
+            work(&mut scratch, i);
+            i = next.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    if n > 1 && rayon::current_num_threads() > 1 { team::share(&job) } else { job() }
 }
 
 /// Part `i` of `0..n` cut into `parts` ranges whose lengths are multiples of `unit` (the last
