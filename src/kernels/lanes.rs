@@ -59,6 +59,10 @@ pub(crate) trait Simd: Copy {
     /// x_stride + i]` for `i, j < 8`.
     fn transpose8(self, x: &[f32], x_stride: usize, y: &mut [f32], y_stride: usize);
 
+    /// Brings the cache line at an address, valid or not, closer; nothing where that is unknown.
+    #[inline(always)]
+    fn prefetch(self, _address: *const u8) {}
+
     /// The first `x.len()` lanes, the others 0; at most sixteen.
     #[inline(always)]
     fn load_part(self, x: &[f32]) -> Self::V {

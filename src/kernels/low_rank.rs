@@ -12,15 +12,17 @@ pub use super::low_rank_activation::Activation;
 use super::parallel::for_each;
 use super::product::{Old, Product};
 
-/// Rows of a task, and of a chain of the weight gradients.
+/// Rows of a task of the backward pass, and of a chain of the weight gradients.
 const CHUNK: usize = 256;
+/// Rows of a task of the forward pass.
+const FORWARD_ROWS: usize = 32;
 /// Rows that the backward pass takes through all its products while they stay in cache.
 const SUB_CHUNK: usize = 16;
 
 /// `z [M, R] = x [M, D] Wdown^T` with `wdown [R, D]` row-major. Panics if the lengths disagree.
 pub fn down(x: &[f32], wdown: &[f32], d: usize, r: usize, z: &mut [f32]) {
     assert!(wdown.len() == r * d && x.len() * r == z.len() * d, "low-rank shapes disagree");
-    for_each(x.chunks(CHUNK * d).zip(z.chunks_mut(CHUNK * r)), |(x, z)| {
+    for_each(x.chunks(FORWARD_ROWS * d).zip(z.chunks_mut(FORWARD_ROWS * r)), |(x, z)| {
         CpuLevel::detect().run(Dots { a: x, b: wdown, width: d, c: z });
     });
 }
@@ -31,7 +33,8 @@ pub fn up_add(z: &[f32], wup: &[f32], r: usize, alpha: f32, activation: Activati
     let d_out = wup.len() / r;
     assert!(wup.len() == r * d_out && z.len() * d_out == y.len() * r, "low-rank shapes disagree");
     let up = transpose(wup, d_out, r);
-    for_each(z.chunks(CHUNK * r).zip(y.chunks_mut(CHUNK * d_out)), |(z, y)| {
+    let parts = z.chunks(FORWARD_ROWS * r).zip(y.chunks_mut(FORWARD_ROWS * d_out));
+    for_each(parts, |(z, y)| {
         add_product(&scaled_code(z, alpha, activation), &up, r, y);
     });
 }

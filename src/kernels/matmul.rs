@@ -35,6 +35,8 @@ const K_BLOCK: usize = 256;
 const K_SPAN: usize = 8 * K_BLOCK;
 /// Outputs that stay in the second-level cache while k advances.
 const NEAR_OUTPUTS: usize = 1 << 16;
+/// Tasks for each thread: the fewer, the less is read twice; the more, the less a thread waits.
+const TASKS: usize = 4;
 /// Rows of a task at most: one block of k of them lies in the second-level cache.
 const ROW_BLOCK: usize = 384;
 /// Rows up to which `f32` products read a bf16 weight straight from its storage, and the input where
@@ -81,7 +83,7 @@ pub(crate) fn product(
 ) {
     let Some(job) = Product::new(level, axis, x, w, bias, y) else { return };
     let panels = job.columns.div_ceil(LANES);
-    let tasks = task_count(job.rows * job.k * panels * LANES, 2);
+    let tasks = task_count(job.rows * job.k * panels * LANES, TASKS);
     let (row_parts, panel_parts) = grid(job.rows, panels, tasks);
     for_each_index(
         row_parts * panel_parts,
@@ -202,7 +204,8 @@ impl<'a> Product<'a> {
             for panel in panels.clone().step_by(group) {
                 let panels = group.min(panels.end - panel);
                 let (rows, scratch) = (rows.clone(), &mut *scratch);
-                A::step(self, Step { rows, a, lda, panel, panels, k0, kc, scratch });
+                let along_k = rows.len() <= FEW_ROWS;
+                A::step(self, Step { rows, a, lda, panel, panels, k0, kc, along_k, scratch });
             }
         }
     }
@@ -228,6 +231,7 @@ impl<'a> Product<'a> {
             b,
             panels: step.panels,
             panel_stride,
+            ahead: if step.along_k { 0 } else { step.panels * panel_stride },
             init: self.start[column..].as_ptr(),
             ldi: 0,
             y: std::ptr::null_mut(),

@@ -26,6 +26,7 @@ pub(crate) unsafe fn multiply(strip: Strip<Pair, u16>) {
         b: strip.b.cast::<Pair>(),
         panels: strip.panels,
         panel_stride: strip.panel_stride / 2,
+        ahead: strip.ahead / 2,
         init: strip.init,
         ldi: strip.ldi,
         y: strip.y,
@@ -45,6 +46,7 @@ unsafe fn rows(strip: Strip<Pair, Pair>) {
                 a: strip.a.add(i * strip.lda),
                 init: strip.init.add(i * strip.ldi),
                 y: strip.y.add(i * strip.ldy),
+                ahead: if i == 0 { strip.ahead } else { 0 },
                 ..strip
             };
             if tile.panels == 2 { by_rows::<2>(tile) } else { by_rows::<1>(tile) }
@@ -75,7 +77,9 @@ unsafe fn tile<const R: usize, const PANELS: usize>(strip: Strip<Pair, Pair>) {
         for k in 0..strip.k {
             let mut b = [_mm512_setzero_si512(); PANELS];
             for p in 0..PANELS {
-                b[p] = _mm512_loadu_si512(strip.b.add(p * strip.panel_stride + k * LANES).cast());
+                let pairs = strip.b.add(p * strip.panel_stride + k * LANES);
+                b[p] = _mm512_loadu_si512(pairs.cast());
+                _mm_prefetch::<_MM_HINT_T0>(pairs.wrapping_add(strip.ahead).cast());
             }
             for i in 0..R {
                 let a = _mm512_set1_epi32((*strip.a.add(i * strip.lda + k)).0 as i32);

@@ -119,6 +119,8 @@ pub(crate) struct Step<'a, A: Form> {
     /// The first link and their number.
     pub k0: usize,
     pub kc: usize,
+    /// Whether the next step is the next block of k, not the next group.
+    pub along_k: bool,
     /// Room for the group's panels.
     pub scratch: &'a mut [A::Row],
 }

@@ -47,6 +47,9 @@ pub(crate) trait Element: Copy {
     /// # Safety
     /// The panel has so many links.
     unsafe fn load<S: Simd>(s: S, panel: *const Self, k: usize) -> S::V;
+
+    /// Where link `k` of a panel lies.
+    fn place(panel: *const Self, k: usize) -> *const Self;
 }
 
 impl Element for f32 {
@@ -55,6 +58,11 @@ impl Element for f32 {
         // SAFETY: the caller's promise.
         s.load(unsafe { &*panel.add(k * LANES).cast() })
     }
+
+    #[inline(always)]
+    fn place(panel: *const f32, k: usize) -> *const f32 {
+        panel.wrapping_add(k * LANES)
+    }
 }
 
 impl Element for u16 {
@@ -62,6 +70,11 @@ impl Element for u16 {
     unsafe fn load<S: Simd>(s: S, panel: *const u16, k: usize) -> S::V {
         // SAFETY: the caller's promise.
         s.load_link(unsafe { &*panel.add(k / 2 * 2 * LANES).cast() }, k)
+    }
+
+    #[inline(always)]
+    fn place(panel: *const u16, k: usize) -> *const u16 {
+        panel.wrapping_add(k / 2 * 2 * LANES)
     }
 }
 
@@ -80,6 +93,8 @@ pub(crate) struct Strip<A, B> {
     /// 1 or 2, and the elements from panel to panel.
     pub panels: usize,
     pub panel_stride: usize,
+    /// How many elements further on the next strip's panels lie, which the first rows fetch.
+    pub ahead: usize,
     /// The old values: `[rows, 16 panels]`, `ldi` from row to row (0 for a bias).
     pub init: *const f32,
     pub ldi: usize,
@@ -142,6 +157,7 @@ impl<A: Left, B: Element> Kernel for Multiply<A, B> {
                     a: strip.a.add(i * strip.lda),
                     init: strip.init.add(i * strip.ldi),
                     y: strip.y.add(i * strip.ldy),
+                    ahead: if i == 0 { strip.ahead } else { 0 },
                     ..strip
                 };
                 tile.compute(s);
@@ -192,7 +208,9 @@ impl<A: Left, B: Element> Strip<A, B> {
             for k in 0..self.k {
                 let mut b = [s.splat(0.0); PANELS];
                 for p in 0..PANELS {
-                    b[p] = B::load(s, self.b.add(p * self.panel_stride), k);
+                    let panel = self.b.add(p * self.panel_stride);
+                    b[p] = B::load(s, panel, k);
+                    s.prefetch(B::place(panel, k).wrapping_add(self.ahead).cast());
                 }
                 for i in 0..ROWS {
                     let a = s.splat(A::at(self.a.add(i * self.lda), k));

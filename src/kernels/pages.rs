@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use super::attention_tile::{KEYS, padded};
+use super::parallel::for_each;
 
 /// Positions in a page: the keys of one tile.
 pub const PAGE: usize = KEYS;
@@ -65,6 +66,40 @@ impl PageShape {
             values.zip(of_head(v)).for_each(|(to, row)| to[..d].copy_from_slice(row));
         }
     }
+}
+
+/// Rows of keys and values that go to one page.
+#[derive(Clone, Debug)]
+pub struct PageRows {
+    /// Number of the page.
+    pub page: u32,
+    /// Position in the page of the first row.
+    pub at: usize,
+    /// The rows.
+    pub rows: Range<usize>,
+}
+
+/// Writes rows of `k` and `v`, `[N, kv_heads * head_dim]`, to a layer of their pages, in parallel.
+///
+/// # Panics
+/// If a page is missing or named twice, or rows do not fit.
+pub fn write_rows(
+    pages: &mut [Box<[f32]>],
+    shape: PageShape,
+    layer: usize,
+    mut parts: Vec<PageRows>,
+    (k, v): (&[f32], &[f32]),
+) {
+    parts.sort_unstable_by_key(|part| part.page);
+    let width = shape.kv_heads * shape.head_dim;
+    let mut rest = pages.iter_mut().enumerate();
+    let mut page = |number: u32| rest.find(|(i, _)| *i == number as usize).map(|(_, page)| page);
+    let parts: Vec<_> = parts.into_iter().map(|part| (page(part.page), part)).collect();
+    for_each(parts.into_iter(), |(page, part)| {
+        let rows = part.rows.start * width..part.rows.end * width;
+        let Some(page) = page else { panic!("page {} is missing or named twice", part.page) };
+        shape.write(page, layer, part.at, &k[rows.clone()], &v[rows]);
+    });
 }
 
 /// The columns `part` of each row of `x`.

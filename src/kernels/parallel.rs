@@ -9,8 +9,8 @@ use super::team;
 
 /// Floats of an element-wise task, about: long enough to be worth a thread's while.
 const TASK_FLOATS: usize = 1 << 14;
-/// Multiply-adds below which a task is not worth a thread's wake-up (about 5 microseconds).
-const MIN_TASK: usize = 1 << 18;
+/// Multiply-adds below which a task is not worth another thread's while (a few microseconds).
+const MIN_TASK: usize = 1 << 16;
 
 /// How many tasks to cut `work` multiply-adds into: 1 for small work, otherwise up to
 /// `per_thread` for each thread of the pool.

@@ -7,7 +7,7 @@ use super::page_pool::PagePool;
 use crate::Result;
 use crate::kernels::attention::{AttentionShape, Segment};
 use crate::kernels::attention_cached::{CachedSegment, LayerPages};
-use crate::kernels::pages::{PAGE, PageShape};
+use crate::kernels::pages::{PAGE, PageRows, PageShape, write_rows};
 
 /// Names one sequence of a [`KvCache`].
 pub type SlotId = usize;
@@ -95,21 +95,22 @@ impl KvCache {
         (k, v): (&Tensor, &Tensor),
         shape: &AttentionShape,
     ) -> Result<()> {
+        let parts = page_shape(self.layers, shape);
+        let mut rows = Vec::with_capacity(segments.len());
         for (segment, id) in segments.iter().zip(slots) {
             let Some(slot) = &mut self.slots[*id] else { continue };
-            match engine.fused() {
-                true => {
-                    let shape = page_shape(self.layers, shape);
-                    if layer == 0 {
-                        slot.reserve(segment.len, shape, &mut self.pool);
-                    }
-                    slot.write(layer, segment, shape, (&host(k)?, &host(v)?), &mut self.pool);
-                }
-                false => slot.extend(layer, segment, (k, v))?,
+            if !engine.fused() {
+                slot.extend(layer, segment, (k, v))?;
+            } else if layer == 0 {
+                slot.reserve(segment.len, parts, &mut self.pool);
             }
+            slot.place(segment, &mut rows);
             if layer + 1 == self.layers {
                 slot.len += segment.len;
             }
+        }
+        if engine.fused() {
+            write_rows(self.pool.pages_mut(), parts, layer, rows, (&host(k)?, &host(v)?));
         }
         Ok(())
     }
@@ -147,23 +148,14 @@ impl Slot {
         }
     }
 
-    /// Writes a segment's rows to the reserved pages.
-    fn write(
-        &self,
-        layer: usize,
-        segment: &Segment,
-        shape: PageShape,
-        (k, v): (&[f32], &[f32]),
-        pool: &mut PagePool,
-    ) {
-        let width = shape.kv_heads * shape.head_dim;
+    /// Says to which of the reserved pages a segment's rows go.
+    fn place(&self, segment: &Segment, rows: &mut Vec<PageRows>) {
         let mut done = 0;
-        while done < segment.len {
-            let position = self.len + done;
-            let len = (PAGE - position % PAGE).min(segment.len - done);
-            let rows = (segment.start + done) * width..(segment.start + done + len) * width;
-            let page = pool.page_mut(self.pages[position / PAGE]);
-            shape.write(page, layer, position % PAGE, &k[rows.clone()], &v[rows]);
+        while done < segment.len && !self.pages.is_empty() {
+            let (at, start) = ((self.len + done) % PAGE, segment.start + done);
+            let len = (PAGE - at).min(segment.len - done);
+            let page = self.pages[(self.len + done) / PAGE];
+            rows.push(PageRows { page, at, rows: start..start + len });
             done += len;
         }
     }

@@ -17,9 +17,9 @@ impl PagePool {
         &self.pages
     }
 
-    /// A page for writing, which the caller must be the only holder of.
-    pub(super) fn page_mut(&mut self, page: u32) -> &mut [f32] {
-        &mut self.pages[page as usize]
+    /// All pages by number, to write to those that have one holder.
+    pub(super) fn pages_mut(&mut self) -> &mut [Box<[f32]>] {
+        &mut self.pages
     }
 
     /// A page with one holder, its contents arbitrary.
@@ -77,11 +77,11 @@ mod tests {
     fn a_shared_page_is_copied_before_it_is_written_and_freed_with_its_last_holder() {
         let mut pool = PagePool::default();
         let page = pool.take(SHAPE);
-        pool.page_mut(page)[0] = 7.0;
+        pool.pages_mut()[page as usize][0] = 7.0;
         assert_eq!(pool.own(page, SHAPE), page);
         pool.hold(page);
         let copy = pool.own(page, SHAPE);
-        assert!(copy != page && pool.page_mut(copy)[0] == 7.0);
+        assert!(copy != page && pool.pages()[copy as usize][0] == 7.0);
         assert_eq!(pool.own(page, SHAPE), page);
         pool.give_up(page);
         assert_eq!(pool.held(), 1);
