@@ -1,0 +1,154 @@
+//! A tensor in a mapped file: its bytes, and how they become numbers.
+
+use candle_core::quantized::k_quants::{
+    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K,
+    BlockQ8_0,
+};
+use candle_core::quantized::{GgmlDType, GgmlType};
+use candle_core::{DType, Device, Tensor};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use crate::ops::MatrixRows;
+use crate::{Error, Result};
+
+/// Numbers that are decoded at a time where a copy of them is needed: a multiple of every block.
+const CHUNK: usize = 256;
+
+/// A tensor in a mapped file, every row of it made of whole blocks.
+pub(super) struct Stored<'a> {
+    bytes: &'a [u8],
+    dtype: GgmlDType,
+    decode: fn(&[u8], &mut [f32]),
+    shape: &'a [usize],
+    /// Rows of a head that are permuted, if any are.
+    head_rows: Option<usize>,
+}
+
+impl<'a> Stored<'a> {
+    /// A tensor of `shape` in `bytes`; nothing if its type cannot be read.
+    pub fn new(bytes: &'a [u8], dtype: GgmlDType, shape: &'a [usize]) -> Option<Self> {
+        Some(Stored { bytes, dtype, decode: decoder(dtype)?, shape, head_rows: None })
+    }
+
+    /// The same tensor [heads · d, in] or bias [heads · d], whose rows the file has in the order
+    /// for rotating neighbours, in the order for rotating halves.
+    ///
+    /// # Errors
+    /// If the rows are not those of so many heads.
+    pub fn permuted(self, heads: usize) -> Result<Self> {
+        let rows = self.shape.first().copied().unwrap_or(1);
+        let head_rows = rows / heads;
+        if head_rows * heads != rows || head_rows % 2 != 0 {
+            return Err(Error::failure(format!(
+                "{rows} rows do not divide into {heads} even heads"
+            )));
+        }
+        Ok(Stored { head_rows: Some(head_rows), ..self })
+    }
+
+    /// All of it: bf16 as bf16, everything else as f32.
+    pub fn tensor(&self) -> Result<Tensor> {
+        let (shape, cpu) = (self.shape, &Device::Cpu);
+        let tensor = if self.dtype == GgmlDType::BF16 {
+            Tensor::from_raw_buffer(self.bytes, DType::BF16, shape, cpu)?
+        } else {
+            let mut values = vec![0.0; shape.iter().product()];
+            (self.decode)(self.bytes, &mut values);
+            Tensor::from_vec(values, shape, cpu)?
+        };
+        if self.head_rows.is_none() {
+            return Ok(tensor);
+        }
+        let rows = (0..shape[0]).map(|row| self.place(row) as u32);
+        Ok(tensor.index_select(&Tensor::from_iter(rows, cpu)?, 0)?)
+    }
+
+    /// Which row of the file is row `i`: of a permuted head of d rows, s · d/2 + j is 2j + s.
+    fn place(&self, i: usize) -> usize {
+        self.head_rows.map_or(i, |d| {
+            let (first, s, j) = (i - i % d, i % d / (d / 2), i % (d / 2));
+            first + 2 * j + s
+        })
+    }
+
+    /// The bytes of row `i` of a matrix.
+    fn row(&self, i: usize) -> &'a [u8] {
+        let length = self.bytes_of(self.shape[1]);
+        &self.bytes[self.place(i) * length..][..length]
+    }
+
+    fn bytes_of(&self, elements: usize) -> usize {
+        elements / self.dtype.block_size() * self.dtype.type_size()
+    }
+}
+
+impl MatrixRows for Stored<'_> {
+    fn dims(&self) -> (usize, usize) {
+        (self.shape[0], self.shape[1])
+    }
+
+    fn read_f32(&self, i: usize, into: &mut [f32]) {
+        (self.decode)(self.row(i), into);
+    }
+
+    fn read_bf16(&self, i: usize, into: &mut [bf16]) {
+        let row = self.row(i);
+        if self.dtype == GgmlDType::BF16 {
+            let values = row.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes));
+            return into.iter_mut().zip(values).for_each(|(to, x)| *to = x);
+        }
+        let mut values = [0.0; CHUNK];
+        for (to, from) in into.chunks_mut(CHUNK).zip(row.chunks(self.bytes_of(CHUNK))) {
+            let values = &mut values[..to.len()];
+            (self.decode)(from, values);
+            to.convert_from_f32_slice(values);
+        }
+    }
+}
+
+/// What turns the bytes of whole blocks into numbers.
+fn decoder(dtype: GgmlDType) -> Option<fn(&[u8], &mut [f32])> {
+    Some(match dtype {
+        GgmlDType::F32 => floats,
+        GgmlDType::F16 => halves,
+        GgmlDType::BF16 => brain_floats,
+        GgmlDType::Q4_0 => blocks::<BlockQ4_0>,
+        GgmlDType::Q4_1 => blocks::<BlockQ4_1>,
+        GgmlDType::Q5_0 => blocks::<BlockQ5_0>,
+        GgmlDType::Q5_1 => blocks::<BlockQ5_1>,
+        GgmlDType::Q8_0 => blocks::<BlockQ8_0>,
+        GgmlDType::Q2K => blocks::<BlockQ2K>,
+        GgmlDType::Q3K => blocks::<BlockQ3K>,
+        GgmlDType::Q4K => blocks::<BlockQ4K>,
+        GgmlDType::Q5K => blocks::<BlockQ5K>,
+        GgmlDType::Q6K => blocks::<BlockQ6K>,
+        GgmlDType::Q8_1 | GgmlDType::Q8K => return None,
+    })
+}
+
+fn floats(bytes: &[u8], into: &mut [f32]) {
+    let values = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+    into.iter_mut().zip(values).for_each(|(to, x)| *to = x);
+}
+
+fn halves(bytes: &[u8], into: &mut [f32]) {
+    let mut halves = [f16::ZERO; CHUNK];
+    for (to, from) in into.chunks_mut(CHUNK).zip(bytes.chunks(2 * CHUNK)) {
+        let values = from.as_chunks().0.iter().map(|bytes| f16::from_le_bytes(*bytes));
+        halves.iter_mut().zip(values).for_each(|(to, x)| *to = x);
+        halves[..to.len()].convert_to_f32_slice(to);
+    }
+}
+
+fn brain_floats(bytes: &[u8], into: &mut [f32]) {
+    let values = bytes.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32());
+    into.iter_mut().zip(values).for_each(|(to, x)| *to = x);
+}
+
+/// Quantised blocks, as llama.cpp dequantises them; a GGUF file has them at multiples of 4 bytes.
+fn blocks<T: GgmlType>(bytes: &[u8], into: &mut [f32]) {
+    // SAFETY: a block is integers and half floats, of which all bits are valid.
+    let (_, blocks, _) = unsafe { bytes.align_to::<T>() };
+    T::to_float(blocks, into);
+}
