@@ -152,3 +152,95 @@ fn blocks<T: GgmlType>(bytes: &[u8], into: &mut [f32]) {
     let (_, blocks, _) = unsafe { bytes.align_to::<T>() };
     T::to_float(blocks, into);
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::QTensor;
+    use candle_core::quantized::ggml_file::qtensor_from_ggml;
+
+    use super::*;
+    use crate::kernels::pack::PackedMatrix;
+    use crate::kernels::testing::{noise, packed_bits};
+
+    const QUANTISED: [GgmlDType; 10] = [
+        GgmlDType::Q4_0,
+        GgmlDType::Q4_1,
+        GgmlDType::Q5_0,
+        GgmlDType::Q5_1,
+        GgmlDType::Q8_0,
+        GgmlDType::Q2K,
+        GgmlDType::Q3K,
+        GgmlDType::Q4K,
+        GgmlDType::Q5K,
+        GgmlDType::Q6K,
+    ];
+    const PLAIN: [GgmlDType; 3] = [GgmlDType::F32, GgmlDType::F16, GgmlDType::BF16];
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// What is packed row by row has the bits of `whole`, the matrix in one piece, packed.
+    fn assert_packs_as(stored: &Stored, whole: &[f32], what: &str) {
+        let (out, in_) = stored.dims();
+        let rows = PackedMatrix::f32_rows(out, in_, |i, row| stored.read_f32(i, row));
+        let expected = PackedMatrix::from_f32(whole, out, in_);
+        assert!(packed_bits(&rows) == packed_bits(&expected), "{what} as f32");
+        let rows = PackedMatrix::bf16_rows(out, in_, |i, row| stored.read_bf16(i, row));
+        let expected = PackedMatrix::from_f32_as_bf16(whole, out, in_);
+        assert!(packed_bits(&rows) == packed_bits(&expected), "{what} as bf16");
+    }
+
+    #[test]
+    fn every_type_packs_as_candle_reads_it_at_odd_shapes() {
+        let blocks = QUANTISED.map(|dtype| (dtype, vec![(1, 1), (17, 3), (35, 9)]));
+        let plain = PLAIN.map(|dtype| (dtype, vec![(1, 1), (17, 7), (35, 257), (100, 700)]));
+        for (dtype, shapes) in blocks.into_iter().chain(plain) {
+            for (out, in_blocks) in shapes {
+                let shape = [out, in_blocks * dtype.block_size()];
+                let numbers = noise(out as u64, shape[0] * shape[1]);
+                let tensor = Tensor::from_vec(numbers, &shape[..], &Device::Cpu).unwrap();
+                let quantised = QTensor::quantize(&tensor, dtype).unwrap();
+                let bytes = quantised.data().unwrap();
+                let read = qtensor_from_ggml(dtype, &bytes, shape.to_vec(), &Device::Cpu).unwrap();
+                let whole = values(&read.dequantize(&Device::Cpu).unwrap());
+                let stored = Stored::new(&bytes, dtype, &shape).unwrap();
+                let what = format!("{dtype:?} {shape:?}");
+                assert!(values(&stored.tensor().unwrap()) == whole, "{what}");
+                assert_packs_as(&stored, &whole, &what);
+            }
+        }
+        assert!(Stored::new(&[], GgmlDType::Q8_1, &[0, 0]).is_none());
+    }
+
+    #[test]
+    fn plain_numbers_may_begin_at_any_byte() {
+        let (shape, numbers) = ([19, 5], noise(3, 95));
+        let bytes = [&[7][..], &numbers.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>()];
+        let stored = bytes.concat();
+        assert_packs_as(&Stored::new(&stored[1..], GgmlDType::F32, &shape).unwrap(), &numbers, "");
+    }
+
+    #[test]
+    fn bf16_is_kept_to_the_bit_even_where_it_is_no_number() {
+        let bits = [0x7f81u16, 0xff80, 0x8000, 0x0001, 0x3f80];
+        let bytes: Vec<u8> = bits.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let mut row = [bf16::ZERO; 5];
+        Stored::new(&bytes, GgmlDType::BF16, &[1, 5]).unwrap().read_bf16(0, &mut row);
+        assert_eq!(row.map(bf16::to_bits), bits);
+    }
+
+    #[test]
+    fn permuted_heads_are_put_back() {
+        let (shape, heads, numbers) = ([36, 3], 2, noise(5, 108));
+        let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let whole = Tensor::from_vec(numbers, (heads, 9, 2, 3), &Device::Cpu).unwrap();
+        let whole = values(&whole.transpose(1, 2).unwrap().contiguous().unwrap());
+        let stored = Stored::new(&bytes, GgmlDType::F32, &shape).unwrap().permuted(heads).unwrap();
+        assert_packs_as(&stored, &whole, "permuted");
+        assert_eq!(values(&stored.tensor().unwrap()), whole);
+        let uneven = Stored::new(&bytes, GgmlDType::F32, &shape).unwrap().permuted(4);
+        let error = uneven.err().unwrap().to_string();
+        assert_eq!(error, "36 rows do not divide into 4 even heads");
+    }
+}
