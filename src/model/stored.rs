@@ -15,11 +15,14 @@ use crate::{Error, Result};
 /// Numbers that are decoded at a time where a copy of them is needed: a multiple of every block.
 const CHUNK: usize = 256;
 
+/// Turns the bytes of whole blocks into numbers.
+type Decode = fn(&[u8], &mut [f32]);
+
 /// A tensor in a mapped file, every row of it made of whole blocks.
 pub(super) struct Stored<'a> {
     bytes: &'a [u8],
     dtype: GgmlDType,
-    decode: fn(&[u8], &mut [f32]),
+    decode: Decode,
     shape: &'a [usize],
     /// Rows of a head that are permuted, if any are.
     head_rows: Option<usize>,
@@ -39,7 +42,7 @@ impl<'a> Stored<'a> {
     pub fn permuted(self, heads: usize) -> Result<Self> {
         let rows = self.shape.first().copied().unwrap_or(1);
         let head_rows = rows / heads;
-        if head_rows * heads != rows || head_rows % 2 != 0 {
+        if head_rows * heads != rows || !head_rows.is_multiple_of(2) {
             return Err(Error::failure(format!(
                 "{rows} rows do not divide into {heads} even heads"
             )));
@@ -107,8 +110,8 @@ impl MatrixRows for Stored<'_> {
     }
 }
 
-/// What turns the bytes of whole blocks into numbers.
-fn decoder(dtype: GgmlDType) -> Option<fn(&[u8], &mut [f32])> {
+/// How numbers of a type are decoded, if they can be.
+fn decoder(dtype: GgmlDType) -> Option<Decode> {
     Some(match dtype {
         GgmlDType::F32 => floats,
         GgmlDType::F16 => halves,
