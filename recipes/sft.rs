@@ -57,8 +57,8 @@ fn run(config: &SftConfig) -> Result<()> {
     // ---- model and trainer -------------------------------------------------------------------
     let claim = claim_output_dir(run_args, &resolved)?;
     let (model_args, engine) = (&config.model, config.model.engine()?);
-    let model = LoadedModel::load(&model_args.model_name_or_path, model_args.storage(), &engine)?;
-    let base = model.base()?;
+    let name = &model_args.model_name_or_path;
+    let (model, base) = LoadedModel::load_with_base(name, model_args.storage(), &engine)?;
     warn_of_other_model(config.adapter.adapter_name_or_path.as_slice(), || Ok(base.clone()))?;
     let mut trainer = SftTrainer::new(config, &model.policy, adapters, &train)?;
     let options = GenerateOptions {

@@ -15,7 +15,10 @@ use common::program::{
 };
 use common::shared;
 use serde_json::{Value, json};
+use steersman::config::DataArgs;
 use steersman::model::{ModelSource, TextModel};
+use steersman::train::data::SftData;
+use steersman::train::example::TokenExample;
 use steersman::train::tokenize::Encoder;
 
 /// A tiny model, rows to learn, and a folder for runs.
@@ -444,6 +447,30 @@ fn prompt_and_completion_are_tokenised_as_the_one_text_that_they_are() {
         assert!(learnt.trim_start().ends_with(completion.trim_start()), "{prompt:?}: {learnt:?}");
         assert!(example.targets() == example.input_ids.len() - example.prompt_length);
     }
+}
+
+#[test]
+fn rows_are_tokenised_in_order_and_the_first_bad_one_is_named() {
+    let Some(place) = Place::new() else { return };
+    let text = text_model(&place.model, None);
+    let encoder = Encoder::new(&text).unwrap();
+    let story = |i: usize| format!("Once upon a time {i:03}{}", " x".repeat(i / 240));
+    let stories: Vec<String> = (0..500).map(story).collect();
+    let lines = stories.iter().map(|story| json!({"text": story}).to_string() + "\n");
+    fs::write(&place.rows, lines.collect::<String>()).unwrap();
+    let dataset_name = Some(place.rows.to_str().unwrap().to_string());
+    let args = DataArgs { dataset_name, max_length: 0, ..Default::default() };
+    let data = SftData::load(&args, 1).unwrap();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+    let (train, _) = pool.install(|| data.tokenise(&encoder, &args, 512)).unwrap();
+    assert_eq!(train.len(), stories.len());
+    for (i, (example, story)) in train.iter().zip(&stories).enumerate() {
+        let expected = TokenExample { row: i + 1, ..encoder.text(story).unwrap() };
+        assert_eq!(*example, expected);
+    }
+    let short = train[0].input_ids.len();
+    let error = pool.install(|| data.tokenise(&encoder, &args, short)).unwrap_err().to_string();
+    assert!(error.contains(": row 241 has "), "{error}");
 }
 
 #[test]

@@ -41,4 +41,4 @@ mod low_rank_tests;
 #[cfg(test)]
 mod matmul_tests;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

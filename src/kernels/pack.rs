@@ -1,6 +1,9 @@
 //! A frozen weight matrix, kept once, in the layout that the matmul reads.
 
+use std::mem::MaybeUninit;
+
 use half::bf16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::lanes::LANES;
@@ -52,35 +55,30 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
+    /// Packs `W [out, in]` in `f32`, of which `read` writes row `i` into `[in]`. Panics if W is
+    /// empty.
+    pub fn f32_rows(out: usize, in_: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Self {
+        let storage = Storage::F32(pack(out, in_, read));
+        Self { out_features: out, in_features: in_, storage }
+    }
+
+    /// As [`PackedMatrix::f32_rows`], in bf16.
+    pub fn bf16_rows(out: usize, in_: usize, read: impl Fn(usize, &mut [bf16]) + Sync) -> Self {
+        let storage = Storage::Bf16(pack(out, in_, read));
+        Self { out_features: out, in_features: in_, storage }
+    }
+
     /// Packs row-major `w [out, in]` and keeps it in `f32`. Panics unless `w` has that many
-    /// elements and at least one.
+    /// elements.
     pub fn from_f32(w: &[f32], out: usize, in_: usize) -> Self {
-        let put = |rows: &mut [RowF32], lane: usize, i: usize, x| rows[i].0[lane] = x;
-        let rows = pack(w, (out, in_), in_, RowF32([0.0; LANES]), put);
-        Self { out_features: out, in_features: in_, storage: Storage::F32(rows) }
+        assert!(w.len() == out * in_, "weight is not a matrix [out, in]");
+        Self::f32_rows(out, in_, |i, row| row.copy_from_slice(&w[i * in_..][..in_]))
     }
 
-    /// Packs row-major `w [out, in]`, rounded to the nearest bf16 (ties to even).
+    /// As [`PackedMatrix::from_f32`], rounded to the nearest bf16 (ties to even).
     pub fn from_f32_as_bf16(w: &[f32], out: usize, in_: usize) -> Self {
-        Self::pairs(w, out, in_, |x| bf16::from_f32(x).to_bits())
-    }
-
-    /// Packs row-major `w [out, in]` of bf16 as it is.
-    pub fn from_bf16(w: &[bf16], out: usize, in_: usize) -> Self {
-        Self::pairs(w, out, in_, bf16::to_bits)
-    }
-
-    fn pairs<T: Copy + Sync>(
-        w: &[T],
-        out: usize,
-        in_: usize,
-        bits: impl Fn(T) -> u16 + Sync,
-    ) -> Self {
-        let put = |rows: &mut [PairRow], lane: usize, i: usize, x| {
-            rows[i / 2].0[2 * lane + i % 2] = bits(x);
-        };
-        let rows = pack(w, (out, in_), in_.div_ceil(2), PairRow::ZERO, put);
-        Self { out_features: out, in_features: in_, storage: Storage::Bf16(rows) }
+        assert!(w.len() == out * in_, "weight is not a matrix [out, in]");
+        Self::bf16_rows(out, in_, |i, row| row.convert_from_f32_slice(&w[i * in_..][..in_]))
     }
 
     /// Rows of W.
@@ -137,27 +135,57 @@ impl PackedMatrix {
 /// Elements below which packing is not worth a second thread.
 const SMALL: usize = 1 << 16;
 
-/// Lays `w [out, in]` out in panels of `panel_rows` rows that start as `zero`; `put` sets lane,
-/// input feature and weight in a panel.
-fn pack<T: Copy + Sync, R: Copy + Send + Sync>(
-    w: &[T],
-    (out, in_): (usize, usize),
-    panel_rows: usize,
-    zero: R,
-    put: impl Fn(&mut [R], usize, usize, T) + Sync,
-) -> Vec<R> {
-    assert!(out > 0 && in_ > 0 && w.len() == out * in_, "weight is not a matrix [out, in]");
-    let mut rows = vec![zero; out.div_ceil(LANES) * panel_rows];
-    let fill = |(panel, w): (&mut [R], &[T])| {
-        for (lane, w) in w.chunks(in_).enumerate() {
-            w.iter().enumerate().for_each(|(i, &x)| put(panel, lane, i, x));
+/// A row of a panel, made of the weights of `LINKS` input features.
+trait PanelRow<E, const LINKS: usize>: Send {
+    fn new(weights: [[E; LINKS]; LANES]) -> Self;
+}
+
+impl PanelRow<f32, 1> for RowF32 {
+    fn new(weights: [[f32; 1]; LANES]) -> Self {
+        Self(weights.map(|[x]| x))
+    }
+}
+
+impl PanelRow<bf16, 2> for PairRow {
+    fn new(weights: [[bf16; 2]; LANES]) -> Self {
+        let mut row = Self::ZERO;
+        row.0.iter_mut().zip(weights.as_flattened()).for_each(|(to, x)| *to = x.to_bits());
+        row
+    }
+}
+
+/// The panels of `W [out, in]`, of which `read` writes row `i`. A panel's rows are read into
+/// scratch and transposed from there, so nothing else of the matrix's size is held.
+fn pack<E, const LINKS: usize, R>(
+    out: usize,
+    in_: usize,
+    read: impl Fn(usize, &mut [E]) + Sync,
+) -> Vec<R>
+where
+    E: Copy + Default + Send + Sync,
+    R: PanelRow<E, LINKS>,
+{
+    assert!(out > 0 && in_ > 0, "weight is not a matrix [out, in]");
+    let width = in_.div_ceil(LINKS);
+    let zero = [E::default(); LINKS];
+    let fill = |scratch: &mut Vec<[E; LINKS]>, (panel, to): (usize, &mut [MaybeUninit<R>])| {
+        for (i, row) in (panel * LANES..).zip(scratch.chunks_mut(width)) {
+            match i < out {
+                true => read(i, &mut row.as_flattened_mut()[..in_]),
+                false => row.fill(zero),
+            }
+        }
+        for (i, to) in to.iter_mut().enumerate() {
+            to.write(R::new(std::array::from_fn(|lane| scratch[lane * width + i])));
         }
     };
-    if w.len() < SMALL {
-        rows.chunks_mut(panel_rows).zip(w.chunks(LANES * in_)).for_each(fill);
-    } else {
-        rows.par_chunks_mut(panel_rows).zip(w.par_chunks(LANES * in_)).for_each(fill);
-    }
+    let len = out.div_ceil(LANES) * width;
+    let mut rows = Vec::with_capacity(len);
+    let panels = rows.spare_capacity_mut()[..len].par_chunks_mut(width).enumerate();
+    let panels = panels.with_min_len(SMALL.div_ceil(LANES * in_));
+    panels.for_each_init(|| vec![zero; LANES * width], fill);
+    // SAFETY: every row of every panel was written.
+    unsafe { rows.set_len(len) };
     rows
 }
 
@@ -171,11 +199,31 @@ mod tests {
         fn unpack_gives_back_what_was_packed(out in 1usize..40, in_ in 1usize..20, seed: u32) {
             let w: Vec<f32> = (0..out * in_).map(|i| (i as f32 + seed as f32).sin()).collect();
             prop_assert_eq!(PackedMatrix::from_f32(&w, out, in_).unpack(), w.clone());
-            let rounded: Vec<bf16> = w.iter().map(|&x| bf16::from_f32(x)).collect();
-            let wide: Vec<f32> = rounded.iter().map(|x| x.to_f32()).collect();
-            prop_assert_eq!(PackedMatrix::from_f32_as_bf16(&w, out, in_).unpack(), wide.clone());
-            prop_assert_eq!(PackedMatrix::from_bf16(&rounded, out, in_).unpack(), wide);
+            let wide: Vec<f32> = w.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
+            prop_assert_eq!(PackedMatrix::from_f32_as_bf16(&w, out, in_).unpack(), wide);
         }
+
+        #[test]
+        fn panels_hold_every_weight_at_its_place_and_zeros_elsewhere(
+            (out, in_) in prop_oneof![(1usize..40, 1usize..20), (100usize..150, 1500usize..1510)]
+        ) {
+            let w: Vec<f32> = (1..=out * in_).map(|i| i as f32).collect();
+            let at = |(o, i): (usize, usize)| if o < out && i < in_ { w[o * in_ + i] } else { 0.0 };
+            let Storage::F32(rows) = PackedMatrix::from_f32(&w, out, in_).storage else { panic!() };
+            let mut found = rows.iter().flat_map(|row| row.0).enumerate();
+            prop_assert!(found.all(|(k, x)| x == at(place(k, in_, 1))));
+            let bf16 = PackedMatrix::from_f32_as_bf16(&w, out, in_);
+            let Storage::Bf16(rows) = bf16.storage else { panic!() };
+            let mut found = rows.iter().flat_map(|row| row.0).enumerate();
+            prop_assert!(found.all(|(k, x)| x == bf16::from_f32(at(place(k, in_, 2))).to_bits()));
+        }
+    }
+
+    /// Output and input feature of number `k` of panels with `links` input features side by side.
+    fn place(k: usize, in_: usize, links: usize) -> (usize, usize) {
+        let row = links * LANES;
+        let panel = in_.div_ceil(links) * row;
+        (k / panel * LANES + k % row / links, k % panel / row * links + k % links)
     }
 
     #[test]

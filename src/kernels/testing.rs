@@ -1,5 +1,15 @@
 //! Numbers for tests.
 
+use super::pack::{PackedMatrix, Storage};
+
+/// All bits of a packed matrix, padding included.
+pub(crate) fn packed_bits(w: &PackedMatrix) -> Vec<u32> {
+    match &w.storage {
+        Storage::F32(rows) => rows.iter().flat_map(|row| row.0.map(f32::to_bits)).collect(),
+        Storage::Bf16(rows) => rows.iter().flat_map(|row| row.0.map(u32::from)).collect(),
+    }
+}
+
 /// `n` numbers in -1..1 that depend on `seed` (SplitMix64).
 pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);

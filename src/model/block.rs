@@ -63,7 +63,7 @@ impl Block {
         };
         let linears = Matrix::ALL.map(|matrix| -> Result<Linear> {
             let (inputs, outputs) = config.linear_shape(matrix);
-            let weight = weights.get(&matrix_name(layer, matrix), &[outputs, inputs])?;
+            let weight = weights.matrix(&matrix_name(layer, matrix), [outputs, inputs])?;
             let weight = Weight::new(engine, &weight, dtype)?;
             let bias = config
                 .has_bias(matrix)

@@ -10,12 +10,12 @@ use std::fs::File;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
+use candle_core::Tensor;
 use candle_core::quantized::GgmlDType;
-use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
-use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 
+use super::stored::Stored;
 use crate::error::{Error, Result};
 
 /// Names of whole-model tensors: Hugging Face, GGUF.
@@ -115,19 +115,7 @@ impl Gguf {
     /// # Errors
     /// The tensor is missing or of a type that cannot be read.
     pub fn read(&self, name: &str) -> Result<Tensor> {
-        let info = self.content.tensor_infos.get(name).ok_or_else(|| self.missing(name))?;
-        let bytes = self.bytes(name, info)?;
-        let dims = info.shape.dims().to_vec();
-        if info.ggml_dtype == GgmlDType::BF16 {
-            return Ok(Tensor::from_raw_buffer(bytes, DType::BF16, &dims, &Device::Cpu)?);
-        }
-        let unsupported = |_| {
-            let (path, dtype) = (self.path.display(), info.ggml_dtype);
-            Error::usage(format!("tensor '{name}' of {path} has the unsupported type {dtype:?}"))
-        };
-        let blocks =
-            qtensor_from_ggml(info.ggml_dtype, bytes, dims, &Device::Cpu).map_err(unsupported)?;
-        Ok(blocks.dequantize(&Device::Cpu)?)
+        self.find(name, None)?.tensor()
     }
 
     /// Reads one tensor by its Hugging Face name, in Hugging Face's row order.
@@ -135,11 +123,27 @@ impl Gguf {
     /// # Errors
     /// As [`Gguf::read`].
     pub fn read_hf(&self, name: &str) -> Result<Tensor> {
+        self.find_hf(name)?.tensor()
+    }
+
+    /// Where the tensor of a Hugging Face name lies.
+    pub(super) fn find_hf(&self, name: &str) -> Result<Stored<'_>> {
         let stored = self.stored_name(name).ok_or_else(|| self.missing(name))?;
-        let tensor = self.read(&stored)?;
-        match self.permuted_heads(name)? {
-            Some(heads) => unpermute(&tensor, heads),
-            None => Ok(tensor),
+        self.find(&stored, self.permuted_heads(name)?)
+    }
+
+    fn find(&self, name: &str, heads: Option<usize>) -> Result<Stored<'_>> {
+        let info = self.content.tensor_infos.get(name).ok_or_else(|| self.missing(name))?;
+        let dtype = info.ggml_dtype;
+        let stored = Stored::new(self.bytes(name, info)?, dtype, info.shape.dims());
+        let unsupported = || {
+            let path = self.path.display();
+            Error::usage(format!("tensor '{name}' of {path} has the unsupported type {dtype:?}"))
+        };
+        let stored = stored.ok_or_else(unsupported)?;
+        match heads {
+            None => Ok(stored),
+            Some(heads) => stored.permuted(heads),
         }
     }
 
@@ -174,12 +178,15 @@ impl Gguf {
         }
     }
 
-    /// The bytes of one tensor; refuses what is not aligned or not inside the file.
+    /// The bytes of one tensor; refuses what is not aligned, not made of rows of whole blocks or not
+    /// inside the file.
     fn bytes(&self, name: &str, info: &TensorInfo) -> Result<&[u8]> {
-        let elements = info.shape.dims().iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
+        let dims = info.shape.dims();
+        let row = dims.last().copied().unwrap_or(1);
+        let elements = dims.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
         let start = self.content.tensor_data_offset.checked_add(info.offset);
         let found = elements.zip(start).and_then(|(elements, start)| {
-            let whole = elements.is_multiple_of(info.ggml_dtype.block_size());
+            let whole = row.is_multiple_of(info.ggml_dtype.block_size());
             let blocks = whole.then_some(elements / info.ggml_dtype.block_size())?;
             let length = blocks.checked_mul(info.ggml_dtype.type_size())?;
             let start = usize::try_from(start).ok().filter(|start| start.is_multiple_of(4))?;
@@ -232,18 +239,4 @@ fn gguf_name(name: &str, gemma: bool) -> Option<String> {
         _ => BLOCK_NAMES.iter().find(|(hf, _)| *hf == module)?.1,
     };
     Some(format!("blk.{layer}.{stored}.{kind}"))
-}
-
-/// Row h·d + 2i + s of a permuted q or k goes to h·d + s·d/2 + i: from rotating neighbours to
-/// rotating halves. `tensor` is [heads · d, in] or a bias [heads · d].
-fn unpermute(tensor: &Tensor, heads: usize) -> Result<Tensor> {
-    let dims = tensor.dims();
-    let half = dims[0] / heads / 2;
-    if heads * half * 2 != dims[0] {
-        let rows = dims[0];
-        return Err(Error::failure(format!("{rows} rows do not divide into {heads} even heads")));
-    }
-    let columns = dims.get(1).copied().unwrap_or(1);
-    let split = tensor.reshape((heads, half, 2, columns))?;
-    Ok(split.transpose(1, 2)?.contiguous()?.reshape(dims)?)
 }

@@ -31,7 +31,30 @@ impl LoadedModel {
     /// # Errors
     /// If the model is not found, damaged or of an unknown family.
     pub fn load(name_or_path: &str, dtype: Option<WeightDtype>, engine: &Engine) -> Result<Self> {
+        Self::of(ModelSource::resolve(name_or_path)?, name_or_path, dtype, engine)
+    }
+
+    /// [`LoadedModel::load`] and [`LoadedModel::base`] at the same time.
+    ///
+    /// # Errors
+    /// As these two.
+    pub fn load_with_base(
+        name_or_path: &str,
+        dtype: Option<WeightDtype>,
+        engine: &Engine,
+    ) -> Result<(Self, BaseModel)> {
         let source = ModelSource::resolve(name_or_path)?;
+        let load = || Self::of(source.clone(), name_or_path, dtype, engine);
+        let (model, base) = rayon::join(load, || base(&source, name_or_path));
+        Ok((model?, base?))
+    }
+
+    fn of(
+        source: ModelSource,
+        name_or_path: &str,
+        dtype: Option<WeightDtype>,
+        engine: &Engine,
+    ) -> Result<Self> {
         let config = ModelConfig::load(&source)?;
         let weights = Weights::open(&source)?;
         let dtype = dtype.unwrap_or(match weights.dtype().auto() {
@@ -50,18 +73,22 @@ impl LoadedModel {
     /// # Errors
     /// If the weights cannot be read any more.
     pub fn base(&self) -> Result<BaseModel> {
-        let files = match &self.source {
-            ModelSource::Gguf(path) => vec![path.clone()],
-            ModelSource::Folder(folder) => weight_files(folder)?,
-        };
-        let mut hash = Sha256::new();
-        for path in files {
-            let mut file = std::fs::File::open(&path).map_err(Error::io(&path))?;
-            std::io::copy(&mut file, &mut hash).map_err(Error::io(&path))?;
-        }
-        let sha256 = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        Ok(BaseModel { name_or_path: self.name_or_path.clone(), sha256: Some(sha256) })
+        base(&self.source, &self.name_or_path)
     }
+}
+
+fn base(source: &ModelSource, name_or_path: &str) -> Result<BaseModel> {
+    let files = match source {
+        ModelSource::Gguf(path) => vec![path.clone()],
+        ModelSource::Folder(folder) => weight_files(folder)?,
+    };
+    let mut hash = Sha256::new();
+    for path in files {
+        let mut file = std::fs::File::open(&path).map_err(Error::io(&path))?;
+        std::io::copy(&mut file, &mut hash).map_err(Error::io(&path))?;
+    }
+    let sha256 = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(BaseModel { name_or_path: name_or_path.to_string(), sha256: Some(sha256) })
 }
 
 fn weight_files(folder: &Path) -> Result<Vec<std::path::PathBuf>> {
@@ -101,12 +128,16 @@ impl TextModel {
             }
         };
         tokenizer.check_vocab(vocab_size)?;
-        let template = match (template, gguf) {
+        let template = match (template, &gguf) {
             (Some(path), _) => Ok(ChatTemplate::from_file(path, &tokenizer)?),
             (None, Some(gguf)) => ChatTemplate::from_gguf(gguf.metadata(), &tokenizer),
             (None, None) => ChatTemplate::from_folder(source.path(), &tokenizer),
         };
-        let mut stop_token_ids = GenerationConfig::load(source)?.eos_token_ids;
+        let generation = match &gguf {
+            Some(gguf) => GenerationConfig::from_gguf(gguf),
+            None => GenerationConfig::load(source)?,
+        };
+        let mut stop_token_ids = generation.eos_token_ids;
         for id in tokenizer.end_of_turn_ids() {
             if !stop_token_ids.contains(&id) {
                 stop_token_ids.push(id);

@@ -21,6 +21,7 @@ pub mod hub;
 mod load;
 mod policy;
 pub mod source;
+mod stored;
 pub mod tokenizer;
 mod tokenizer_bpe;
 mod tokenizer_folder;

@@ -34,7 +34,7 @@ impl Policy {
         dtype: WeightDtype,
     ) -> Result<Self> {
         let table = |name: &str| -> Result<Weight> {
-            let weight = weights.get(name, &[config.vocab_size, config.hidden_size])?;
+            let weight = weights.matrix(name, [config.vocab_size, config.hidden_size])?;
             Weight::new(engine, &weight, dtype)
         };
         let norm = weights.get("model.norm.weight", &[config.hidden_size])?;

@@ -1,4 +1,4 @@
-//! A checkpoint's tensors under their Hugging Face names, read one at a time from a memory map:
+//! A checkpoint's tensors under their Hugging Face names, read from a memory map when asked for:
 //! a single safetensors file, a sharded one, or GGUF.
 
 use std::path::Path;
@@ -9,7 +9,9 @@ use candle_core::{DType, Tensor};
 use crate::error::{Error, Result};
 use crate::model::gguf::Gguf;
 use crate::model::source::ModelSource;
+use crate::model::stored::Stored;
 use crate::model::weights_safetensors::Shards;
+use crate::ops::MatrixRows;
 
 /// How a checkpoint stores its matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,8 +37,8 @@ impl StoredDtype {
     }
 }
 
-/// An open checkpoint. Nothing is read before it is asked for, so loading needs the model and one
-/// tensor more.
+/// An open checkpoint. Nothing is read before it is asked for, and matrices a few rows at a time, so
+/// loading needs hardly more memory than the model.
 pub struct Weights {
     files: Files,
     dtype: StoredDtype,
@@ -107,6 +109,22 @@ impl Weights {
     /// The tensor is missing, has another shape (found and expected are named), or is of a type
     /// that cannot be read.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.find(name, shape)?.tensor()
+    }
+
+    /// A matrix by its Hugging Face name, to be read row by row.
+    ///
+    /// # Errors
+    /// As [`Weights::get`].
+    pub fn matrix<'a>(
+        &'a self,
+        name: &str,
+        shape: [usize; 2],
+    ) -> Result<impl MatrixRows + use<'a>> {
+        self.find(name, &shape)
+    }
+
+    fn find(&self, name: &str, shape: &[usize]) -> Result<Stored<'_>> {
         let found = match &self.files {
             Files::Safetensors(shards) => shards.shape(name)?,
             Files::Gguf(gguf) => gguf.shape_hf(name)?,
@@ -118,8 +136,8 @@ impl Weights {
             )));
         }
         match &self.files {
-            Files::Safetensors(shards) => shards.read(name),
-            Files::Gguf(gguf) => gguf.read_hf(name),
+            Files::Safetensors(shards) => shards.stored(name),
+            Files::Gguf(gguf) => gguf.find_hf(name),
         }
     }
 

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
-use half::f16;
+use candle_core::quantized::GgmlDType;
 use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 
+use super::stored::Stored;
 use crate::error::{Error, Result};
 
 /// The index beside a sharded checkpoint.
@@ -67,26 +67,23 @@ impl Shards {
         Ok(self.find(name)?.1.dtype)
     }
 
-    /// bf16 as bf16, f16 and f32 as f32.
-    pub(crate) fn read(&self, name: &str) -> Result<Tensor> {
+    /// Where a tensor lies.
+    pub(crate) fn stored(&self, name: &str) -> Result<Stored<'_>> {
         let (file, info) = self.find(name)?;
         let (begin, end) = info.data_offsets;
         let bytes = &file.map[file.start + begin..file.start + end];
-        let shape = info.shape.as_slice();
-        Ok(match info.dtype {
-            Dtype::F32 => Tensor::from_raw_buffer(bytes, DType::F32, shape, &Device::Cpu)?,
-            Dtype::BF16 => Tensor::from_raw_buffer(bytes, DType::BF16, shape, &Device::Cpu)?,
-            Dtype::F16 => {
-                let halves = bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]));
-                let floats: Vec<f32> = halves.map(f16::to_f32).collect();
-                Tensor::from_vec(floats, shape, &Device::Cpu)?
-            }
-            other => {
-                return Err(Error::usage(format!(
-                    "tensor '{name}' of {} is of type {other}; supported are F32, F16 and BF16",
-                    file.path.display()
-                )));
-            }
+        let dtype = match info.dtype {
+            Dtype::F32 => Some(GgmlDType::F32),
+            Dtype::F16 => Some(GgmlDType::F16),
+            Dtype::BF16 => Some(GgmlDType::BF16),
+            _ => None,
+        };
+        dtype.and_then(|dtype| Stored::new(bytes, dtype, &info.shape)).ok_or_else(|| {
+            Error::usage(format!(
+                "tensor '{name}' of {} is of type {}; supported are F32, F16 and BF16",
+                file.path.display(),
+                info.dtype
+            ))
         })
     }
 

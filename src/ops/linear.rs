@@ -32,36 +32,43 @@ enum Storage {
 #[derive(Clone)]
 pub struct Weight(Arc<Storage>);
 
+/// A matrix that is read row by row from wherever it lies.
+pub trait MatrixRows: Sync {
+    /// Number of rows and of columns.
+    fn dims(&self) -> (usize, usize);
+
+    /// Writes row `i`.
+    fn read_f32(&self, i: usize, into: &mut [f32]);
+
+    /// Writes row `i`, rounded to the nearest bf16 (ties to even).
+    fn read_bf16(&self, i: usize, into: &mut [bf16]);
+}
+
 impl Weight {
-    /// Takes over `weight` [out, in] (f32, bf16 or f16), stored as `dtype`.
+    /// Reads the matrix `rows` [out, in] and stores it as `dtype`. On the CPU nothing else of its
+    /// size is allocated.
     ///
     /// # Errors
-    /// If `weight` is not a matrix or of another type.
-    pub fn new(engine: &Engine, weight: &Tensor, dtype: WeightDtype) -> Result<Self> {
-        let (out_features, in_features) = weight.dims2()?;
-        if !engine.device().is_cpu() {
-            let dtype = match dtype {
-                WeightDtype::F32 => DType::F32,
-                WeightDtype::Bf16 => DType::BF16,
-            };
-            let dense = weight.to_dtype(dtype)?.to_device(engine.device())?;
-            return Ok(Weight(Arc::new(Storage::Dense(dense))));
-        }
-        let packed = match (weight.dtype(), dtype) {
-            (DType::BF16, WeightDtype::Bf16) => {
-                let values: Vec<bf16> = weight.flatten_all()?.to_vec1()?;
-                PackedMatrix::from_bf16(&values, out_features, in_features)
+    /// If the device has no room for it.
+    pub fn new(engine: &Engine, rows: &impl MatrixRows, dtype: WeightDtype) -> Result<Self> {
+        let (out, in_) = rows.dims();
+        let storage = match (engine.device().is_cpu(), dtype) {
+            (true, WeightDtype::F32) => {
+                Storage::Packed(PackedMatrix::f32_rows(out, in_, |i, row| rows.read_f32(i, row)))
             }
-            (_, WeightDtype::Bf16) => {
-                let weight = weight.to_dtype(DType::F32)?.contiguous()?;
-                PackedMatrix::from_f32_as_bf16(&host(&weight)?, out_features, in_features)
+            (true, WeightDtype::Bf16) => {
+                Storage::Packed(PackedMatrix::bf16_rows(out, in_, |i, row| rows.read_bf16(i, row)))
             }
-            (_, WeightDtype::F32) => {
-                let weight = weight.to_dtype(DType::F32)?.contiguous()?;
-                PackedMatrix::from_f32(&host(&weight)?, out_features, in_features)
+            (false, WeightDtype::F32) => {
+                let values = row_major(rows, |i, row| rows.read_f32(i, row));
+                Storage::Dense(Tensor::from_vec(values, (out, in_), engine.device())?)
+            }
+            (false, WeightDtype::Bf16) => {
+                let values = row_major(rows, |i, row| rows.read_bf16(i, row));
+                Storage::Dense(Tensor::from_vec(values, (out, in_), engine.device())?)
             }
         };
-        Ok(Weight(Arc::new(Storage::Packed(packed))))
+        Ok(Weight(Arc::new(storage)))
     }
 
     /// Number of outputs, the rows of W.
@@ -165,6 +172,17 @@ impl Weight {
             None => Ok(dy.matmul(&self.dense(engine)?)?),
         }
     }
+}
+
+/// All elements in the order of the rows, of which `read` writes one.
+fn row_major<E: Copy + Default>(
+    rows: &impl MatrixRows,
+    mut read: impl FnMut(usize, &mut [E]),
+) -> Vec<E> {
+    let (out, in_) = rows.dims();
+    let mut values = vec![E::default(); out * in_];
+    values.chunks_mut(in_).enumerate().for_each(|(i, row)| read(i, row));
+    values
 }
 
 impl fmt::Debug for Weight {

@@ -30,7 +30,7 @@ pub use engine::{Engine, composed};
 pub use glu::glu;
 pub use head::{Logps, logits, logits_into, token_logps, weighted_logps};
 pub use kv_cache::{KvCache, SlotId};
-pub use linear::{Weight, WeightDtype, linear};
+pub use linear::{MatrixRows, Weight, WeightDtype, linear};
 pub use low_rank::{LowRank, low_rank_add};
 pub use norm::rms_norm;
 pub use rotary::{Rotary, rotate};

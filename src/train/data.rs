@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use datasets::{Example, Grader, Problem, Row, Task, TaskOptions, Template};
 use datasets::{gsm8k, locate};
 use datasets::{has_split, read_rows, read_split, split_off};
+use rayon::prelude::*;
 use reward::check_gold;
 
 use super::example::TokenExample;
@@ -117,7 +118,8 @@ impl SftData {
                 check_length(&tokens, args.max_length, context, &format!("{what}: row {number}"))?;
                 Ok(tokens)
             };
-            examples.iter().map(encode).collect()
+            let encoded: Vec<Result<_>> = examples.par_iter().map(encode).collect();
+            encoded.into_iter().collect()
         };
         let name = args.dataset()?;
         let train = tokens(&self.train, &format!("{name} {}", args.dataset_train_split))?;

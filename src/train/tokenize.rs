@@ -108,14 +108,16 @@ impl<'a> Encoder<'a> {
         whole: bool,
     ) -> Result<TokenExample> {
         let text = format!("{prompt}{completion}");
-        let span = prompt.len()..text.len();
         let tokenizer = self.tokenizer();
-        let spans = std::slice::from_ref(&span);
-        let (ids, inside) = tokenizer.encode_with_spans(&text, add_special_tokens, spans)?;
+        let ids = tokenizer.encode(&text, add_special_tokens)?;
         let alone = tokenizer.encode(prompt, add_special_tokens)?;
-        let boundary = match ids.starts_with(&alone) {
-            true => alone.len(),
-            false => inside.iter().position(|inside| *inside).unwrap_or(ids.len()),
+        let boundary = if ids.starts_with(&alone) {
+            alone.len()
+        } else {
+            let span = prompt.len()..text.len();
+            let spans = std::slice::from_ref(&span);
+            let (_, inside) = tokenizer.encode_with_spans(&text, add_special_tokens, spans)?;
+            inside.iter().position(|inside| *inside).unwrap_or(ids.len())
         };
         let (prompt, completion) = ids.split_at(boundary);
         Ok(TokenExample::completion(prompt, &self.ended(completion.to_vec()), whole))

@@ -153,6 +153,25 @@ fn a_file_cut_anywhere_is_one_sentence_naming_it() {
 }
 
 #[test]
+fn a_row_that_ends_within_a_block_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("uneven.gguf");
+    let zeros = Tensor::zeros((3, 32), DType::F32, &Device::Cpu).unwrap();
+    let blocks = QTensor::quantize(&zeros, GgmlDType::Q4_1).unwrap();
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    gguf_file::write(&mut bytes, &[], &[("output_norm.weight", &blocks)]).unwrap();
+    let mut bytes = bytes.into_inner();
+    std::fs::write(&path, &bytes).unwrap();
+    assert_eq!(Gguf::open(&path).unwrap().shape("output_norm.weight"), Some(&[3, 32][..]));
+    let dims = |dims: [u64; 2]| dims.map(u64::to_le_bytes).concat();
+    let at = bytes.windows(16).position(|window| window == dims([32, 3])).unwrap();
+    bytes[at..at + 16].copy_from_slice(&dims([48, 2]));
+    std::fs::write(&path, &bytes).unwrap();
+    let error = Gguf::open(&path).err().unwrap().to_string();
+    assert!(error.contains("uneven.gguf is truncated or damaged: tensor 'output_norm"), "{error}");
+}
+
+#[test]
 fn a_wrong_byte_in_the_header_is_an_error_or_harmless_but_no_panic() {
     let mut bytes = std::fs::read(tiny()).unwrap();
     let folder = tempfile::tempdir().unwrap();
