@@ -10,6 +10,8 @@
 //! # Ok::<(), steersman::Error>(())
 //! ```
 
+use std::path::Path;
+
 mod adapter;
 mod build;
 mod check;
@@ -37,10 +39,10 @@ pub use help::help;
 pub use load::{Request, arguments, load, read_toml};
 pub use model::{GenerationArgs, ModelArgs};
 pub use optim::OptimArgs;
-pub use run::TrainArgs;
+pub use run::{ProfileArgs, TrainArgs};
 pub use sft::SftConfig;
 pub use suggest::{did_you_mean, nearest};
-pub use values::{Columns, LORA_MODULES, Layers, Repeated, Resume, TargetModules};
+pub use values::{Columns, LORA_MODULES, Layers, ProfileTo, Repeated, Resume, TargetModules};
 
 /// The configuration of one recipe: a struct of flattened key groups.
 pub trait RunConfig:
@@ -53,4 +55,9 @@ pub trait RunConfig:
 
     /// Refuses contradictions that can be seen without loading data or weights.
     fn validate(&self) -> crate::Result<()>;
+
+    /// The file of the trace, if the program is to measure itself.
+    fn profile(&self) -> Option<&Path> {
+        None
+    }
 }

@@ -1,5 +1,7 @@
 //! The configuration of supervised fine-tuning.
 
+use std::path::Path;
+
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +10,7 @@ use super::adapter::AdapterArgs;
 use super::data::DataArgs;
 use super::model::{GenerationArgs, ModelArgs};
 use super::optim::OptimArgs;
-use super::run::TrainArgs;
+use super::run::{ProfileArgs, TrainArgs};
 use crate::Result;
 
 /// All keys of `sft`, flat in TOML and on the command line.
@@ -39,6 +41,10 @@ pub struct SftConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub train: TrainArgs,
+    /// Whether the run measures itself.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub profile: ProfileArgs,
 }
 
 impl RunConfig for SftConfig {
@@ -52,5 +58,9 @@ impl RunConfig for SftConfig {
         self.optim.validate()?;
         self.generation.validate()?;
         self.train.validate()
+    }
+
+    fn profile(&self) -> Option<&Path> {
+        self.profile.path()
     }
 }

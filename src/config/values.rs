@@ -1,5 +1,5 @@
 //! The keys whose value is more than a number or a word: layers, positions, modules, columns,
-//! resume. Each is written the same way in a flag and in TOML and prints as it is read.
+//! resume, profile. Each is written the same way in a flag and in TOML and prints as it is read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -49,7 +49,7 @@ macro_rules! serde_as_text {
     )*};
 }
 
-serde_as_text!(Layers, TargetModules, Resume);
+serde_as_text!(Layers, TargetModules, Resume, ProfileTo);
 
 /// Which blocks are steered, counted from 0: `all`, or numbers and ranges such as `0-3,7`.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -267,6 +267,38 @@ impl fmt::Display for Resume {
             Resume::No => f.write_str("false"),
             Resume::Latest => f.write_str("latest"),
             Resume::From(path) => path.display().fmt(f),
+        }
+    }
+}
+
+/// Where the trace of a measured run goes: `false`, `true` for `profile.json`, or a path.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum ProfileTo {
+    /// The run is not measured.
+    #[default]
+    Nowhere,
+    /// This file.
+    File(PathBuf),
+}
+
+impl FromStr for ProfileTo {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "" => Err("expects true, false or the path of a trace file".to_string()),
+            "false" | "False" => Ok(ProfileTo::Nowhere),
+            "true" | "True" => Ok(ProfileTo::File(PathBuf::from("profile.json"))),
+            path => Ok(ProfileTo::File(PathBuf::from(path))),
+        }
+    }
+}
+
+impl fmt::Display for ProfileTo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ProfileTo::Nowhere => f.write_str("false"),
+            ProfileTo::File(path) => path.display().fmt(f),
         }
     }
 }

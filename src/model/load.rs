@@ -6,6 +6,7 @@ use candle_core::DType;
 use serde::Serialize;
 use serde_json::Map;
 use sha2::{Digest, Sha256};
+use tracing::debug_span;
 
 use super::{
     ChatTemplate, GenerationConfig, Gguf, ModelConfig, ModelSource, Policy, Tokenizer, Weights,
@@ -31,6 +32,7 @@ impl LoadedModel {
     /// # Errors
     /// If the model is not found, damaged or of an unknown family.
     pub fn load(name_or_path: &str, dtype: Option<WeightDtype>, engine: &Engine) -> Result<Self> {
+        let _phase = debug_span!("load").entered();
         let source = ModelSource::resolve(name_or_path)?;
         let config = ModelConfig::load(&source)?;
         let weights = Weights::open(&source)?;
@@ -50,6 +52,7 @@ impl LoadedModel {
     /// # Errors
     /// If the weights cannot be read any more.
     pub fn base(&self) -> Result<BaseModel> {
+        let _phase = debug_span!("hash").entered();
         let files = match &self.source {
             ModelSource::Gguf(path) => vec![path.clone()],
             ModelSource::Folder(folder) => weight_files(folder)?,

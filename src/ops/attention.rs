@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{D, Tensor};
+use tracing::trace_span;
 
 use super::engine::{Engine, composed, host};
 use super::kv_cache::{KvCache, SlotId};
@@ -22,6 +23,7 @@ pub fn attention(
     segments: &Arc<[Segment]>,
     shape: &AttentionShape,
 ) -> Result<Value> {
+    let _span = trace_span!("attention", flops = shape.flops(segments)).entered();
     if !tape.engine().fused() {
         return composed(tape, &[q, k, v], |xs| twin(&xs[0], &xs[1], &xs[2], segments, shape));
     }
@@ -40,6 +42,8 @@ pub fn attention(
         let (q, k, v) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
         let (segments, shape, engine) = (segments.clone(), *shape, tape.engine().clone());
         move |dout, sink| {
+            let _span =
+                trace_span!("attention backward", flops = 5 * shape.flops(&segments) / 2).entered();
             let dout_shape = dout.dims().to_vec();
             let mut dq = vec![0f32; q.elem_count()];
             let mut dk = vec![0f32; k.elem_count()];
@@ -68,6 +72,12 @@ pub fn attention_cached(
     (cache, slots, layer): (&mut KvCache, &[SlotId], usize),
     shape: &AttentionShape,
 ) -> Result<Tensor> {
+    let bytes = || {
+        let keys: usize = segments.iter().map(|s| s.position0 + s.len).sum();
+        8 * keys * shape.kv_heads * shape.head_dim
+    };
+    let _span =
+        trace_span!("attention cached", flops = shape.flops(segments), bytes = bytes()).entered();
     cache.append(engine, layer, segments, slots, (k, v))?;
     if !engine.fused() {
         let parts = segments.iter().zip(slots).map(|(segment, slot)| {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{D, Tensor};
+use tracing::trace_span;
 
 use super::engine::{composed, host};
 use super::tape::{Tape, Value};
@@ -27,6 +28,7 @@ impl Rotary {
 
 /// Rotates each head of x [N, heads * head_dim] by its token's angles.
 pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
+    let _span = trace_span!("rotary", bytes = 8 * x.tensor().elem_count()).entered();
     if !tape.engine().fused() {
         return composed(tape, &[x], |xs| twin(&xs[0], rotary));
     }
@@ -36,6 +38,7 @@ pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
     Ok(tape.push(y, &[x], || {
         let (rotary, engine) = (rotary.clone(), tape.engine().clone());
         move |dy, sink| {
+            let _span = trace_span!("rotary backward", bytes = 8 * dy.elem_count()).entered();
             let mut dx = host(&dy)?.to_vec();
             rope_backward(&mut dx, &rotary.rows, &rotary.table);
             sink.give(0, engine.tensor(dx, dy.dims())?)

@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use tracing::debug_span;
+
 use crate::adapter::Adapter;
 use crate::model::{Batch, Policy};
 use crate::ops::{KvCache, SlotId};
@@ -239,9 +241,15 @@ impl<'a> Generator<'a> {
                 Some(last) => batch.push_cached(&[*last], prompt.len(), cache.len(sequence.slot)),
             };
         }
+        let tokens = batch.len();
+        let _phase = match old < active.len() {
+            true => debug_span!("prefill", tokens).entered(),
+            false => debug_span!("decode", tokens).entered(),
+        };
         let slots: Vec<SlotId> = active.iter().map(|sequence| sequence.slot).collect();
         let h = self.policy.hidden_cached(&batch, self.adapters, cache, &slots)?;
         let logits = self.policy.logits(&h, &batch.last_rows())?;
+        let _phase = debug_span!("sample", tokens = active.len()).entered();
         let mut logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
         let width = self.policy.config().vocab_size;
         let rows = logits.chunks_exact_mut(width).zip(active.iter());
