@@ -46,8 +46,8 @@ fn run(config: &SftConfig) -> Result<()> {
     }
     let (train, test) = data.tokenise(&encoder, &config.data, shape.max_position_embeddings)?;
     check_rows(config, &train, &test)?;
-    let adapters =
-        config.adapter.build(&shape, config.train.seed, config.model.engine()?.device())?;
+    let engine = config.model.engine()?;
+    let adapters = config.adapter.build(&shape, config.train.seed, engine.device())?;
     let resolved = config::to_toml(config)?;
     if run_args.dry_run {
         check_output_dir(run_args, &resolved)?;
@@ -56,7 +56,7 @@ fn run(config: &SftConfig) -> Result<()> {
 
     // ---- model and trainer -------------------------------------------------------------------
     let claim = claim_output_dir(run_args, &resolved)?;
-    let (model_args, engine) = (&config.model, config.model.engine()?);
+    let model_args = &config.model;
     let model = LoadedModel::load(&model_args.model_name_or_path, model_args.storage(), &engine)?;
     let base = model.base()?;
     warn_of_other_model(config.adapter.adapter_name_or_path.as_slice(), || Ok(base.clone()))?;

@@ -16,21 +16,15 @@ const PRECISIONS: [(&str, MatmulPrecision); 3] = [
 pub fn bench(benches: &mut Benches) {
     for (inputs, outputs) in SHAPES {
         let w = noise(inputs * outputs);
-        for (storage, packed) in [
+        for (storage, w) in [
             ("f32", PackedMatrix::from_f32(&w, outputs, inputs)),
             ("bf16", PackedMatrix::from_f32_as_bf16(&w, outputs, inputs)),
         ] {
             for (precision, how) in PRECISIONS {
-                let name = format!("{inputs}x{outputs}/{storage}/{precision}");
-                for rows in rows(benches.quick, outputs) {
-                    product(benches, &format!("matmul/{name}/{rows}"), &packed, (rows, how), false);
-                    product(
-                        benches,
-                        &format!("matmul_grad/{name}/{rows}"),
-                        &packed,
-                        (rows, how),
-                        true,
-                    );
+                let case = format!("{inputs}x{outputs}/{storage}/{precision}");
+                for rows in rows(benches.quick, outputs).iter().copied() {
+                    product(benches, &format!("matmul/{case}/{rows}"), &w, (rows, how), false);
+                    product(benches, &format!("matmul_grad/{case}/{rows}"), &w, (rows, how), true);
                 }
             }
         }

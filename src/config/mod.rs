@@ -30,8 +30,7 @@ mod values;
 
 pub use adapter::{AdapterArgs, LearningRates};
 pub use choices::{
-    Adapter, BestMetric, Device, Dtype, EvalAccuracy, LrSchedulerType, MatmulPrecision, ReportTo,
-    word,
+    Adapter, BestMetric, Dtype, EvalAccuracy, LrSchedulerType, MatmulPrecision, ReportTo, word,
 };
 pub use command::to_toml;
 pub use data::DataArgs;
@@ -42,7 +41,9 @@ pub use optim::OptimArgs;
 pub use run::{ProfileArgs, TrainArgs};
 pub use sft::SftConfig;
 pub use suggest::{did_you_mean, nearest};
-pub use values::{Columns, LORA_MODULES, Layers, ProfileTo, Repeated, Resume, TargetModules};
+pub use values::{
+    Columns, Device, LORA_MODULES, Layers, ProfileTo, Repeated, Resume, TargetModules,
+};
 
 /// The configuration of one recipe: a struct of flattened key groups.
 pub trait RunConfig:

@@ -40,7 +40,7 @@ impl Weight {
     /// If `weight` is not a matrix or of another type.
     pub fn new(engine: &Engine, weight: &Tensor, dtype: WeightDtype) -> Result<Self> {
         let (out_features, in_features) = weight.dims2()?;
-        if !engine.device().is_cpu() {
+        if !engine.fused() {
             let dtype = match dtype {
                 WeightDtype::F32 => DType::F32,
                 WeightDtype::Bf16 => DType::BF16,
