@@ -18,11 +18,13 @@ mod check;
 mod choices;
 mod command;
 mod data;
+mod device;
 mod foreign;
 mod help;
 mod load;
 mod model;
 mod optim;
+mod profile;
 mod run;
 mod sft;
 mod suggest;
@@ -34,16 +36,16 @@ pub use choices::{
 };
 pub use command::to_toml;
 pub use data::DataArgs;
+pub use device::Device;
 pub use help::help;
 pub use load::{Request, arguments, load, read_toml};
 pub use model::{GenerationArgs, ModelArgs};
 pub use optim::OptimArgs;
-pub use run::{ProfileArgs, TrainArgs};
+pub use profile::{ProfileArgs, ProfileTo};
+pub use run::TrainArgs;
 pub use sft::SftConfig;
 pub use suggest::{did_you_mean, nearest};
-pub use values::{
-    Columns, Device, LORA_MODULES, Layers, ProfileTo, Repeated, Resume, TargetModules,
-};
+pub use values::{Columns, LORA_MODULES, Layers, Repeated, Resume, TargetModules};
 
 /// The configuration of one recipe: a struct of flattened key groups.
 pub trait RunConfig:

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::require;
 use super::choices::{Dtype, MatmulPrecision};
-use super::values::Device;
+use super::device::Device;
 use crate::Result;
 
 /// The base model: where it comes from and how it is computed.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::require;
 use super::choices::{BestMetric, EvalAccuracy, ReportTo};
-use super::values::{ProfileTo, Resume};
+use super::values::Resume;
 use crate::Result;
 
 /// How long a run goes, what it writes and when.
@@ -51,27 +51,6 @@ pub struct TrainArgs {
     pub report_to: ReportTo,
     /// Check the configuration, print it and stop before any weights are loaded.
     pub dry_run: bool,
-}
-
-/// Whether a program measures itself.
-#[derive(Args, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[command(next_help_heading = "Run", rename_all = "snake_case")]
-#[serde(default)]
-pub struct ProfileArgs {
-    /// Measure where the time goes: a table at the end, and in this file a trace that
-    /// ui.perfetto.dev opens; without a value profile.json.
-    #[arg(num_args = 0..=1)]
-    pub profile: ProfileTo,
-}
-
-impl ProfileArgs {
-    /// The file of the trace, if the program measures itself.
-    pub fn path(&self) -> Option<&Path> {
-        match &self.profile {
-            ProfileTo::Nowhere => None,
-            ProfileTo::File(path) => Some(path),
-        }
-    }
 }
 
 impl Default for TrainArgs {

@@ -10,7 +10,8 @@ use super::adapter::AdapterArgs;
 use super::data::DataArgs;
 use super::model::{GenerationArgs, ModelArgs};
 use super::optim::OptimArgs;
-use super::run::{ProfileArgs, TrainArgs};
+use super::profile::ProfileArgs;
+use super::run::TrainArgs;
 use crate::Result;
 
 /// All keys of `sft`, flat in TOML and on the command line.

@@ -1,5 +1,5 @@
 //! The keys whose value is more than a number or a word: layers, positions, modules, columns,
-//! resume, profile, device. Each is written the same way in a flag and in TOML and prints as it is read.
+//! resume. Each is written the same way in a flag and in TOML and prints as it is read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -13,7 +13,7 @@ use super::suggest::did_you_mean;
 /// A TOML value that may be a text, a number, a boolean or a list of these.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Words {
+pub(super) enum Words {
     Text(String),
     Number(i64),
     Flag(bool),
@@ -22,7 +22,7 @@ enum Words {
 
 impl Words {
     /// The same value as a flag would spell it.
-    fn spell(&self) -> String {
+    pub(super) fn spell(&self) -> String {
         match self {
             Words::Text(text) => text.clone(),
             Words::Number(number) => number.to_string(),
@@ -49,7 +49,9 @@ macro_rules! serde_as_text {
     )*};
 }
 
-serde_as_text!(Layers, TargetModules, Resume, ProfileTo, Device);
+pub(super) use serde_as_text;
+
+serde_as_text!(Layers, TargetModules, Resume);
 
 /// Which blocks are steered, counted from 0: `all`, or numbers and ranges such as `0-3,7`.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -271,72 +273,6 @@ impl fmt::Display for Resume {
     }
 }
 
-/// The device the model runs on: `cpu`, `cuda` for the first NVIDIA GPU, or `cuda:N`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Device {
-    /// The processor.
-    #[default]
-    Cpu,
-    /// The NVIDIA GPU of this number, from 0.
-    Cuda(usize),
-}
-
-impl FromStr for Device {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let gpu = |number: &str| number.parse().ok().map(Device::Cuda);
-        match text {
-            "cpu" => Some(Device::Cpu),
-            "cuda" => Some(Device::Cuda(0)),
-            _ => text.strip_prefix("cuda:").and_then(gpu),
-        }
-        .ok_or_else(|| "expects cpu, cuda or cuda:N".to_string())
-    }
-}
-
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Device::Cpu => f.write_str("cpu"),
-            Device::Cuda(0) => f.write_str("cuda"),
-            Device::Cuda(number) => write!(f, "cuda:{number}"),
-        }
-    }
-}
-
-/// Where the trace of a measured run goes: `false`, `true` for `profile.json`, or a path.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
-pub enum ProfileTo {
-    /// The run is not measured.
-    #[default]
-    Nowhere,
-    /// This file.
-    File(PathBuf),
-}
-
-impl FromStr for ProfileTo {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "" => Err("expects true, false or the path of a trace file".to_string()),
-            "false" | "False" => Ok(ProfileTo::Nowhere),
-            "true" | "True" => Ok(ProfileTo::File(PathBuf::from("profile.json"))),
-            path => Ok(ProfileTo::File(PathBuf::from(path))),
-        }
-    }
-}
-
-impl fmt::Display for ProfileTo {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ProfileTo::Nowhere => f.write_str("false"),
-            ProfileTo::File(path) => path.display().fmt(f),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -393,17 +329,6 @@ mod tests {
         assert_eq!(keys.modules.names(), ["o_proj"]);
         assert_eq!(keys.resume, Resume::Latest);
         assert_eq!((keys.text.0, keys.texts.0.len()), (vec!["a,b".to_string()], 2));
-    }
-
-    #[test]
-    fn devices_print_as_they_are_read() {
-        for text in ["cpu", "cuda", "cuda:1"] {
-            assert_eq!(text.parse::<Device>().unwrap().to_string(), text);
-        }
-        assert_eq!("cuda:0".parse(), Ok(Device::Cuda(0)));
-        for bad in ["", "gpu", "cuda:", "cuda:-1", "cuda0", "cpu:0"] {
-            assert!(bad.parse::<Device>().is_err(), "{bad}");
-        }
     }
 
     proptest! {
