@@ -10,7 +10,7 @@
 use std::process::ExitCode;
 
 use steersman::adapter::warn_of_other_model;
-use steersman::config::{self, EvalAccuracy, Request, SftConfig};
+use steersman::config::{self, EvalAccuracy, Request, RunConfig, SftConfig};
 use steersman::eval::{Tally, accuracy};
 use steersman::model::{LoadedModel, ModelConfig, ModelSource, TextModel};
 use steersman::rollout::GenerateOptions;
@@ -19,14 +19,14 @@ use steersman::train::data::SftData;
 use steersman::train::run::{HeldOut, SftRun, check_rows};
 use steersman::train::sft::SftTrainer;
 use steersman::train::tokenize::Encoder;
-use steersman::{Result, cli};
+use steersman::{Result, cli, profile};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     cli::main(|args| match config::load::<SftConfig>(args)? {
-        Request::Run(config) => run(&config),
+        Request::Run(config) => profile::during(config.profile(), || run(&config)),
         Request::Print(text) => cli::print(&text),
     })
 }
@@ -46,8 +46,8 @@ fn run(config: &SftConfig) -> Result<()> {
     }
     let (train, test) = data.tokenise(&encoder, &config.data, shape.max_position_embeddings)?;
     check_rows(config, &train, &test)?;
-    let adapters =
-        config.adapter.build(&shape, config.train.seed, config.model.engine()?.device())?;
+    let engine = config.model.engine()?;
+    let adapters = config.adapter.build(&shape, config.train.seed, engine.device())?;
     let resolved = config::to_toml(config)?;
     if run_args.dry_run {
         check_output_dir(run_args, &resolved)?;

@@ -16,6 +16,7 @@ pub mod files;
 pub mod kernels;
 pub mod model;
 pub mod ops;
+pub mod profile;
 pub mod random;
 pub mod report;
 pub mod rollout;

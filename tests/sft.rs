@@ -357,6 +357,32 @@ fn what_changes_memory_only_changes_no_loss() {
 }
 
 #[test]
+fn a_measured_run_ends_in_the_same_bytes_and_a_trace_of_every_phase() {
+    let Some(place) = Place::new() else { return };
+    let trace = place.dir("trace.json");
+    let flags = "--adapter joint --lora_r 2 --max_steps 3";
+    place.run("plain", flags).ok();
+    let ran = place.run("measured", &format!("{flags} --profile {}", text(&trace))).ok();
+    assert!(adapter_files(&place.dir("measured")) == adapter_files(&place.dir("plain")));
+    let events: Vec<Value> = serde_json::from_slice(&fs::read(&trace).unwrap()).unwrap();
+    let count = |kind: &str, name: &str| {
+        events.iter().filter(|event| event["cat"] == kind && event["name"] == name).count()
+    };
+    assert_eq!(count("phase", "step"), 3);
+    for phase in ["load", "read rows", "tokenize", "forward", "head", "backward", "optimizer"] {
+        assert!(count("phase", phase) > 0, "no phase {phase}");
+    }
+    for op in ["linear", "attention", "low rank", "glu", "norm", "rotary", "weighted log-probs"] {
+        assert!(count("op", op) > 0, "no operation {op}");
+    }
+    for op in ["linear", "attention", "low rank", "glu", "norm", "rotary"] {
+        assert!(count("op", &format!("{op} backward")) > 0, "no backward pass of {op}");
+    }
+    assert!(ran.stderr.contains("opens in ui.perfetto.dev"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("GFLOP/s"), "{}", ran.stderr);
+}
+
+#[test]
 fn a_dry_run_prints_a_recipe() {
     let Some(place) = Place::new() else { return };
     let keys = "--adapter joint --lora_r 2 --warmup_steps 5 --steering_layers 0-2";

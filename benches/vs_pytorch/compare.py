@@ -1,52 +1,138 @@
-"""Runs our SFT step and PyTorch's in turn on the same machine and prints both with their ratio.
+"""Runs our programs and their PyTorch twins in turn on this machine and prints the README's table.
 
-usage: python benches/vs_pytorch/compare.py GGUF [--pairs 5] [--steps 2] [--lora] [--dtype f32]
-needs: pip install -r benches/vs_pytorch/requirements.txt, and `cargo bench --no-run`
+usage: python benches/vs_pytorch/compare.py [CASE ...] [--pairs 5] [--steps 1] [--threads N]
+       python benches/vs_pytorch/compare.py --list
+       python benches/vs_pytorch/compare.py [CASE ...] --losses [10]
+needs: pip install -r benches/vs_pytorch/requirements.txt
+
+A CASE is a name of --list or the beginning of one; without any, all run. Both sides have the same
+model, bf16-rounded weights, tokens, adapters, first values and threads. A cell is the median over the
+pairs and, in brackets, the least and the most; a ratio is taken within each pair.
 """
 
 import argparse
-import glob
+import json
 import os
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+MODEL = "smollm2-135m-instruct"
 
 
-def measure(command):
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    words = out.strip().splitlines()[-1].split()
-    return float(words[words.index("median_s") + 1]), int(words[words.index("peak_mib") + 1])
+@dataclass
+class Case:
+    """A pair of programs, each of which ends with a line `median_s S ... peak_mib M`."""
+
+    name: str
+    row: str  # first cell of its row
+    ours: list  # bench target and flags
+    theirs: list  # script beside this one and flags; it gets the model's path first
+
+
+def sft(adapter, precision, dtype):
+    return Case(
+        name=f"sft-{adapter}-{precision}",
+        row=f"SFT step, {adapter}, `{precision}` / PyTorch {dtype}",
+        ours=["sft_step", "--adapter", adapter, "--dtype", "bf16", "--matmul_precision", precision],
+        theirs=["sft_step.py", "--adapter", adapter, "--dtype", dtype],
+    )
+
+
+PRECISIONS = [("highest", "f32"), ("high", "f32"), ("medium", "bf16")]
+CASES = [sft(adapter, *pair) for adapter in ("steering", "lora") for pair in PRECISIONS]
+
+
+def build(bench):
+    """The path of a bench's program, built if need be."""
+    command = ["cargo", "bench", "--bench", bench, "--no-run", "--message-format", "json"]
+    out = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    messages = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return [m["executable"] for m in messages if m.get("executable")][-1]
+
+
+def fetch_model():
+    command = ["cargo", "run", "--release", "-q", "--bin", "steer", "--", "model", "fetch", MODEL]
+    out = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    return out.strip().splitlines()[-1]
+
+
+def last_line(command, threads):
+    env = {**os.environ, "RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=env)
+    if ran.returncode != 0:
+        sys.exit(f"{' '.join(command)} failed:\n{ran.stderr}")
+    return ran.stdout.strip().splitlines()[-1].split()
+
+
+def numbers(words):
+    return {key: float(value) for key, value in zip(words[::2], words[1::2])}
 
 
 def spread(values, digits):
     middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{middle:,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+def cells(pairs, key, digits):
+    ours, theirs = [a[key] for a, _ in pairs], [b[key] for _, b in pairs]
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    return [spread(ours, digits), spread(theirs, digits), spread(ratios, 2)]
+
+
+def compare(case, commands, pairs, threads):
+    """A row of the table."""
+    measured = []
+    for i in range(pairs):
+        measured.append([numbers(last_line(command, threads)) for command in commands])
+        told = (f"{m['median_s']:.2f} s {m['peak_mib']:.0f} MiB" for m in measured[-1])
+        print(f"{case.name} {i + 1}/{pairs}: " + ", PyTorch ".join(told), file=sys.stderr, flush=True)
+    return [case.row, *cells(measured, "median_s", 2), *cells(measured, "peak_mib", 0)]
+
+
+def compare_losses(case, commands, threads):
+    ours, theirs = [list(map(float, last_line(c, threads)[1:])) for c in commands]
+    apart = max(abs(a - b) for a, b in zip(ours, theirs))
+    print(f"{case.row}: losses at most {apart:.1e} apart")
+    for step, (a, b) in enumerate(zip(ours, theirs), 1):
+        print(f"  step {step:2}: {a:.6f}  PyTorch {b:.6f}  {a - b:+.1e}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("gguf")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--pairs", type=int, default=5)
-    args, rest = parser.parse_known_args()
-    built = [p for p in glob.glob("target/release/deps/sft_step-*") if not p.endswith(".d")]
-    if not built:
-        sys.exit("the benchmark is not built: run cargo bench --no-run")
-    ours = [max(built, key=os.path.getmtime), *rest]
-    twin = os.path.join(os.path.dirname(__file__), "sft_step.py")
-    theirs = [sys.executable, twin, args.gguf, *rest]
-    pairs = []
-    for i in range(args.pairs):
-        pairs.append((measure(ours), measure(theirs)))
-        (a, am), (b, bm) = pairs[-1]
-        print(f"pair {i + 1}: {a:.2f} s {am} MiB, PyTorch {b:.2f} s {bm} MiB", flush=True)
-    rows = [
-        ("seconds a step", 2, [a for (a, _), _ in pairs], [b for _, (b, _) in pairs]),
-        ("peak memory, MiB", 0, [a for (_, a), _ in pairs], [b for _, (_, b) in pairs]),
-    ]
-    print("\n| median [min, max] | steersman | PyTorch | PyTorch / steersman |\n|---|---|---|---|")
-    for name, digits, a, b in rows:
-        ratios = [y / x for x, y in zip(a, b)]
-        print(f"| {name} | {spread(a, digits)} | {spread(b, digits)} | {spread(ratios, 2)} |")
+    parser.add_argument("--steps", type=int, default=1, help="measured steps of a run, after a first one")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--losses", type=int, nargs="?", const=10, help="losses of so many steps, no times")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    names = args.cases or [""]
+    chosen = [case for case in CASES if any(case.name.startswith(name) for name in names)]
+    if args.list or not chosen:
+        print("\n".join(case.name for case in CASES))
+        sys.exit(0 if args.list else f"no case is called {' or '.join(args.cases)}; these are all")
+    model = fetch_model()
+    programs = {bench: build(bench) for bench in {case.ours[0] for case in chosen}}
+    flags = ["--losses", str(args.losses)] if args.losses else ["--steps", str(args.steps)]
+    rows = []
+    for case in chosen:
+        twin = [sys.executable, os.path.join(HERE, case.theirs[0]), model]
+        commands = [
+            [programs[case.ours[0]], *case.ours[1:], *flags],
+            [*twin, *case.theirs[1:], *flags],
+        ]
+        if args.losses:
+            compare_losses(case, commands, args.threads)
+        else:
+            rows.append(compare(case, commands, args.pairs, args.threads))
+    if rows:
+        heads = ["", "steersman, s", "PyTorch, s", "ratio", "steersman, MiB", "PyTorch, MiB", "ratio"]
+        for row in [heads, ["---"] * len(heads), *rows]:
+            print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

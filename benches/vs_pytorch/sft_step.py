@@ -1,9 +1,10 @@
 """Seconds of one SFT step in PyTorch, the twin of benches/sft_step.rs.
 
-8 x 256 random tokens, all in the loss, f32 or bf16; post-block linear steering of rank 8 by forward
-hooks, or PEFT's LoRA r8 on all linear layers.
+8 x 256 tokens, all in the loss, AdamW included; post-block linear steering of rank 8 by forward hooks,
+or PEFT's LoRA r8 on all linear layers. With f32 the matrices are rounded to bf16 and widened again, so
+that both sides have the same numbers. The last line of the output is `key value ...`.
 
-usage: python sft_step.py GGUF [--lora] [--steps N] [--dtype f32|bf16]
+usage: python sft_step.py GGUF [--adapter steering|lora] [--steps N] [--losses N] [--dtype f32|bf16]
 """
 
 import argparse
@@ -15,7 +16,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
-SEQUENCES, LENGTH = 8, 256
+SEQUENCES, LENGTH, RATE = 8, 256, 1e-3
 
 
 class PostBlock(torch.nn.Module):
@@ -23,7 +24,7 @@ class PostBlock(torch.nn.Module):
 
     def __init__(self, width, rank):
         super().__init__()
-        self.down = torch.nn.Parameter((torch.rand(rank, width) * 2 - 1) * 1e-3 / width**0.5)
+        self.down = torch.nn.Parameter(torch.zeros(rank, width))
         self.up = torch.nn.Parameter(torch.zeros(width, rank))
 
     def forward(self, h):
@@ -32,18 +33,20 @@ class PostBlock(torch.nn.Module):
 
 def load(path, dtype):
     folder, name = os.path.split(os.path.abspath(path))
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
+    return model.requires_grad_(False)
 
 
-def adapt(model, lora):
-    if lora:
+def adapt(model, kind):
+    if kind == "lora":
         from peft import LoraConfig, get_peft_model
 
         return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    model.requires_grad_(False)
     for block in model.model.layers:
-        adapter = PostBlock(model.config.hidden_size, 8)
-        block.steering = adapter
+        block.steering = PostBlock(model.config.hidden_size, 8)
         block.register_forward_hook(
             lambda module, args, out: (module.steering(out[0]), *out[1:])
             if isinstance(out, tuple)
@@ -52,30 +55,45 @@ def adapt(model, lora):
     return model
 
 
+def start_values(parameters):
+    """Those of benches/sft_step.rs: a pattern for the first matrix of a pair, zeros for the second."""
+    for name, parameter in parameters:
+        first = "lora_A" in name or name.endswith(".down")
+        bound = parameter.shape[1] ** -0.5 if first else 0.0
+        i = torch.arange(parameter.numel(), dtype=torch.float64)
+        values = ((i * 7919 % 1000) / 500 - 1) * bound
+        parameter.data = values.reshape(parameter.shape).to(parameter.dtype)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("gguf")
-    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--adapter", default="steering")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--losses", type=int)
     parser.add_argument("--dtype", default="f32")
     args = parser.parse_args()
-    torch.set_num_threads(os.cpu_count())
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model = adapt(load(args.gguf, dtype), args.lora).train()
+    model = adapt(load(args.gguf, dtype), args.adapter).train()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    start_values(trained)
+    optimizer = torch.optim.AdamW([p for _, p in trained], lr=RATE, weight_decay=0.0)
     position = torch.arange(SEQUENCES * LENGTH).reshape(SEQUENCES, LENGTH)
     ids = position * 7919 % 49000
-    seconds = []
-    for step in range(args.steps + 1):
+
+    def step():
         start = time.time()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        for parameter in model.parameters():
-            parameter.grad = None
-        taken = time.time() - start
-        print(f"step {step}: {taken:.3f} s, loss {loss.item():.6f}", flush=True)
-        if step > 0:
-            seconds.append(taken)
-    median = statistics.median(seconds)
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.time() - start, loss.item()
+
+    if args.losses:
+        print("losses", *(f"{step()[1]:.7f}" for _ in range(args.losses)))
+        return
+    step()
+    median = statistics.median(step()[0] for _ in range(args.steps))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     rate = SEQUENCES * LENGTH / median
     print(f"median_s {median:.3f} tokens_per_s {rate:.1f} peak_mib {peak}")

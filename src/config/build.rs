@@ -14,15 +14,24 @@ use crate::ops::{self, Engine, WeightDtype};
 use crate::{Error, Result};
 
 impl ModelArgs {
-    /// The engine of the named device.
+    /// The engine of the named device. Tensors of one engine do not mix with those of another on the
+    /// same GPU: a program makes one.
     ///
     /// # Errors
     /// If the program was built without that device, or the machine has none.
     pub fn engine(&self) -> Result<Engine> {
         let device = match self.device {
             DeviceName::Cpu => Device::Cpu,
-            DeviceName::Cuda => Device::new_cuda(0)
-                .map_err(|e| Error::usage(format!("device cuda cannot be used here: {e}")))?,
+            DeviceName::Cuda(_) if !cfg!(feature = "cuda") => {
+                return Err(Error::usage(format!(
+                    "device {} cannot be used: this program was built without CUDA; build it with \
+                     --features cuda (docs/devices.md)",
+                    self.device
+                )));
+            }
+            DeviceName::Cuda(number) => Device::new_cuda(number).map_err(|error| {
+                Error::usage(format!("device {} cannot be used here: {error}", self.device))
+            })?,
         };
         let precision = match self.matmul_precision {
             MatmulPrecision::Highest => ops::MatmulPrecision::Highest,

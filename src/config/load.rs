@@ -88,8 +88,11 @@ fn read_flag(
         let value = rest.next_if(|next| boolean(next).is_some());
         return Ok((key, value.unwrap_or_else(|| "true".to_string())));
     }
-    match rest.next_if(|next| !next.starts_with("--")) {
+    let optional = arg.get_num_args().is_some_and(|values| values.min_values() == 0);
+    let is_value = |next: &String| !(next.starts_with("--") || optional && next.ends_with(".toml"));
+    match rest.next_if(is_value) {
         Some(value) => Ok((key, value)),
+        None if optional => Ok((key, "true".to_string())),
         None => Err(Error::usage(format!("{name} needs a value"))),
     }
 }
@@ -283,6 +286,15 @@ mod tests {
         assert!(config.train.dry_run);
         assert_eq!(config.train.resume_from_checkpoint, Resume::Latest);
         assert_eq!(config.adapter.adapter, Adapter::Joint);
+        for (text, file) in [
+            ("", None),
+            ("--profile", Some("profile.json")),
+            ("--profile --packing", Some("profile.json")),
+            ("--profile a/b.json", Some("a/b.json")),
+            ("--profile=true --profile false", None),
+        ] {
+            assert_eq!(flags(text).unwrap().profile(), file.map(Path::new), "{text}");
+        }
         let config =
             flags("--columns prompt=question,completion=answer --lora_target_modules o_proj");
         assert_eq!(config.unwrap().data.columns.0["completion"], "answer");

@@ -10,17 +10,21 @@
 //! # Ok::<(), steersman::Error>(())
 //! ```
 
+use std::path::Path;
+
 mod adapter;
 mod build;
 mod check;
 mod choices;
 mod command;
 mod data;
+mod device;
 mod foreign;
 mod help;
 mod load;
 mod model;
 mod optim;
+mod profile;
 mod run;
 mod sft;
 mod suggest;
@@ -28,15 +32,16 @@ mod values;
 
 pub use adapter::{AdapterArgs, LearningRates};
 pub use choices::{
-    Adapter, BestMetric, Device, Dtype, EvalAccuracy, LrSchedulerType, MatmulPrecision, ReportTo,
-    word,
+    Adapter, BestMetric, Dtype, EvalAccuracy, LrSchedulerType, MatmulPrecision, ReportTo, word,
 };
 pub use command::to_toml;
 pub use data::DataArgs;
+pub use device::Device;
 pub use help::help;
 pub use load::{Request, arguments, load, read_toml};
 pub use model::{GenerationArgs, ModelArgs};
 pub use optim::OptimArgs;
+pub use profile::{ProfileArgs, ProfileTo};
 pub use run::TrainArgs;
 pub use sft::SftConfig;
 pub use suggest::{did_you_mean, nearest};
@@ -53,4 +58,9 @@ pub trait RunConfig:
 
     /// Refuses contradictions that can be seen without loading data or weights.
     fn validate(&self) -> crate::Result<()>;
+
+    /// The file of the trace, if the program is to measure itself.
+    fn profile(&self) -> Option<&Path> {
+        None
+    }
 }

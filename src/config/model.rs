@@ -7,7 +7,8 @@ use datasets::Task;
 use serde::{Deserialize, Serialize};
 
 use super::check::require;
-use super::choices::{Device, Dtype, MatmulPrecision};
+use super::choices::{Dtype, MatmulPrecision};
+use super::device::Device;
 use crate::Result;
 
 /// The base model: where it comes from and how it is computed.
@@ -22,7 +23,7 @@ pub struct ModelArgs {
     /// Products with frozen matrices: highest = f32; high = error about 4e-6 or less; medium = both
     /// operands rounded to bf16.
     pub matmul_precision: MatmulPrecision,
-    /// Device the model runs on.
+    /// Device the model runs on: cpu, cuda or cuda:N (docs/devices.md).
     pub device: Device,
     /// Chat template (a Jinja file) in place of the model's own.
     pub chat_template_path: Option<PathBuf>,

@@ -1,5 +1,7 @@
 //! The configuration of supervised fine-tuning.
 
+use std::path::Path;
+
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
@@ -8,6 +10,7 @@ use super::adapter::AdapterArgs;
 use super::data::DataArgs;
 use super::model::{GenerationArgs, ModelArgs};
 use super::optim::OptimArgs;
+use super::profile::ProfileArgs;
 use super::run::TrainArgs;
 use crate::Result;
 
@@ -39,6 +42,10 @@ pub struct SftConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub train: TrainArgs,
+    /// Whether the run measures itself.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub profile: ProfileArgs,
 }
 
 impl RunConfig for SftConfig {
@@ -52,5 +59,9 @@ impl RunConfig for SftConfig {
         self.optim.validate()?;
         self.generation.validate()?;
         self.train.validate()
+    }
+
+    fn profile(&self) -> Option<&Path> {
+        self.profile.path()
     }
 }

@@ -13,7 +13,7 @@ use super::suggest::did_you_mean;
 /// A TOML value that may be a text, a number, a boolean or a list of these.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Words {
+pub(super) enum Words {
     Text(String),
     Number(i64),
     Flag(bool),
@@ -22,7 +22,7 @@ enum Words {
 
 impl Words {
     /// The same value as a flag would spell it.
-    fn spell(&self) -> String {
+    pub(super) fn spell(&self) -> String {
         match self {
             Words::Text(text) => text.clone(),
             Words::Number(number) => number.to_string(),
@@ -48,6 +48,8 @@ macro_rules! serde_as_text {
         }
     )*};
 }
+
+pub(super) use serde_as_text;
 
 serde_as_text!(Layers, TargetModules, Resume);
 

@@ -2,6 +2,7 @@
 
 use datasets::{Grader, Problem};
 use reward::{Outcome, grade};
+use tracing::debug_span;
 
 use super::Tally;
 use crate::Result;
@@ -52,6 +53,7 @@ pub fn accuracy(
     (problems, grader): (&[Problem], Grader),
     options: &GenerateOptions,
 ) -> Result<Accuracy> {
+    let tokenize = debug_span!("tokenize").entered();
     let requests = problems
         .iter()
         .map(|problem| {
@@ -59,10 +61,12 @@ pub fn accuracy(
             Ok(Request { prompt, prompt_id: problem.id, sample: 0 })
         })
         .collect::<Result<Vec<_>>>()?;
+    drop(tokenize);
     let generator = Generator::new(&model.policy, adapters, options, None);
     let mut progress = Progress::new("answers", requests.len());
     let completions = generator.run(&requests, &mut |done| progress.set(done))?;
     drop(progress);
+    let _phase = debug_span!("grade").entered();
     let new_tokens = completions.iter().map(|completion| completion.tokens.len()).sum();
     let answers = problems.iter().zip(completions).map(|(problem, completion)| {
         let said = text.tokenizer.decode(&completion.tokens, true)?;

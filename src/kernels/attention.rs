@@ -75,6 +75,13 @@ impl AttentionShape {
         first..position + 1
     }
 
+    /// FLOPs of a forward pass over `segments`: two products of each query with the keys it sees.
+    pub fn flops(&self, segments: &[Segment]) -> usize {
+        let queries = segments.iter().flat_map(|s| s.position0..s.position0 + s.len);
+        let pairs: usize = queries.map(|position| self.visible(position).len()).sum();
+        4 * pairs * self.heads * self.head_dim
+    }
+
     /// Checks the sizes that every loop relies on.
     pub(super) fn check(&self) {
         assert!(self.kv_heads > 0 && self.head_dim > 0, "attention without heads");

@@ -6,6 +6,7 @@ use candle_core::DType;
 use serde::Serialize;
 use serde_json::Map;
 use sha2::{Digest, Sha256};
+use tracing::debug_span;
 
 use super::{
     ChatTemplate, GenerationConfig, Gguf, ModelConfig, ModelSource, Policy, Tokenizer, Weights,
@@ -55,6 +56,7 @@ impl LoadedModel {
         dtype: Option<WeightDtype>,
         engine: &Engine,
     ) -> Result<Self> {
+        let _phase = debug_span!("load").entered();
         let config = ModelConfig::load(&source)?;
         let weights = Weights::open(&source)?;
         let dtype = dtype.unwrap_or(match weights.dtype().auto() {
@@ -78,6 +80,7 @@ impl LoadedModel {
 }
 
 fn base(source: &ModelSource, name_or_path: &str) -> Result<BaseModel> {
+    let _phase = debug_span!("hash").entered();
     let files = match source {
         ModelSource::Gguf(path) => vec![path.clone()],
         ModelSource::Folder(folder) => weight_files(folder)?,

@@ -1,6 +1,7 @@
 //! The policy: a frozen decoder that adapters hook into.
 
 use candle_core::{DType, Tensor};
+use tracing::debug_span;
 
 use super::batch::Batch;
 use super::block::{Block, Pass};
@@ -89,6 +90,7 @@ impl Policy {
 
     /// The last block's output [N, D], before the final norm.
     pub fn hidden(&self, batch: &Batch, adapters: &[Box<dyn Adapter>]) -> Result<Tensor> {
+        let _phase = debug_span!("forward", tokens = batch.len()).entered();
         let mut pass = self.pass(batch, adapters);
         self.run(batch, &mut pass)
     }
@@ -126,6 +128,7 @@ impl Policy {
         adapters: &'a [Box<dyn Adapter>],
         checkpointing: bool,
     ) -> Result<Trace<'a>> {
+        let _phase = debug_span!("forward", tokens = batch.len()).entered();
         Trace::new(self, embedded, self.pass(batch, adapters), checkpointing)
     }
 
@@ -139,6 +142,7 @@ impl Policy {
 
     /// Logits [rows, V] of the given rows of the last block's output h [N, D].
     pub fn logits(&self, h: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        let _phase = debug_span!("head").entered();
         let tape = Tape::off(&self.engine);
         let normed = self.normed_rows(&tape, &Value::constant(h.clone()), rows)?;
         ops::logits(&tape, normed.tensor(), self.head(), self.config.final_logit_softcapping)
@@ -161,6 +165,7 @@ impl Policy {
         targets: &[Target],
         weights: &[f32],
     ) -> Result<(Value, ops::Logps)> {
+        let _phase = debug_span!("head").entered();
         let (rows, targets) = compact(targets);
         let normed = self.normed_rows(tape, h, &rows)?;
         let softcap = self.config.final_logit_softcapping;
@@ -174,6 +179,7 @@ impl Policy {
         h: &Value,
         targets: &[Target],
     ) -> Result<(Value, ops::Logps)> {
+        let _phase = debug_span!("head").entered();
         let (rows, targets) = compact(targets);
         let normed = self.normed_rows(tape, h, &rows)?;
         let softcap = self.config.final_logit_softcapping;

@@ -1,6 +1,7 @@
 //! A forward pass whose gradients are taken block by block.
 
 use candle_core::Tensor;
+use tracing::debug_span;
 
 use super::block::Pass;
 use super::policy::Policy;
@@ -60,6 +61,7 @@ impl<'a> Trace<'a> {
 
     /// Gradients of the adapters' parameters, given that of the output [N, D].
     pub fn backward(mut self, gradient: Tensor) -> Result<Gradients> {
+        let _phase = debug_span!("backward", tokens = self.pass.batch.len()).entered();
         let mut sums = Gradients::new();
         let mut gradient = Some(gradient);
         drop(self.output);
@@ -68,6 +70,7 @@ impl<'a> Trace<'a> {
             let (tape, input, output) = match kept {
                 Kept::Activations { tape, input, output } => (tape, input, output),
                 Kept::Input(h) => {
+                    let _phase = debug_span!("recompute", layer).entered();
                     let tape = Tape::recording(self.policy.engine());
                     let first = layer == self.lowest;
                     let input = if first { Value::constant(h) } else { tape.input(&h) };

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Device, Tensor};
+use tracing::trace_span;
 
 use super::engine::{Engine, composed, host};
 use super::kv_cache::{KvCache, SlotId};
@@ -23,6 +24,7 @@ pub fn attention(
     segments: &Arc<[Segment]>,
     shape: &AttentionShape,
 ) -> Result<Value> {
+    let _span = trace_span!("attention", flops = shape.flops(segments)).entered();
     if !tape.engine().fused() {
         return composed(tape, &[q, k, v], |xs| twin(&xs[0], &xs[1], &xs[2], segments, shape));
     }
@@ -41,6 +43,8 @@ pub fn attention(
         let (q, k, v) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
         let (segments, shape, engine) = (segments.clone(), *shape, tape.engine().clone());
         move |dout, sink| {
+            let _span =
+                trace_span!("attention backward", flops = 5 * shape.flops(&segments) / 2).entered();
             let dout_shape = dout.dims().to_vec();
             let mut dq = vec![0f32; q.elem_count()];
             let mut dk = vec![0f32; k.elem_count()];
@@ -69,13 +73,21 @@ pub fn attention_cached(
     (cache, slots, layer): (&mut KvCache, &[SlotId], usize),
     shape: &AttentionShape,
 ) -> Result<Tensor> {
+    let bytes = || {
+        let keys: usize = segments.iter().map(|s| s.position0 + s.len).sum();
+        8 * keys * shape.kv_heads * shape.head_dim
+    };
+    let _span =
+        trace_span!("attention cached", flops = shape.flops(segments), bytes = bytes()).entered();
     cache.append(engine, layer, (segments, slots), (k, v), shape)?;
     let continued = segments.iter().zip(slots);
     if !engine.fused() {
+        let positions = positions(segments, engine.device())?;
         let attended = continued.filter_map(|(segment, slot)| {
             let (keys, values) = cache.tensors(*slot, layer)?;
             let queries = q.narrow(0, segment.start, segment.len);
-            Some(queries.and_then(|q| attend(&q, keys, values, segment.position0, shape)))
+            let mask = mask(&positions, segment, shape.window);
+            Some(queries.and_then(|q| attend(&q, keys, values, &mask?, shape)))
         });
         return Ok(Tensor::cat(&attended.collect::<candle_core::Result<Vec<_>>>()?, 0)?);
     }
@@ -92,6 +104,7 @@ fn twin(
     segments: &[Segment],
     shape: &AttentionShape,
 ) -> candle_core::Result<Tensor> {
+    let positions = positions(segments, q.device())?;
     let mut parts = Vec::new();
     for (i, segment) in segments.iter().enumerate() {
         let mut chain = vec![i];
@@ -104,17 +117,42 @@ fn twin(
             Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)
         };
         let queries = q.narrow(0, segment.start, segment.len)?;
-        parts.push(attend(&queries, &gather(k)?, &gather(v)?, segment.position0, shape)?);
+        let mask = mask(&positions, segment, shape.window)?;
+        parts.push(attend(&queries, &gather(k)?, &gather(v)?, &mask, shape)?);
     }
     Tensor::cat(&parts, 0)
 }
 
-/// q [T, heads * head_dim] at positions `position0..` over keys at positions 0...
+/// 0, 1, ... as far as any segment reaches.
+fn positions(segments: &[Segment], device: &Device) -> candle_core::Result<Tensor> {
+    let end = segments.iter().map(|segment| segment.position0 + segment.len).max().unwrap_or(0);
+    Tensor::arange(0f32, end as f32, device)
+}
+
+/// What is added to the scores [T, keys] of a segment: 0 where a query sees a key, else -inf. It is
+/// made on the device, which would wait for a copy of it.
+fn mask(
+    positions: &Tensor,
+    segment: &Segment,
+    window: Option<usize>,
+) -> candle_core::Result<Tensor> {
+    let (len, keys) = (segment.len, segment.position0 + segment.len);
+    let p = positions.narrow(0, segment.position0, len)?.unsqueeze(1)?;
+    let j = positions.narrow(0, 0, keys)?.unsqueeze(0)?;
+    let mut visible = j.broadcast_le(&p)?;
+    if let Some(window) = window {
+        visible = (visible * (j + window as f64)?.broadcast_gt(&p)?)?;
+    }
+    let open = Tensor::zeros((len, keys), DType::F32, positions.device())?;
+    visible.where_cond(&open, &(&open + f64::NEG_INFINITY)?)
+}
+
+/// q [T, heads * head_dim] over keys with the mask [T, keys].
 fn attend(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    position0: usize,
+    mask: &Tensor,
     shape: &AttentionShape,
 ) -> candle_core::Result<Tensor> {
     let (heads, head_dim) = (shape.heads, shape.head_dim);
@@ -129,11 +167,7 @@ fn attend(
     if let Some(cap) = shape.softcap {
         scores = ((scores / cap as f64)?.tanh()? * cap as f64)?;
     }
-    let visible = |p: usize, j: usize| j <= p && shape.window.is_none_or(|w| p - j < w);
-    let mask: Vec<f32> = (position0..position0 + t)
-        .flat_map(|p| (0..keys).map(move |j| if visible(p, j) { 0.0 } else { f32::NEG_INFINITY }))
-        .collect();
-    let scores = scores.broadcast_add(&Tensor::from_vec(mask, (t, keys), q.device())?)?;
+    let scores = scores.broadcast_add(mask)?;
     let shifted = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
     let weights = shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?;
     weights.matmul(&spread(v)?)?.transpose(0, 1)?.reshape((t, heads * head_dim))

@@ -1,6 +1,7 @@
 //! Where operations run: the device, the path, the precision.
 
 use candle_core::{CpuStorage, Device, Storage, StorageRef, Tensor, Var};
+use tracing::trace_span;
 
 use super::tape::{Tape, Value};
 use crate::kernels::matmul::MatmulPrecision;
@@ -50,6 +51,7 @@ impl Engine {
 
     /// `a + b` of equal shapes.
     pub(super) fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        let _span = trace_span!("add", bytes = 12 * a.elem_count()).entered();
         Ok((a + b)?)
     }
 
@@ -117,6 +119,7 @@ where
     let detached = result.detach();
     Ok(tape.push(detached, inputs, || {
         move |gradient, sink| {
+            let _span = trace_span!("composed backward").entered();
             let mut store = (&result * gradient)?.sum_all()?.backward()?;
             for (i, (_, var)) in vars.iter().enumerate() {
                 let gradient = var.as_ref().and_then(|var| store.remove(var));

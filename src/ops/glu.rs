@@ -1,6 +1,7 @@
 //! Gated linear units: act(gate) * up.
 
 use candle_core::Tensor;
+use tracing::trace_span;
 
 use super::engine::{composed, host};
 use super::tape::{Tape, Value};
@@ -9,6 +10,7 @@ use crate::kernels::glu::{GluActivation, glu as forward, glu_backward};
 
 /// y = act(gate) * up, all of shape [N, F]: SwiGLU or GeGLU by the activation.
 pub fn glu(tape: &Tape, gate: &Value, up: &Value, act: GluActivation) -> Result<Value> {
+    let _span = trace_span!("glu", bytes = 12 * gate.tensor().elem_count()).entered();
     if !tape.engine().fused() {
         return composed(tape, &[gate, up], |xs| twin(&xs[0], act)? * &xs[1]);
     }
@@ -19,6 +21,7 @@ pub fn glu(tape: &Tape, gate: &Value, up: &Value, act: GluActivation) -> Result<
         let (gate, up) = (gate.tensor().clone(), up.tensor().clone());
         let engine = tape.engine().clone();
         move |dy, sink| {
+            let _span = trace_span!("glu backward", bytes = 20 * gate.elem_count()).entered();
             let mut dgate = vec![0f32; gate.elem_count()];
             let mut dup = vec![0f32; gate.elem_count()];
             let (gate_values, up_values) = (host(&gate)?, host(&up)?);

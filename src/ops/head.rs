@@ -1,6 +1,7 @@
 //! The output head: logits where they are asked for, and log-probs that never materialise [N, V].
 
 use candle_core::{D, DType, Tensor};
+use tracing::trace_span;
 
 use super::engine::{composed, host};
 use super::linear::{Weight, linear};
@@ -74,6 +75,8 @@ pub fn weighted_logps(
     let options = options(tape, softcap);
     let rows = host(h.tensor())?;
     let tracked = tape.is_recording() && h.is_tracked();
+    let flops = || (1 + usize::from(tracked)) * head.flops(rows.len() / head.in_features());
+    let _span = trace_span!("weighted log-probs", flops = flops()).entered();
     let mut dh = vec![0f32; if tracked { rows.len() } else { 0 }];
     let forward = match tracked {
         true => logp::forward_backward(&rows, packed, targets, weights, options, &mut dh),
@@ -101,6 +104,8 @@ pub fn token_logps(
         return composed_logps(tape, h, head, targets, softcap);
     };
     let options = options(tape, softcap);
+    let rows = h.tensor().dims2()?.0;
+    let _span = trace_span!("log-probs", rows, flops = head.flops(rows)).entered();
     let forward = logp::forward(&host(h.tensor())?, packed, targets, options);
     let logps = tape.engine().tensor(forward.logp.clone(), &[targets.len()])?;
     let lse = forward.lse.clone();
@@ -108,6 +113,8 @@ pub fn token_logps(
         let (engine, h, head) = (tape.engine().clone(), h.tensor().clone(), head.clone());
         let targets = targets.to_vec();
         move |dy, sink| {
+            let _span =
+                trace_span!("log-probs backward", rows, flops = 2 * head.flops(rows)).entered();
             let mut dh = vec![0f32; h.elem_count()];
             if let Some(packed) = head.packed() {
                 let (rows, dlogp) = (host(&h)?, host(&dy)?);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use half::bf16;
+use tracing::trace_span;
 
 use super::engine::{Engine, host};
 use super::tape::{Tape, Value};
@@ -52,7 +53,7 @@ impl Weight {
     /// If the device has no room for it.
     pub fn new(engine: &Engine, rows: &impl MatrixRows, dtype: WeightDtype) -> Result<Self> {
         let (out, in_) = rows.dims();
-        let storage = match (engine.device().is_cpu(), dtype) {
+        let storage = match (engine.fused(), dtype) {
             (true, WeightDtype::F32) => {
                 Storage::Packed(PackedMatrix::f32_rows(out, in_, |i, row| rows.read_f32(i, row)))
             }
@@ -101,6 +102,7 @@ impl Weight {
     /// If an id is not below [`Weight::out_features`].
     pub fn rows(&self, engine: &Engine, ids: &[u32]) -> Result<Tensor> {
         let (rows, width) = (self.out_features(), self.in_features());
+        let _span = trace_span!("embed", rows = ids.len(), bytes = 4 * ids.len() * width).entered();
         if let Some(id) = ids.iter().find(|id| **id as usize >= rows) {
             return Err(Error::failure(format!(
                 "token id {id} is outside the vocabulary of {rows}"
@@ -138,6 +140,16 @@ impl Weight {
         }
     }
 
+    /// FLOPs of a product with `rows` rows.
+    pub(super) fn flops(&self, rows: usize) -> usize {
+        2 * rows * self.in_features() * self.out_features()
+    }
+
+    /// Bytes that a product with `rows` rows reads and writes at least.
+    fn traffic(&self, rows: usize) -> usize {
+        self.bytes() + 4 * rows * (self.in_features() + self.out_features())
+    }
+
     /// x Wᵀ + b for x [N, in], not recorded.
     pub(super) fn apply(
         &self,
@@ -146,6 +158,14 @@ impl Weight {
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
         let (rows, width) = (x.dims2()?.0, self.out_features());
+        let _span = trace_span!(
+            "linear",
+            rows,
+            width,
+            flops = self.flops(rows),
+            bytes = self.traffic(rows)
+        )
+        .entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
                 let mut y = vec![0f32; rows * width];
@@ -163,6 +183,14 @@ impl Weight {
     /// The gradient of x: dy W for dy [N, out].
     pub(super) fn input_gradient(&self, engine: &Engine, dy: &Tensor) -> Result<Tensor> {
         let (rows, width) = (dy.dims2()?.0, self.in_features());
+        let _span = trace_span!(
+            "linear backward",
+            rows,
+            width,
+            flops = self.flops(rows),
+            bytes = self.traffic(rows)
+        )
+        .entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
                 let mut dx = vec![0f32; rows * width];

@@ -1,6 +1,7 @@
 //! Low-rank shifts of activations: steering of a site, and the update that LoRA adds to a matrix.
 
 use candle_core::Tensor;
+use tracing::trace_span;
 
 use super::engine::{composed, host};
 use super::tape::{Tape, Value};
@@ -27,11 +28,13 @@ pub fn low_rank_add(
     (down, up): (&Value, &Value),
     form: LowRank,
 ) -> Result<Value> {
+    let (m, d) = x.tensor().dims2()?;
+    let (o, r) = up.tensor().dims2()?;
+    let _span =
+        trace_span!("low rank", flops = 2 * m * r * (d + o), bytes = 4 * m * (d + 2 * o)).entered();
     if !tape.engine().fused() {
         return composed(tape, &[y, x, down, up], |xs| twin(xs, form));
     }
-    let (m, d) = x.tensor().dims2()?;
-    let (o, r) = up.tensor().dims2()?;
     let mut z = vec![0f32; m * r];
     let mut out = host(y.tensor())?.to_vec();
     low_rank::down(&host(x.tensor())?, &host(down.tensor())?, d, r, &mut z);
@@ -41,6 +44,7 @@ pub fn low_rank_add(
         let (x, down, up) = (x.tensor().clone(), down.tensor().clone(), up.tensor().clone());
         let engine = tape.engine().clone();
         move |dy, sink| {
+            let _span = trace_span!("low rank backward", flops = 4 * m * r * (d + o)).entered();
             let mut dx = vec![0f32; m * d];
             let mut ddown = vec![0f32; r * d];
             let mut dup = vec![0f32; o * r];

@@ -1,6 +1,7 @@
 //! Root-mean-square normalisation with a frozen weight.
 
 use candle_core::{D, Tensor};
+use tracing::trace_span;
 
 use super::engine::{composed, host};
 use super::tape::{Tape, Value};
@@ -12,6 +13,7 @@ use crate::kernels::norm::{rms_norm as forward, rms_norm_backward};
 /// x is [N, D] or [N, heads * D] and w [D]: with several heads each is normalised by itself. Mean and
 /// product are taken in f32.
 pub fn rms_norm(tape: &Tape, x: &Value, w: &Tensor, eps: f64, plus_one: bool) -> Result<Value> {
+    let _span = trace_span!("norm", bytes = 8 * x.tensor().elem_count()).entered();
     if !tape.engine().fused() {
         return composed(tape, &[x], |xs| twin(&xs[0], w, eps, plus_one));
     }
@@ -22,6 +24,7 @@ pub fn rms_norm(tape: &Tape, x: &Value, w: &Tensor, eps: f64, plus_one: bool) ->
     Ok(tape.push(y, &[x], || {
         let (x, w, engine) = (x.tensor().clone(), w.clone(), tape.engine().clone());
         move |dy, sink| {
+            let _span = trace_span!("norm backward", bytes = 12 * x.elem_count()).entered();
             let mut dx = vec![0f32; x.elem_count()];
             rms_norm_backward(&host(&x)?, &host(&w)?, eps, plus_one, &host(&dy)?, &mut dx);
             sink.give(0, engine.tensor(dx, x.dims())?)

@@ -1,8 +1,9 @@
 //! Rotary position embedding in the half-split form of Hugging Face's models.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use candle_core::{D, Tensor};
+use candle_core::{D, Device, Tensor};
+use tracing::trace_span;
 
 use super::engine::{composed, host};
 use super::tape::{Tape, Value};
@@ -14,6 +15,9 @@ use crate::kernels::rope::{RopeTable, rope, rope_backward};
 pub struct Rotary {
     table: Arc<RopeTable>,
     rows: Arc<[u32]>,
+    /// The table as tensors [N, 1, head_dim / 2], once the composed path has asked for them: copied
+    /// to the device once for all layers.
+    tensors: Arc<OnceLock<(Tensor, Tensor)>>,
 }
 
 impl Rotary {
@@ -21,12 +25,23 @@ impl Rotary {
     /// `attention_factor`; the angle is the f32 product of two f32 numbers, as in transformers.
     pub fn new(positions: &[u32], inv_freq: &[f32], attention_factor: f32) -> Self {
         let table = Arc::new(RopeTable::at(inv_freq, positions, attention_factor));
-        Rotary { table, rows: (0..positions.len() as u32).collect() }
+        Rotary { table, rows: (0..positions.len() as u32).collect(), tensors: Arc::default() }
+    }
+
+    fn tensors(&self, device: &Device) -> candle_core::Result<(Tensor, Tensor)> {
+        if let Some(tensors) = self.tensors.get() {
+            return Ok(tensors.clone());
+        }
+        let shape = (self.rows.len(), 1, self.table.head_dim() / 2);
+        let tensor = |values: &[f32]| Tensor::from_slice(values, shape, device);
+        let tensors = (tensor(self.table.cos())?, tensor(self.table.sin())?);
+        Ok(self.tensors.get_or_init(|| tensors).clone())
     }
 }
 
 /// Rotates each head of x [N, heads * head_dim] by its token's angles.
 pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
+    let _span = trace_span!("rotary", bytes = 8 * x.tensor().elem_count()).entered();
     if !tape.engine().fused() {
         return composed(tape, &[x], |xs| twin(&xs[0], rotary));
     }
@@ -36,6 +51,7 @@ pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
     Ok(tape.push(y, &[x], || {
         let (rotary, engine) = (rotary.clone(), tape.engine().clone());
         move |dy, sink| {
+            let _span = trace_span!("rotary backward", bytes = 8 * dy.elem_count()).entered();
             let mut dx = host(&dy)?.to_vec();
             rope_backward(&mut dx, &rotary.rows, &rotary.table);
             sink.give(0, engine.tensor(dx, dy.dims())?)
@@ -48,8 +64,7 @@ fn twin(x: &Tensor, rotary: &Rotary) -> candle_core::Result<Tensor> {
     let heads = x.reshape((tokens, width / (2 * half), 2 * half))?;
     let first = heads.narrow(D::Minus1, 0, half)?;
     let second = heads.narrow(D::Minus1, half, half)?;
-    let table = |values: &[f32]| Tensor::from_slice(values, (tokens, 1, half), x.device());
-    let (cos, sin) = (table(rotary.table.cos())?, table(rotary.table.sin())?);
+    let (cos, sin) = rotary.tensors(x.device())?;
     let low = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
     let high = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
     Tensor::cat(&[low, high], D::Minus1)?.reshape((tokens, width))

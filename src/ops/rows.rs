@@ -1,6 +1,7 @@
 //! Operations on whole rows: sums, scaling, selection.
 
 use candle_core::{DType, Tensor};
+use tracing::trace_span;
 
 use super::tape::{Sink, Tape, Value};
 use crate::Result;
@@ -19,9 +20,11 @@ pub fn add(tape: &Tape, a: &Value, b: &Value) -> Result<Value> {
 
 /// x [N, D] + v `[D]` on every row.
 pub fn add_vector(tape: &Tape, x: &Value, v: &Value) -> Result<Value> {
+    let _span = trace_span!("add vector", bytes = 8 * x.tensor().elem_count()).entered();
     let y = x.tensor().broadcast_add(v.tensor())?;
     Ok(tape.push(y, &[x, v], || {
         |dy: Tensor, sink: &mut Sink| {
+            let _span = trace_span!("add vector backward", bytes = 4 * dy.elem_count()).entered();
             if sink.wants(1) {
                 sink.give(1, sum_rows(&dy)?)?;
             }
@@ -39,11 +42,13 @@ fn sum_rows(x: &Tensor) -> Result<Tensor> {
 
 /// x [N, D] with `new` [rows, D] in the place of the rows named by `rows`.
 pub fn replace_rows(tape: &Tape, x: &Value, new: &Value, rows: &[u32]) -> Result<Value> {
+    let _span = trace_span!("replace rows", bytes = 8 * x.tensor().elem_count()).entered();
     let index = Tensor::new(rows, x.tensor().device())?;
     let wide = index.unsqueeze(1)?.broadcast_as(new.tensor().shape())?.contiguous()?;
     let y = x.tensor().scatter(&wide, new.tensor(), 0)?;
     Ok(tape.push(y, &[x, new], || {
         move |dy: Tensor, sink: &mut Sink| {
+            let _span = trace_span!("replace rows backward", bytes = 8 * dy.elem_count()).entered();
             let picked = dy.index_select(&index, 0)?;
             sink.give(0, dy.scatter(&wide, &picked.zeros_like()?, 0)?)?;
             sink.give(1, picked)
@@ -54,6 +59,7 @@ pub fn replace_rows(tape: &Tape, x: &Value, new: &Value, rows: &[u32]) -> Result
 /// Inverted dropout: entries of x [N, D] are zeroed with probability `p`, the others divided by
 /// 1 - p. The mask belongs to (key, the row's own key, column), whatever else is in the batch.
 pub fn dropout(tape: &Tape, x: &Value, p: f64, key: &[u64], row_keys: &[u64]) -> Result<Value> {
+    let _span = trace_span!("dropout", bytes = 8 * x.tensor().elem_count()).entered();
     let width = x.tensor().dims2()?.1;
     let kept = (1.0 / (1.0 - p)) as f32;
     let limit = (p * 4294967296.0) as u64;
@@ -77,11 +83,13 @@ pub fn gather_rows(tape: &Tape, x: &Value, rows: &[u32]) -> Result<Value> {
     if whole {
         return Ok(x.clone());
     }
+    let _span = trace_span!("gather rows", rows = rows.len()).entered();
     let index = Tensor::new(rows, x.tensor().device())?;
     let picked = x.tensor().index_select(&index, 0)?;
     Ok(tape.push(picked, &[x], || {
         let shape = x.tensor().shape().clone();
         move |dy, sink| {
+            let _span = trace_span!("gather rows backward", bytes = 8 * dy.elem_count()).entered();
             let zeros = Tensor::zeros(shape, DType::F32, dy.device())?;
             sink.give(0, zeros.index_add(&index, &dy, 0)?)
         }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use rayon::prelude::*;
+use tracing::debug_span;
 
 use crate::adapter::Adapter;
 use crate::model::{Batch, Policy};
@@ -278,9 +279,15 @@ impl<'a> Generator<'a> {
             };
             batch.push_cached(new, prompt.len(), cached);
         }
+        let tokens = batch.len();
+        let _phase = match tokens > active.len() {
+            true => debug_span!("prefill", tokens).entered(),
+            false => debug_span!("decode", tokens).entered(),
+        };
         let slots: Vec<SlotId> = active.iter().map(|sequence| sequence.slot).collect();
         let h = self.policy.hidden_cached(&batch, self.adapters, cache, &slots)?;
         self.policy.logits_into(&h, &batch.last_rows(), logits)?;
+        let _phase = debug_span!("sample", tokens = active.len()).entered();
         let rows = logits.par_chunks_exact_mut(self.policy.config().vocab_size);
         let (seed, step) = (self.options.seed, self.options.step);
         let sampling = &self.options.sampling;

@@ -7,6 +7,7 @@ use datasets::{gsm8k, locate};
 use datasets::{has_split, read_rows, read_split, split_off};
 use rayon::prelude::*;
 use reward::check_gold;
+use tracing::debug_span;
 
 use super::example::TokenExample;
 use super::tokenize::{Encoder, check_length};
@@ -38,6 +39,7 @@ impl SftData {
     /// If nothing of that name exists, a row is malformed (file and line), or a gold answer does
     /// not grade right.
     pub fn load(args: &DataArgs, seed: u64) -> Result<Self> {
+        let _phase = debug_span!("read rows").entered();
         match Task::find(args.dataset()?) {
             Some(task) => Self::of_task(task, args),
             None => Self::of_rows(args, seed),
@@ -107,6 +109,7 @@ impl SftData {
         args: &DataArgs,
         context: usize,
     ) -> Result<(Vec<TokenExample>, Vec<TokenExample>)> {
+        let _phase = debug_span!("tokenize").entered();
         let tokens = |examples: &[Numbered<Example>], what: &str| -> Result<Vec<TokenExample>> {
             let encode = |(number, example): &Numbered<Example>| {
                 let named = |error: Error| match error {

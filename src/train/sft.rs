@@ -4,6 +4,8 @@
 use std::path::Path;
 use std::time::Duration;
 
+use tracing::debug_span;
+
 use crate::adapter::{Adapter, BaseModel};
 use crate::config::{LearningRates, SftConfig};
 use crate::model::Policy;
@@ -148,6 +150,7 @@ impl<'a> SftTrainer<'a> {
         }
         let chosen = self.next_examples()?;
         let step = self.state.global_step;
+        let _phase = debug_span!("step", step = step + 1).entered();
         self.adapters.iter_mut().for_each(|a| a.set_training(Some((self.state.seed, step))));
         let result = self.gradients(&chosen);
         self.adapters.iter_mut().for_each(|adapter| adapter.set_training(None));
@@ -170,6 +173,7 @@ impl<'a> SftTrainer<'a> {
     /// # Errors
     /// If a file cannot be written whole.
     pub fn save(&self, folder: &Path, base: &BaseModel) -> Result<()> {
+        let _phase = debug_span!("save").entered();
         crate::adapter::save(folder, &self.adapters, base)?;
         let optimizer = self.optimizer.to_safetensors()?;
         crate::files::write_atomic(&folder.join(OPTIMIZER_FILE), &optimizer)?;
@@ -254,6 +258,7 @@ impl<'a> SftTrainer<'a> {
     }
 
     fn update(&mut self, totals: Totals, gradients: Gradients) -> Result<StepReport> {
+        let _phase = debug_span!("optimizer").entered();
         let mut flat = gradients
             .into_iter()
             .map(|(key, tensor)| Ok((key, tensor.flatten_all()?.to_vec1()?)))
@@ -333,6 +338,7 @@ pub fn evaluate_examples(
     adapters: &[Box<dyn Adapter>],
     examples: &[TokenExample],
 ) -> Result<Totals> {
+    let _phase = debug_span!("evaluate").entered();
     let order: Vec<usize> = (0..examples.len()).collect();
     let lengths: Vec<usize> = examples.iter().map(|example| example.input_ids.len()).collect();
     let mut totals = Totals::default();

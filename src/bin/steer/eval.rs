@@ -1,13 +1,13 @@
 //! `steer eval`: greedy accuracy on a task's held-out problems, with its interval.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use steersman::adapter::{load_all, warn_of_other_model};
-use steersman::config::{DataArgs, GenerationArgs, ModelArgs, Repeated, RunConfig};
+use steersman::config::{DataArgs, GenerationArgs, ModelArgs, ProfileArgs, Repeated, RunConfig};
 use steersman::eval::{Accuracy, accuracy};
 use steersman::files::write_atomic;
 use steersman::model::{LoadedModel, TextModel};
@@ -42,6 +42,9 @@ pub struct EvalArgs {
     adapter: Repeated,
     /// JSONL file for every answer: id, completion, gold, outcome, stop
     output: Option<PathBuf>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    profile: ProfileArgs,
 }
 
 impl Default for EvalArgs {
@@ -58,6 +61,7 @@ impl Default for EvalArgs {
             generation: GenerationArgs::default(),
             adapter: Repeated::default(),
             output: None,
+            profile: ProfileArgs::default(),
         }
     }
 }
@@ -86,6 +90,10 @@ impl RunConfig for EvalArgs {
         self.model.validate()?;
         self.data().validate()?;
         self.generation.validate()
+    }
+
+    fn profile(&self) -> Option<&Path> {
+        self.profile.path()
     }
 }
 
@@ -117,7 +125,7 @@ fn told(found: &Accuracy, seconds: f64) -> String {
     format!("accuracy: {}\n{} new tokens, {rate:.0} tokens/s\n", found.tally(), found.new_tokens)
 }
 
-fn write_answers(path: &std::path::Path, found: &Accuracy) -> Result<()> {
+fn write_answers(path: &Path, found: &Accuracy) -> Result<()> {
     let mut lines = String::new();
     for answer in &found.answers {
         let line = json!({

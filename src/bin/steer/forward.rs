@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use steersman::adapter::{Adapter, load_all, warn_of_other_model};
-use steersman::config::{ModelArgs, Repeated, RunConfig};
+use steersman::config::{ModelArgs, ProfileArgs, Repeated, RunConfig};
 use steersman::files::write_atomic;
 use steersman::model::{Batch, LoadedModel, Policy};
 use steersman::ops::{Tape, Target};
@@ -33,6 +33,9 @@ pub struct ForwardArgs {
     output: Option<PathBuf>,
     /// Write the gradient of the loss for each adapter parameter as `grad.<key>`
     gradients: bool,
+    #[command(flatten)]
+    #[serde(flatten)]
+    profile: ProfileArgs,
 }
 
 impl RunConfig for ForwardArgs {
@@ -52,6 +55,10 @@ impl RunConfig for ForwardArgs {
             )));
         }
         Ok(())
+    }
+
+    fn profile(&self) -> Option<&Path> {
+        self.profile.path()
     }
 }
 

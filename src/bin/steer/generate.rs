@@ -8,7 +8,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use steersman::adapter::{Adapter, load_all, warn_of_other_model};
-use steersman::config::{ModelArgs, Repeated, RunConfig};
+use steersman::config::{ModelArgs, ProfileArgs, Repeated, RunConfig};
 use steersman::model::{LoadedModel, TextModel};
 use steersman::rollout::{
     GenerateOptions, Generator, Progress, Request, SamplingParams, StopReason,
@@ -47,6 +47,9 @@ pub struct GenerateArgs {
     stop: Repeated,
     /// Seed of the samples
     seed: u64,
+    #[command(flatten)]
+    #[serde(flatten)]
+    profile: ProfileArgs,
 }
 
 /// A model that is ready to answer.
@@ -74,6 +77,7 @@ impl Default for GenerateArgs {
             repetition_penalty: 1.0,
             stop: Repeated::default(),
             seed: 0,
+            profile: ProfileArgs::default(),
         }
     }
 }
@@ -104,6 +108,10 @@ impl RunConfig for GenerateArgs {
             true => Err(Error::usage("--raw wants a --prompt")),
             false => Ok(()),
         }
+    }
+
+    fn profile(&self) -> Option<&Path> {
+        self.profile.path()
     }
 }
 

@@ -8,7 +8,7 @@ mod inspect;
 
 use steersman::config::{self, Repeated, Request, RunConfig, did_you_mean};
 use steersman::model::fetch;
-use steersman::{Error, Result, cli};
+use steersman::{Error, Result, cli, profile};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -80,7 +80,7 @@ fn unknown(args: &[String], program: &str, commands: &[&str]) -> Error {
 
 fn with_config<C: RunConfig>(args: &[String], run: impl FnOnce(&C) -> Result<()>) -> Result<()> {
     match config::load::<C>(join_repeated(args))? {
-        Request::Run(config) => run(&config),
+        Request::Run(config) => profile::during(config.profile(), || run(&config)),
         Request::Print(text) => cli::print(&text),
     }
 }

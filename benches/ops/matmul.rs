@@ -1,0 +1,62 @@
+//! Products with frozen weights, both directions, each storage and precision.
+
+use steersman::kernels::matmul::{MatmulPrecision, matmul, matmul_input_grad};
+use steersman::kernels::pack::PackedMatrix;
+
+use crate::{Benches, D, F, V, measure, noise};
+
+/// Inputs and outputs: q and o, k and v, gate and up, down, head.
+const SHAPES: [(usize, usize); 5] = [(D, D), (D, 192), (D, F), (F, D), (D, V)];
+const PRECISIONS: [(&str, MatmulPrecision); 3] = [
+    ("highest", MatmulPrecision::Highest),
+    ("high", MatmulPrecision::High),
+    ("medium", MatmulPrecision::Medium),
+];
+
+pub fn bench(benches: &mut Benches) {
+    for (inputs, outputs) in SHAPES {
+        let w = noise(inputs * outputs);
+        for (storage, w) in [
+            ("f32", PackedMatrix::from_f32(&w, outputs, inputs)),
+            ("bf16", PackedMatrix::from_f32_as_bf16(&w, outputs, inputs)),
+        ] {
+            for (precision, how) in PRECISIONS {
+                let case = format!("{inputs}x{outputs}/{storage}/{precision}");
+                for rows in rows(benches.quick, outputs).iter().copied() {
+                    product(benches, &format!("matmul/{case}/{rows}"), &w, (rows, how), false);
+                    product(benches, &format!("matmul_grad/{case}/{rows}"), &w, (rows, how), true);
+                }
+            }
+        }
+    }
+}
+
+fn rows(quick: bool, outputs: usize) -> &'static [usize] {
+    match (quick, outputs) {
+        (false, _) => &[1, 16, 64, 512, 2048],
+        (true, V) => &[1, 64],
+        (true, _) => &[1, 64, 512],
+    }
+}
+
+/// One product; a single row is bound by reading the weight, so its rate is in bytes.
+fn product(
+    benches: &mut Benches,
+    name: &str,
+    w: &PackedMatrix,
+    (rows, precision): (usize, MatmulPrecision),
+    gradient: bool,
+) {
+    let (inputs, outputs) = (w.in_features(), w.out_features());
+    let (from, to) = if gradient { (outputs, inputs) } else { (inputs, outputs) };
+    let (x, mut y) = (noise(rows * from), vec![0.0; rows * to]);
+    let (criterion, amount) = match (rows, precision) {
+        (1, _) => (&mut benches.bytes, w.bytes()),
+        (_, MatmulPrecision::Medium) => (&mut benches.pair_flops, 2 * rows * inputs * outputs),
+        _ => (&mut benches.flops, 2 * rows * inputs * outputs),
+    };
+    measure(criterion, name, amount, || match gradient {
+        true => matmul_input_grad(&x, w, precision, &mut y),
+        false => matmul(&x, w, None, precision, &mut y),
+    });
+}
