@@ -1,29 +1,27 @@
-//! Seconds of one SFT step on the default model: 8 x 256 random tokens, all in the loss, post-block
-//! linear steering of rank 8 (or `--lora`).
+//! Seconds, processor seconds and peak memory of one SFT step on the default model: 8 x 256 random
+//! tokens, all in the loss, post-block linear steering of rank 8 (or `--lora`).
 //!
-//! `cargo bench --bench sft_step -- [--lora] [--checkpointing] [--steps N] [--dtype f32|bf16]
+//! `cargo bench --bench sft_step -- [--lora] [--checkpointing] [--steps N] [--sequences N]
+//! [--length T] [--micro_batch_tokens N] [--dtype f32|bf16]
 //! [--matmul_precision highest|high|medium]`
 
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Device;
 use steersman::Result;
 use steersman::adapter::{Adapter, Lora, LoraConfig, Steering, SteeringConfig};
-use steersman::model::{Batch, LoadedModel, Policy};
-use steersman::ops::{Engine, MatmulPrecision, Tape, Target, WeightDtype};
-
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-const SEQUENCES: usize = 8;
-const LENGTH: usize = 256;
+use steersman::model::{LoadedModel, Policy};
+use steersman::ops::{Engine, GradientSums, MatmulPrecision, WeightDtype};
+use steersman::train::batching::micro_batches;
+use steersman::train::example::{PackedExamples, TokenExample};
+use steersman::train::objective::{Passes, Totals, accumulate_gradients};
 
 fn main() -> Result<()> {
     steersman::cli::keep_freed_pages();
     let args: Vec<String> = std::env::args().collect();
     let has = |flag: &str| args.iter().any(|arg| arg == flag);
     let value = |flag: &str| args.iter().position(|arg| arg == flag).map(|i| args[i + 1].clone());
-    let steps = value("--steps").and_then(|steps| steps.parse().ok()).unwrap_or(3);
+    let number = |flag: &str, default| value(flag).map_or(default, |n| n.parse().expect(flag));
     let dtype = match value("--dtype").as_deref() {
         Some("bf16") => WeightDtype::Bf16,
         _ => WeightDtype::F32,
@@ -45,51 +43,72 @@ fn main() -> Result<()> {
         }
     };
     let adapters = vec![adapter];
-    let mut seconds = Vec::new();
-    for step in 0..steps + 1 {
-        let start = Instant::now();
-        let loss = one_step(&model.policy, &adapters, has("--checkpointing"))?;
-        let taken = start.elapsed().as_secs_f64();
-        println!("step {step}: {taken:.3} s, loss {loss:.6}");
+    let examples = examples(number("--sequences", 8), number("--length", 256));
+    let tokens = number("--micro_batch_tokens", 0);
+    let passes = Passes { gradient_checkpointing: has("--checkpointing"), neftune: None };
+    let (mut seconds, mut cpu_seconds) = (Vec::new(), Vec::new());
+    for step in 0..number("--steps", 3) + 1 {
+        let (start, cpu) = (Instant::now(), cpu_time());
+        let totals = one_step(&model.policy, &adapters, &examples, tokens, passes)?;
+        let (taken, cpu) = (start.elapsed().as_secs_f64(), cpu_time() - cpu);
+        println!("step {step}: {taken:.3} s, cpu {cpu:.2} s, loss {:.9}", totals.loss());
         if step > 0 {
             seconds.push(taken);
+            cpu_seconds.push(cpu);
         }
     }
-    seconds.sort_by(f64::total_cmp);
-    let median = seconds[seconds.len() / 2];
-    let rate = (SEQUENCES * LENGTH) as f64 / median;
-    println!("median_s {median:.3} tokens_per_s {rate:.1} peak_mib {}", peak_mib());
+    let (median, cpu) = (median(seconds), median(cpu_seconds));
+    let tokens: usize = examples.iter().map(|example| example.input_ids.len()).sum();
+    let rate = tokens as f64 / median;
+    let peak = status_kib("VmHWM") / 1024;
+    println!("median_s {median:.3} cpu_s {cpu:.2} tokens_per_s {rate:.1} peak_mib {peak}");
     Ok(())
 }
 
-fn one_step(policy: &Policy, adapters: &[Box<dyn Adapter>], checkpointing: bool) -> Result<f32> {
-    let (mut batch, mut targets) = (Batch::new(), Vec::new());
-    for sequence in 0..SEQUENCES {
-        let id = |t: usize| ((sequence * LENGTH + t) * 7919 % 49_000) as u32;
-        let ids: Vec<u32> = (0..LENGTH).map(id).collect();
-        let start = batch.len() as u32;
-        batch.push(&ids, 0, None);
-        targets.extend((1..LENGTH).map(|t| Target { row: start + t as u32 - 1, token: ids[t] }));
-    }
-    let embedded = policy.embed(&batch.input_ids)?;
-    let trace = policy.trace(&batch, embedded, adapters, checkpointing)?;
-    let tape = Tape::recording(policy.engine());
-    let h = tape.input(trace.output());
-    let weights = vec![-1.0 / targets.len() as f32; targets.len()];
-    let (loss, _) = policy.weighted_logps(&tape, &h, &targets, &weights)?;
-    let value = loss.tensor().to_vec1::<f32>()?[0];
-    let one = Tensor::ones(1, DType::F32, &Device::Cpu)?;
-    let (dh, _) = tape.backward_to_input(&loss, one, &h)?;
-    if let Some(dh) = dh {
-        trace.backward(dh)?;
-    }
-    Ok(value)
+fn examples(sequences: usize, length: usize) -> Vec<TokenExample> {
+    let id = |i: usize| (i * 7919 % 49_000) as u32;
+    let ids = |sequence: usize| (sequence * length..(sequence + 1) * length).map(id);
+    (0..sequences)
+        .map(|sequence| TokenExample::completion(&[], &ids(sequence).collect::<Vec<_>>(), true))
+        .collect()
 }
 
-/// Peak resident memory of this process, MiB.
-fn peak_mib() -> u64 {
+fn one_step(
+    policy: &Policy,
+    adapters: &[Box<dyn Adapter>],
+    examples: &[TokenExample],
+    micro_batch_tokens: usize,
+    passes: Passes,
+) -> Result<Totals> {
+    let n = examples.iter().map(TokenExample::targets).sum();
+    let order: Vec<usize> = (0..examples.len()).collect();
+    let lengths: Vec<usize> = examples.iter().map(|example| example.input_ids.len()).collect();
+    let (mut totals, mut sums) = (Totals::default(), GradientSums::new());
+    for chosen in micro_batches(&order, &lengths, micro_batch_tokens) {
+        let packed = PackedExamples::new(chosen.iter().map(|i| (*i as u64, &examples[*i])));
+        totals += accumulate_gradients(policy, adapters, &packed, n, passes, &mut sums)?;
+    }
+    sums.finish(policy.engine())?;
+    Ok(totals)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A size in this process's status, KiB.
+fn status_kib(key: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find(|line| line.starts_with("VmHWM"));
+    let line = status.lines().find(|line| line.starts_with(key));
     let kib = line.and_then(|line| line.split_whitespace().nth(1)).and_then(|kib| kib.parse().ok());
-    kib.unwrap_or(0u64) / 1024
+    kib.unwrap_or(0)
+}
+
+/// Seconds that this process's threads have run, in user and kernel mode.
+fn cpu_time() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: u64 = fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
+    ticks as f64 / 100.0
 }

@@ -29,6 +29,7 @@ pub mod pack;
 mod parallel;
 mod product;
 pub mod rope;
+pub mod row_sum;
 mod slices;
 
 #[cfg(test)]
