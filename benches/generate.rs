@@ -13,9 +13,6 @@ use steersman::model::LoadedModel;
 use steersman::ops::{Engine, MatmulPrecision, WeightDtype};
 use steersman::rollout::{GenerateOptions, Generator, Request, SamplingParams};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> Result<()> {
     steersman::cli::start_up();
     let args: Vec<String> = std::env::args().collect();

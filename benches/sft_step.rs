@@ -1,7 +1,9 @@
-//! Seconds of one SFT step on the default model: 8 x 256 tokens, all in the loss, AdamW included.
+//! Seconds, processor seconds and peak memory of one SFT step on the default model: 8 x 256 tokens, all
+//! in the loss, AdamW included.
 //!
-//! `cargo bench --bench sft_step -- [--adapter steering|lora] [--steps N] [--losses N]
-//! [--dtype f32|bf16] [--matmul_precision highest|high|medium] [--checkpointing]`
+//! `cargo bench --bench sft_step -- [--adapter steering|lora] [--steps N] [--losses N] [--sequences N]
+//! [--length T] [--micro_batch_tokens N] [--checkpointing] [--dtype f32|bf16]
+//! [--matmul_precision highest|high|medium]`
 //!
 //! Steering is post-block, linear, of rank 8; LoRA is of rank 8 on all seven matrices. The last line
 //! of the output is `key value ...`; with `--losses` it is the loss of each of N steps.
@@ -9,27 +11,25 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use steersman::adapter::{Adapter, Lora, LoraConfig, Steering, SteeringConfig};
 use steersman::config::LearningRates;
-use steersman::model::{Batch, LoadedModel, Policy};
-use steersman::ops::{Engine, Gradients, MatmulPrecision, Tape, Target, WeightDtype};
+use steersman::model::{LoadedModel, Policy};
+use steersman::ops::{Engine, GradientSums, Gradients, MatmulPrecision, WeightDtype};
+use steersman::train::batching::micro_batches;
+use steersman::train::example::{PackedExamples, TokenExample};
+use steersman::train::objective::{Passes, Totals, accumulate_gradients};
 use steersman::train::optimizer::{AdamW, AdamWConfig};
 use steersman::train::update::apply;
 use steersman::{Error, Result};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-const SEQUENCES: usize = 8;
-const LENGTH: usize = 256;
 const RATES: LearningRates = LearningRates { steering: 1e-3, lora: 1e-3 };
 
 fn main() -> Result<()> {
     steersman::cli::start_up();
     let args: Vec<String> = std::env::args().collect();
     let value = |flag: &str| args.iter().position(|arg| arg == flag).map(|i| args[i + 1].clone());
-    let count = |flag: &str| value(flag).and_then(|steps| steps.parse::<usize>().ok());
+    let count = |flag: &str| value(flag).and_then(|n| n.parse::<usize>().ok());
     let dtype = match value("--dtype").as_deref() {
         Some("bf16") => WeightDtype::Bf16,
         _ => WeightDtype::F32,
@@ -44,25 +44,29 @@ fn main() -> Result<()> {
     let model = LoadedModel::load("smollm2-135m-instruct", Some(dtype), &engine)?;
     let mut adapters = vec![adapter(&model.policy, value("--adapter").as_deref() == Some("lora"))?];
     let mut optimizer = AdamW::new(AdamWConfig::default());
+    let examples = examples(count("--sequences").unwrap_or(8), count("--length").unwrap_or(256));
     let checkpointing = args.iter().any(|arg| arg == "--checkpointing");
-    let mut step = || -> Result<(f64, f32)> {
-        let start = Instant::now();
-        let (loss, gradients) = gradients(&model.policy, &adapters, checkpointing)?;
+    let passes = Passes { gradient_checkpointing: checkpointing, neftune: None };
+    let tokens = count("--micro_batch_tokens").unwrap_or(0);
+    let mut step = || -> Result<(f64, f64, f64)> {
+        let (start, cpu) = (Instant::now(), cpu_time());
+        let (totals, gradients) = gradients(&model.policy, &adapters, &examples, tokens, passes)?;
         update(&mut optimizer, &mut adapters, gradients)?;
-        Ok((start.elapsed().as_secs_f64(), loss))
+        Ok((start.elapsed().as_secs_f64(), cpu_time() - cpu, totals.loss()))
     };
     if let Some(steps) = count("--losses") {
-        let losses = (0..steps).map(|_| Ok(format!("{:.7}", step()?.1)));
+        let losses = (0..steps).map(|_| Ok(format!("{:.7}", step()?.2)));
         println!("losses {}", losses.collect::<Result<Vec<_>>>()?.join(" "));
         return Ok(());
     }
     step()?;
-    let mut seconds =
-        (0..count("--steps").unwrap_or(3)).map(|_| Ok(step()?.0)).collect::<Result<Vec<_>>>()?;
-    seconds.sort_by(f64::total_cmp);
-    let median = seconds[seconds.len() / 2];
-    let rate = (SEQUENCES * LENGTH) as f64 / median;
-    println!("median_s {median:.3} tokens_per_s {rate:.1} peak_mib {}", peak_mib());
+    let measured =
+        (0..count("--steps").unwrap_or(3)).map(|_| step()).collect::<Result<Vec<_>>>()?;
+    let seconds = median(measured.iter().map(|(seconds, ..)| *seconds).collect());
+    let cpu = median(measured.iter().map(|(_, cpu, _)| *cpu).collect());
+    let tokens: usize = examples.iter().map(|example| example.input_ids.len()).sum();
+    let (rate, peak) = (tokens as f64 / seconds, status_kib("VmHWM") / 1024);
+    println!("median_s {seconds:.3} cpu_s {cpu:.2} tokens_per_s {rate:.1} peak_mib {peak}");
     Ok(())
 }
 
@@ -87,32 +91,30 @@ fn adapter(policy: &Policy, lora: bool) -> Result<Box<dyn Adapter>> {
     Ok(adapter)
 }
 
-/// Mean loss of the batch, and its gradients.
+fn examples(sequences: usize, length: usize) -> Vec<TokenExample> {
+    let id = |i: usize| (i * 7919 % 49_000) as u32;
+    let ids = |sequence: usize| (sequence * length..(sequence + 1) * length).map(id);
+    (0..sequences)
+        .map(|sequence| TokenExample::completion(&[], &ids(sequence).collect::<Vec<_>>(), true))
+        .collect()
+}
+
 fn gradients(
     policy: &Policy,
     adapters: &[Box<dyn Adapter>],
-    checkpointing: bool,
-) -> Result<(f32, Gradients)> {
-    let (mut batch, mut targets) = (Batch::new(), Vec::new());
-    for sequence in 0..SEQUENCES {
-        let id = |t: usize| ((sequence * LENGTH + t) * 7919 % 49_000) as u32;
-        let ids: Vec<u32> = (0..LENGTH).map(id).collect();
-        let start = batch.len() as u32;
-        batch.push(&ids, 0, None);
-        targets.extend((1..LENGTH).map(|t| Target { row: start + t as u32 - 1, token: ids[t] }));
+    examples: &[TokenExample],
+    micro_batch_tokens: usize,
+    passes: Passes,
+) -> Result<(Totals, Gradients)> {
+    let n = examples.iter().map(TokenExample::targets).sum();
+    let order: Vec<usize> = (0..examples.len()).collect();
+    let lengths: Vec<usize> = examples.iter().map(|example| example.input_ids.len()).collect();
+    let (mut totals, mut sums) = (Totals::default(), GradientSums::new());
+    for chosen in micro_batches(&order, &lengths, micro_batch_tokens) {
+        let packed = PackedExamples::new(chosen.iter().map(|i| (*i as u64, &examples[*i])));
+        totals += accumulate_gradients(policy, adapters, &packed, n, passes, &mut sums)?;
     }
-    let embedded = policy.embed(&batch.input_ids)?;
-    let trace = policy.trace(&batch, embedded, adapters, checkpointing)?;
-    let tape = Tape::recording(policy.engine());
-    let h = tape.input(trace.output());
-    let weights = vec![-1.0 / targets.len() as f32; targets.len()];
-    let (loss, _) = policy.weighted_logps(&tape, &h, &targets, &weights)?;
-    let value = loss.tensor().to_vec1::<f32>()?[0];
-    let one = Tensor::ones(1, DType::F32, &Device::Cpu)?;
-    match tape.backward_to_input(&loss, one, &h)? {
-        (Some(dh), _) => Ok((value, trace.backward(dh)?)),
-        (None, _) => Ok((value, Gradients::new())),
-    }
+    Ok((totals, sums.finish(policy.engine())?))
 }
 
 fn update(
@@ -125,10 +127,23 @@ fn update(
     apply(optimizer, adapters, &flat, RATES, 0.0)
 }
 
-/// Peak resident memory of this process, MiB.
-fn peak_mib() -> u64 {
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A size in this process's status, KiB.
+fn status_kib(key: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find(|line| line.starts_with("VmHWM"));
+    let line = status.lines().find(|line| line.starts_with(key));
     let kib = line.and_then(|line| line.split_whitespace().nth(1)).and_then(|kib| kib.parse().ok());
-    kib.unwrap_or(0u64) / 1024
+    kib.unwrap_or(0)
+}
+
+/// Seconds that this process's threads have run, in user and kernel mode.
+fn cpu_time() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: u64 = fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
+    ticks as f64 / 100.0
 }

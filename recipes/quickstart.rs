@@ -24,9 +24,6 @@ use steersman::train::sft::SftTrainer;
 use steersman::train::tokenize::Encoder;
 use steersman::{Error, Result, cli};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 const HELP: &str = "\
 usage: quickstart
 

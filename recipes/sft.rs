@@ -21,9 +21,6 @@ use steersman::train::sft::SftTrainer;
 use steersman::train::tokenize::Encoder;
 use steersman::{Result, cli, profile};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     cli::main(|args| match config::load::<SftConfig>(args)? {
         Request::Run(config) => profile::during(config.profile(), || run(&config)),

@@ -62,11 +62,6 @@ pub fn snake_flags(args: impl IntoIterator<Item = String>) -> Vec<String> {
     args.into_iter().map(snake).collect()
 }
 
-/// mimalloc's `mi_option_purge_delay`, whose number its Rust crate does not name.
-const PURGE_DELAY: i32 = 15;
-/// mimalloc's `mi_option_arena_reserve`, in KiB.
-const ARENA_RESERVE: i32 = 23;
-
 /// Readies the process for kernels; every program calls it first.
 ///
 /// Freed memory is kept for the next step: giving pages back and faulting them in again costs a fifth
@@ -80,11 +75,14 @@ pub fn start_up() {
     }
 }
 
+/// glibc's heap joins freed neighbours, so that what is in use and what is resident differ by
+/// little.
 fn keep_freed_pages() {
+    #[cfg(target_env = "gnu")]
     // SAFETY: sets numbers inside the allocator, which may be done at any time.
     unsafe {
-        libmimalloc_sys::mi_option_set(PURGE_DELAY, -1);
-        libmimalloc_sys::mi_option_set(ARENA_RESERVE, 4 << 20);
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
     }
 }
 

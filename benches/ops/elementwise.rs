@@ -4,6 +4,7 @@ use steersman::kernels::glu::{GluActivation, glu, glu_backward};
 use steersman::kernels::low_rank::{self, Activation, Gradients, Saved};
 use steersman::kernels::norm::{rms_norm, rms_norm_backward};
 use steersman::kernels::rope::{RopeTable, rope, rope_backward};
+use steersman::kernels::row_sum::RowSum;
 
 use crate::{Benches, D, F, measure, noise};
 
@@ -67,7 +68,8 @@ fn shift(benches: &mut Benches, rows: usize) {
         low_rank::down(&x, &wdown, D, R, &mut z);
         low_rank::up_add(&z, &wup, R, 1.0, Activation::Linear, &mut y);
     });
-    let (mut dx, mut ddown, mut dup) = (vec![0.0; rows * D], vec![0.0; R * D], vec![0.0; D * R]);
+    let mut dx = vec![0.0; rows * D];
+    let (mut ddown, mut dup) = (RowSum::new(R * D), RowSum::new(D * R));
     measure(&mut benches.flops, &format!("low_rank_grad/{rows}"), 2 * flops, || {
         let (alpha, activation) = (1.0, Activation::Linear);
         let saved = Saved { x: &x, z: &z, wdown: &wdown, wup: &wup, r: R, alpha, activation };

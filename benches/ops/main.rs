@@ -18,9 +18,6 @@ use std::time::Duration;
 use criterion::{Criterion, SamplingMode, Throughput};
 use rate::Rate;
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// Hidden size, feed-forward size and vocabulary.
 const D: usize = 576;
 const F: usize = 1536;

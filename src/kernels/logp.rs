@@ -15,6 +15,11 @@ use super::pack::PackedMatrix;
 /// Bytes of logits held at a time.
 const SCRATCH_BYTES: usize = 32 << 20;
 
+/// Rows whose logits are held at a time.
+pub fn chunk_rows(vocabulary: usize) -> usize {
+    (SCRATCH_BYTES / (vocabulary.max(1) * size_of::<f32>())).max(1)
+}
+
 /// A token whose log-probability is wanted at a row. Lists are sorted by row; several targets may
 /// share one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,7 +189,7 @@ impl<'a> Job<'a> {
     /// Calls `work` with each chunk of rows and its raw logits.
     fn chunks(&self, mut work: impl FnMut(&Self, Rows, &mut [f32])) {
         let (d, v) = (self.head.in_features(), self.head.out_features());
-        let most = (SCRATCH_BYTES / (v * size_of::<f32>())).clamp(1, self.rows.max(1));
+        let most = chunk_rows(v).min(self.rows.max(1));
         let mut logits = vec![0.0; most * v];
         for start in (0..self.rows).step_by(most) {
             let chunk = start..(start + most).min(self.rows);

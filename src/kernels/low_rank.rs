@@ -1,9 +1,8 @@
 //! The low-rank adapter `y += alpha phi(x Wdown^T) Wup^T` and its gradients, f32 throughout.
 //!
 //! Rows are batch-invariant as in [`matmul`](super::matmul), and weights are read as they are, so
-//! that a single row costs no packing. The weight gradients sum over rows: chains over 256 rows at
-//! a time, counted from the first, their results added in order; so they depend neither on the
-//! threads nor on the CPU level.
+//! that a single row costs no packing. The weight gradients sum over rows as [`RowSum`] says; so they
+//! depend neither on the threads nor on the CPU level, nor on how the rows are cut into calls.
 
 use super::dispatch::CpuLevel;
 use super::dots::Dots;
@@ -11,9 +10,8 @@ use super::lanes::{Kernel, Simd};
 pub use super::low_rank_activation::Activation;
 use super::parallel::for_each;
 use super::product::{Old, Product};
+use super::row_sum::{RowSum, by_chain, by_chain_mut};
 
-/// Rows of a task of the backward pass, and of a chain of the weight gradients.
-const CHUNK: usize = 256;
 /// Rows of a task of the forward pass.
 const FORWARD_ROWS: usize = 32;
 /// Rows that the backward pass takes through all its products while they stay in cache.
@@ -63,26 +61,28 @@ pub struct Gradients<'a> {
     /// Gradient of `x`, `[M, D]`.
     pub dx: &'a mut [f32],
     /// Gradient of `wdown`, `[R, D]`.
-    pub dwdown: &'a mut [f32],
-    /// Gradient of `wup`, `[D_out, R]`.
-    pub dwup: &'a mut [f32],
+    pub dwdown: &'a mut RowSum,
+    /// Gradient of `wup`, transposed: `[R, D_out]`.
+    pub dwup: &'a mut RowSum,
 }
 
-/// Adds the adapter's gradients, given `dy [M, D_out]`: `dwup += alpha dy^T phi(z)`,
+/// Adds the adapter's gradients, given `dy [M, D_out]`: `dwup += alpha phi(z)^T dy`,
 /// `dz = alpha phi'(z) (dy Wup)`, `dwdown += dz^T x`, `dx += dz Wdown`. Panics if the lengths
-/// disagree.
+/// disagree, or the two sums have had different rows.
 pub fn backward(dy: &[f32], saved: Saved, gradients: Gradients) {
     let Saved { x, z, wdown, wup, r, .. } = saved;
+    let Gradients { dx, dwdown, dwup } = gradients;
     let (m, d, d_out) = (z.len() / r, wdown.len() / r, wup.len() / r);
     assert!(z.len() == m * r && x.len() == m * d, "low-rank shapes disagree");
-    assert!(dy.len() == m * d_out && gradients.dx.len() == x.len(), "low-rank shapes disagree");
-    assert!(gradients.dwdown.len() == wdown.len() && gradients.dwup.len() == wup.len());
+    assert!(dy.len() == m * d_out && dx.len() == x.len(), "low-rank shapes disagree");
+    assert!(dwdown.len() == wdown.len() && dwup.len() == wup.len(), "low-rank shapes disagree");
+    assert!(dwdown.rows() == dwup.rows(), "low-rank sums disagree");
     let up = transpose(wup, d_out, r);
-    let chunks = m.div_ceil(CHUNK);
-    let (mut downs, mut ups) = (vec![0.0; chunks * r * d], vec![0.0; chunks * r * d_out]);
-    let rows = x.chunks(CHUNK * d).zip(z.chunks(CHUNK * r)).zip(dy.chunks(CHUNK * d_out));
+    let room = dwdown.room();
+    let (mut downs, mut ups) = (dwdown.begin(m), dwup.begin(m));
+    let rows = by_chain(x, room, d).zip(by_chain(z, room, r)).zip(by_chain(dy, room, d_out));
     let sums = downs.chunks_mut(r * d).zip(ups.chunks_mut(r * d_out));
-    let results = gradients.dx.chunks_mut(CHUNK * d).zip(sums);
+    let results = by_chain_mut(dx, room, d).zip(sums);
     for_each(rows.zip(results), |(((x, z), dy), (dx, (down, up_sum)))| {
         let rows = x.chunks(SUB_CHUNK * d).zip(z.chunks(SUB_CHUNK * r));
         let rows = rows.zip(dy.chunks(SUB_CHUNK * d_out)).zip(dx.chunks_mut(SUB_CHUNK * d));
@@ -93,10 +93,8 @@ pub fn backward(dy: &[f32], saved: Saved, gradients: Gradients) {
             add_product(&dz, wdown, r, dx);
         }
     });
-    add_parts(&downs, r * d, gradients.dwdown);
-    let mut dup = vec![0.0; r * d_out];
-    add_parts(&ups, r * d_out, &mut dup);
-    add_parts(&transpose(&dup, r, d_out), r * d_out, gradients.dwup);
+    dwdown.end(&downs, m);
+    dwup.end(&ups, m);
 }
 
 /// `alpha phi(z)`.
@@ -151,15 +149,6 @@ fn add_outer(a: &[f32], x: &[f32], r: usize, sum: &mut [f32]) {
         depth: rows,
         old: Old::First,
     });
-}
-
-/// Adds the parts, each of `len`, to `into` in order.
-fn add_parts(parts: &[f32], len: usize, into: &mut [f32]) {
-    let mut total = vec![0.0; len];
-    for part in parts.chunks(len) {
-        total.iter_mut().zip(part).for_each(|(total, part)| *total += part);
-    }
-    into.iter_mut().zip(total).for_each(|(into, total)| *into += total);
 }
 
 /// `[columns, rows]` of a row-major `[rows, columns]`.

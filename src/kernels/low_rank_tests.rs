@@ -1,6 +1,7 @@
 //! The promises of the low-rank kernels: right to f64, and the same bits in any batch.
 
 use super::low_rank::{Activation, Gradients, Saved, backward, down, up_add};
+use super::row_sum::RowSum;
 use super::testing::{noise, relative_error, with_threads};
 
 const ALL: [Activation; 5] =
@@ -33,17 +34,23 @@ impl Case {
         z
     }
 
-    /// `dx`, `dwdown`, `dwup` added to zeros.
+    /// `dx`, `dwdown` and the transpose of `dwup`, added to zeros.
     fn backward(&self, x: &[f32], z: &[f32], dy: &[f32]) -> [Vec<f32>; 3] {
+        let mut sums = [RowSum::new(self.wdown.len()), RowSum::new(self.wup.len())];
+        let dx = self.backward_into(x, z, dy, &mut sums);
+        let [dwdown, dwup] = sums.map(RowSum::finish);
+        [dx, dwdown, dwup]
+    }
+
+    /// `dx`; the weights' gradients are added to `sums`.
+    fn backward_into(&self, x: &[f32], z: &[f32], dy: &[f32], sums: &mut [RowSum; 2]) -> Vec<f32> {
         let (alpha, activation) = (ALPHA, self.activation);
         let saved =
             Saved { x, z, wdown: &self.wdown, wup: &self.wup, r: self.r, alpha, activation };
         let mut dx = vec![0.0; x.len()];
-        let mut dwdown = vec![0.0; self.wdown.len()];
-        let mut dwup = vec![0.0; self.wup.len()];
-        let gradients = Gradients { dx: &mut dx, dwdown: &mut dwdown, dwup: &mut dwup };
-        backward(dy, saved, gradients);
-        [dx, dwdown, dwup]
+        let [dwdown, dwup] = sums;
+        backward(dy, saved, Gradients { dx: &mut dx, dwdown, dwup });
+        dx
     }
 }
 
@@ -86,8 +93,8 @@ fn forward_and_gradients_agree_with_f64() {
             assert!(relative_error(&dx, &want) < 1e-5, "{activation:?}");
             let want = exact((r, m, d), |i, k| dz[k * r + i], |k, j| f(&case.x, k * d + j));
             assert!(relative_error(&dwdown, &want) < 1e-5, "{activation:?}");
-            let scaled = |k, j| f64::from(ALPHA) * f(&phi, k * r + j);
-            let want = exact((d_out, m, r), |i, k| f(&case.dy, k * d_out + i), scaled);
+            let scaled = |i, k| f64::from(ALPHA) * f(&phi, k * r + i);
+            let want = exact((r, m, d_out), scaled, |k, j| f(&case.dy, k * d_out + j));
             assert!(relative_error(&dwup, &want) < 1e-5, "{activation:?}");
         }
     }
@@ -134,7 +141,7 @@ fn gradients_are_added_and_a_fresh_adapter_changes_nothing() {
         alpha: ALPHA,
         activation: Activation::Linear,
     };
-    let (mut dwdown, mut dwup) = (vec![0.0; 48], vec![0.0; 48]);
+    let (mut dwdown, mut dwup) = (RowSum::new(48), RowSum::new(48));
     backward(&case.dy, saved, Gradients { dx: &mut dx, dwdown: &mut dwdown, dwup: &mut dwup });
     assert!(dx.iter().zip(&once).all(|(twice, once)| *twice == once + once));
     case.wup.fill(0.0);
@@ -142,4 +149,24 @@ fn gradients_are_added_and_a_fresh_adapter_changes_nothing() {
     let before = y.clone();
     case.forward(&case.x, &mut y);
     assert_eq!(y, before);
+}
+
+#[test]
+fn weight_gradients_do_not_depend_on_how_the_rows_are_cut() {
+    let (m, d, d_out, r) = (900, 40, 24, 5);
+    let case = Case::new(m, d, d_out, r, Activation::Silu);
+    let z = case.forward(&case.x, &mut vec![0.0; m * d_out]);
+    let whole = case.backward(&case.x, &z, &case.dy);
+    for cuts in [vec![256, 900], vec![1, 40, 255, 300, 899], vec![512, 513]] {
+        let mut sums = [RowSum::new(r * d), RowSum::new(r * d_out)];
+        let (mut dx, mut from) = (Vec::new(), 0);
+        for to in cuts.into_iter().chain([m]) {
+            let rows = |v: &[f32], width: usize| v[from * width..to * width].to_vec();
+            let (x, z, dy) = (rows(&case.x, d), rows(&z, r), rows(&case.dy, d_out));
+            dx.extend(case.backward_into(&x, &z, &dy, &mut sums));
+            from = to;
+        }
+        let [dwdown, dwup] = sums.map(RowSum::finish);
+        assert!([dx, dwdown, dwup] == whole);
+    }
 }

@@ -31,6 +31,7 @@ pub mod pages;
 mod parallel;
 mod product;
 pub mod rope;
+pub mod row_sum;
 mod slices;
 mod team;
 

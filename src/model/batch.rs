@@ -86,7 +86,109 @@ impl Batch {
         self.segments.iter().map(|s| (s.start + s.len - 1) as u32).collect()
     }
 
+    /// The batch cut into parts of about `tokens` tokens, or more where segments that belong
+    /// together are longer; a part's rows are those of the batch from where the last part ended.
+    pub fn parts(&self, tokens: usize) -> Vec<Batch> {
+        let count = self.len().div_ceil(tokens.max(1)).max(1);
+        let wanted = self.len().div_ceil(count);
+        let mut parts = Vec::new();
+        let mut first = 0;
+        for end in self.cuts() {
+            let rows = |segment: usize| self.segments.get(segment).map_or(self.len(), |s| s.start);
+            if rows(end) - rows(first) >= wanted || end == self.segments.len() {
+                parts.push(self.part(first, end));
+                first = end;
+            }
+        }
+        parts
+    }
+
+    /// The numbers of segments, the end included, before which the batch can be cut: no segment
+    /// from there on continues one before.
+    fn cuts(&self) -> Vec<usize> {
+        let mut lowest = self.segments.len();
+        let mut cuts = vec![lowest];
+        for (i, segment) in self.segments.iter().enumerate().rev() {
+            lowest = lowest.min(segment.parent.unwrap_or(i));
+            if lowest == i && i > 0 {
+                cuts.push(i);
+            }
+        }
+        cuts.reverse();
+        cuts
+    }
+
+    /// The segments `first..end`.
+    fn part(&self, first: usize, end: usize) -> Batch {
+        let start = self.segments.get(first).map_or(0, |segment| segment.start);
+        let stop = self.segments.get(end).map_or(self.len(), |segment| segment.start);
+        let moved = |segment: &Segment| Segment {
+            start: segment.start - start,
+            parent: segment.parent.map(|parent| parent - first),
+            ..*segment
+        };
+        Batch {
+            input_ids: self.input_ids[start..stop].to_vec(),
+            positions: self.positions[start..stop].to_vec(),
+            prompt_lengths: self.prompt_lengths[start..stop].to_vec(),
+            token_keys: self.token_keys[start..stop].to_vec(),
+            segments: self.segments[first..end].iter().map(moved).collect(),
+            sample: self.sample,
+        }
+    }
+
     pub(super) fn shared_segments(&self) -> Arc<[Segment]> {
         self.segments.clone().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn parts_are_the_batch_in_order_and_keep_families_together(
+            pushes in prop::collection::vec((1usize..9, prop::option::of(0usize..9)), 0..20),
+            tokens in 1usize..40,
+        ) {
+            let mut batch = Batch::new();
+            for (i, (len, back)) in pushes.iter().enumerate() {
+                let parent = back.filter(|back| *back < i).map(|back| i - 1 - back);
+                batch.begin_sample(i as u64);
+                batch.push(&vec![i as u32; *len], i, parent);
+            }
+            let parts = batch.parts(tokens);
+            let (mut rows, mut segments) = (0, 0);
+            for part in &parts {
+                let range = rows..rows + part.len();
+                prop_assert_eq!(&part.input_ids, &batch.input_ids[range.clone()]);
+                prop_assert_eq!(&part.positions, &batch.positions[range.clone()]);
+                prop_assert_eq!(&part.prompt_lengths, &batch.prompt_lengths[range.clone()]);
+                prop_assert_eq!(&part.token_keys, &batch.token_keys[range]);
+                for (own, of_batch) in part.segments().iter().zip(&batch.segments()[segments..]) {
+                    let parent = own.parent.map(|parent| parent + segments);
+                    let moved = Segment { start: own.start + rows, parent, ..*own };
+                    prop_assert_eq!(moved, *of_batch);
+                }
+                rows += part.len();
+                segments += part.segments().len();
+            }
+            prop_assert_eq!((rows, segments), (batch.len(), pushes.len()));
+        }
+    }
+
+    #[test]
+    fn parts_have_about_the_wanted_size() {
+        let mut batch = Batch::new();
+        (0..9).for_each(|_| {
+            batch.push(&[0; 100], 0, None);
+        });
+        let sizes = |tokens| batch.parts(tokens).iter().map(Batch::len).collect::<Vec<_>>();
+        assert_eq!(sizes(1000), [900]);
+        assert_eq!(sizes(500), [500, 400]);
+        assert_eq!(sizes(100), [100; 9]);
+        assert_eq!(sizes(10), [100; 9]);
     }
 }

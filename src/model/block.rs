@@ -6,6 +6,7 @@
 //! A site is a place in this graph: `post_attention` and `post_mlp` are what is added to the residual
 //! stream, `pre_mlp` the normed input of the MLP, `post_block` the stream after the second addition.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
@@ -41,7 +42,7 @@ pub(super) struct Block {
 
 /// What the blocks of one forward pass share.
 pub(super) struct Pass<'a> {
-    pub(super) batch: &'a Batch,
+    pub(super) batch: Cow<'a, Batch>,
     pub(super) segments: Arc<[Segment]>,
     pub(super) rotaries: Vec<Rotary>,
     pub(super) adapters: &'a [Box<dyn Adapter>],
@@ -133,16 +134,7 @@ impl Block {
     }
 
     fn attend(&self, tape: &Tape, layer: usize, h: &Value, pass: &mut Pass) -> Result<Value> {
-        let x = self.norm(tape, h, &self.input_norm)?;
-        let mut q = self.linear(tape, layer, Matrix::Q, &x, pass)?;
-        let mut k = self.linear(tape, layer, Matrix::K, &x, pass)?;
-        let v = self.linear(tape, layer, Matrix::V, &x, pass)?;
-        if let Some((q_norm, k_norm)) = &self.head_norms {
-            q = self.norm(tape, &q, q_norm)?;
-            k = self.norm(tape, &k, k_norm)?;
-        }
-        let q = ops::rotate(tape, &q, &pass.rotaries[self.rope])?;
-        let k = ops::rotate(tape, &k, &pass.rotaries[self.rope])?;
+        let (q, k, v) = self.heads(tape, layer, h, pass)?;
         let mixed = match &mut pass.cache {
             None => ops::attention(tape, (&q, &k, &v), &pass.segments, &self.shape)?,
             Some((cache, slots)) => Value::constant(ops::attention_cached(
@@ -153,14 +145,38 @@ impl Block {
                 &self.shape,
             )?),
         };
+        drop((q, k, v));
         let y = self.linear(tape, layer, Matrix::O, &mixed, pass)?;
         self.sandwich(tape, y, &self.post_attention_norm)
     }
 
+    /// Queries, keys and values of the heads.
+    fn heads(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        h: &Value,
+        pass: &Pass,
+    ) -> Result<(Value, Value, Value)> {
+        let x = self.norm(tape, h, &self.input_norm)?;
+        let turned = |matrix: Matrix, norm: Option<&Tensor>| -> Result<Value> {
+            let mut y = self.linear(tape, layer, matrix, &x, pass)?;
+            if let Some(norm) = norm {
+                y = self.norm(tape, &y, norm)?;
+            }
+            ops::rotate(tape, &y, &pass.rotaries[self.rope])
+        };
+        let (q_norm, k_norm) = self.head_norms.as_ref().map(|(q, k)| (q, k)).unzip();
+        let (q, k) = (turned(Matrix::Q, q_norm)?, turned(Matrix::K, k_norm)?);
+        Ok((q, k, self.linear(tape, layer, Matrix::V, &x, pass)?))
+    }
+
     fn mlp(&self, tape: &Tape, layer: usize, x: &Value, pass: &Pass) -> Result<Value> {
-        let gate = self.linear(tape, layer, Matrix::Gate, x, pass)?;
-        let up = self.linear(tape, layer, Matrix::Up, x, pass)?;
-        let inner = ops::glu(tape, &gate, &up, self.act)?;
+        let inner = {
+            let gate = self.linear(tape, layer, Matrix::Gate, x, pass)?;
+            let up = self.linear(tape, layer, Matrix::Up, x, pass)?;
+            ops::glu(tape, &gate, &up, self.act)?
+        };
         let y = self.linear(tape, layer, Matrix::Down, &inner, pass)?;
         self.sandwich(tape, y, &self.post_mlp_norm)
     }
@@ -177,7 +193,7 @@ impl Block {
         let y = ops::linear(tape, x, &linear.weight, linear.bias.as_ref())?;
         pass.adapters
             .iter()
-            .try_fold(y, |y, adapter| adapter.update(tape, layer, matrix, x, y, pass.batch))
+            .try_fold(y, |y, adapter| adapter.update(tape, layer, matrix, x, y, &pass.batch))
     }
 
     fn norm(&self, tape: &Tape, x: &Value, weight: &Tensor) -> Result<Value> {
@@ -193,6 +209,6 @@ impl Pass<'_> {
     fn shift(&self, tape: &Tape, layer: usize, site: Site, h: Value) -> Result<Value> {
         self.adapters
             .iter()
-            .try_fold(h, |h, adapter| adapter.shift(tape, layer, site, h, self.batch))
+            .try_fold(h, |h, adapter| adapter.shift(tape, layer, site, h, &self.batch))
     }
 }

@@ -1,5 +1,7 @@
 //! The policy: a frozen decoder that adapters hook into.
 
+use std::borrow::Cow;
+
 use candle_core::{DType, Tensor};
 use tracing::debug_span;
 
@@ -10,7 +12,12 @@ use super::trace::Trace;
 use super::weights::Weights;
 use crate::Result;
 use crate::adapter::Adapter;
-use crate::ops::{self, Engine, KvCache, Rotary, SlotId, Tape, Target, Value, Weight, WeightDtype};
+use crate::ops::{self, Engine, Head, KvCache, Rotary, SlotId, Tape, Target, Value};
+use crate::ops::{Weight, WeightDtype};
+
+/// Tokens that go through the blocks at once: enough for products at full speed, and few enough for
+/// what a block needs besides its input and output to be small.
+pub const PART_TOKENS: usize = 1024;
 
 /// A decoder-only language model of any supported family, all its weights frozen.
 pub struct Policy {
@@ -91,8 +98,15 @@ impl Policy {
     /// The last block's output [N, D], before the final norm.
     pub fn hidden(&self, batch: &Batch, adapters: &[Box<dyn Adapter>]) -> Result<Tensor> {
         let _phase = debug_span!("forward", tokens = batch.len()).entered();
-        let mut pass = self.pass(batch, adapters);
-        self.run(batch, &mut pass)
+        let parts = batch.parts(PART_TOKENS);
+        if parts.len() == 1 {
+            return self.run(batch, &mut self.pass(Cow::Borrowed(batch), adapters));
+        }
+        let hidden = parts.into_iter().map(|part| {
+            let mut pass = self.pass(Cow::Borrowed(&part), adapters);
+            self.run(&part, &mut pass)
+        });
+        Ok(Tensor::cat(&hidden.collect::<Result<Vec<_>>>()?, 0)?)
     }
 
     /// Like [`Policy::hidden`] for tokens that continue the sequences of a cache, which takes up
@@ -104,7 +118,7 @@ impl Policy {
         cache: &mut KvCache,
         slots: &[SlotId],
     ) -> Result<Tensor> {
-        let mut pass = self.pass(batch, adapters);
+        let mut pass = self.pass(Cow::Borrowed(batch), adapters);
         pass.cache = Some((cache, slots));
         self.run(batch, &mut pass)
     }
@@ -123,16 +137,20 @@ impl Policy {
     /// With `checkpointing` a block keeps its input only and is computed again on the way back.
     pub fn trace<'a>(
         &'a self,
-        batch: &'a Batch,
+        batch: &Batch,
         embedded: Tensor,
         adapters: &'a [Box<dyn Adapter>],
         checkpointing: bool,
     ) -> Result<Trace<'a>> {
         let _phase = debug_span!("forward", tokens = batch.len()).entered();
-        Trace::new(self, embedded, self.pass(batch, adapters), checkpointing)
+        Trace::new(self, embedded, batch, adapters, checkpointing)
     }
 
-    pub(super) fn pass<'a>(&self, batch: &'a Batch, adapters: &'a [Box<dyn Adapter>]) -> Pass<'a> {
+    pub(super) fn pass<'a>(
+        &self,
+        batch: Cow<'a, Batch>,
+        adapters: &'a [Box<dyn Adapter>],
+    ) -> Pass<'a> {
         let rotary =
             |(freqs, factor): &(Vec<f32>, f32)| Rotary::new(&batch.positions, freqs, *factor);
         let rotaries = self.inv_freqs.iter().map(rotary).collect();
@@ -143,17 +161,13 @@ impl Policy {
     /// Logits [rows, V] of the given rows of the last block's output h [N, D].
     pub fn logits(&self, h: &Tensor, rows: &[u32]) -> Result<Tensor> {
         let _phase = debug_span!("head").entered();
-        let tape = Tape::off(&self.engine);
-        let normed = self.normed_rows(&tape, &Value::constant(h.clone()), rows)?;
-        ops::logits(&tape, normed.tensor(), self.head(), self.config.final_logit_softcapping)
+        self.head().logits(&self.engine, h, rows)
     }
 
     /// [`Policy::logits`] into a vector, whose memory is used again from call to call.
     pub fn logits_into(&self, h: &Tensor, rows: &[u32], into: &mut Vec<f32>) -> Result<()> {
-        let tape = Tape::off(&self.engine);
-        let normed = self.normed_rows(&tape, &Value::constant(h.clone()), rows)?;
-        let softcap = self.config.final_logit_softcapping;
-        ops::logits_into(&tape, normed.tensor(), self.head(), softcap, into)
+        let _phase = debug_span!("head").entered();
+        self.head().logits_into(&self.engine, h, rows, into)
     }
 
     /// sum over t of `weights[t]` * log p(target t), where a target's row is a row of h [N, D], the
@@ -166,10 +180,7 @@ impl Policy {
         weights: &[f32],
     ) -> Result<(Value, ops::Logps)> {
         let _phase = debug_span!("head").entered();
-        let (rows, targets) = compact(targets);
-        let normed = self.normed_rows(tape, h, &rows)?;
-        let softcap = self.config.final_logit_softcapping;
-        ops::weighted_logps(tape, &normed, self.head(), (&targets, weights), softcap)
+        self.head().weighted_logps(tape, h, (targets, weights))
     }
 
     /// log p(target) of each target; otherwise as [`Policy::weighted_logps`].
@@ -180,37 +191,16 @@ impl Policy {
         targets: &[Target],
     ) -> Result<(Value, ops::Logps)> {
         let _phase = debug_span!("head").entered();
-        let (rows, targets) = compact(targets);
-        let normed = self.normed_rows(tape, h, &rows)?;
-        let softcap = self.config.final_logit_softcapping;
-        ops::token_logps(tape, &normed, self.head(), &targets, softcap)
+        self.head().token_logps(tape, h, targets)
     }
 
-    fn normed_rows(&self, tape: &Tape, h: &Value, rows: &[u32]) -> Result<Value> {
-        let picked = ops::gather_rows(tape, h, rows)?;
-        ops::rms_norm(
-            tape,
-            &picked,
-            &self.norm,
-            self.config.rms_norm_eps,
-            self.config.norm_plus_one,
-        )
-    }
-
-    fn head(&self) -> &Weight {
-        self.head.as_ref().unwrap_or(&self.embedding)
-    }
-}
-
-/// The distinct rows of `targets` in order, and the targets by their place among them.
-fn compact(targets: &[Target]) -> (Vec<u32>, Vec<Target>) {
-    let mut rows: Vec<u32> = Vec::with_capacity(targets.len());
-    let mut placed = Vec::with_capacity(targets.len());
-    for target in targets {
-        if rows.last() != Some(&target.row) {
-            rows.push(target.row);
+    fn head(&self) -> Head<'_> {
+        Head {
+            norm: &self.norm,
+            eps: self.config.rms_norm_eps,
+            plus_one: self.config.norm_plus_one,
+            weight: self.head.as_ref().unwrap_or(&self.embedding),
+            softcap: self.config.final_logit_softcapping,
         }
-        placed.push(Target { row: rows.len() as u32 - 1, token: target.token });
     }
-    (rows, placed)
 }

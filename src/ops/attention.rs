@@ -7,7 +7,8 @@ use tracing::trace_span;
 
 use super::engine::{Engine, composed, host};
 use super::kv_cache::{KvCache, SlotId};
-use super::tape::{Tape, Value};
+use super::tape::{Sink, Tape};
+use super::value::Value;
 use crate::Result;
 use crate::kernels::attention::{
     AttentionShape, BackwardInput, Gradients, Segment, backward, chains, forward,
@@ -40,11 +41,12 @@ pub fn attention(
     }
     let out = tape.engine().tensor(out, q.tensor().dims())?;
     Ok(tape.push(out.clone(), &[q, k, v], || {
-        let (q, k, v) = (q.tensor().clone(), k.tensor().clone(), v.tensor().clone());
+        let (q, k, v) = (q.keep(), k.keep(), v.keep());
         let (segments, shape, engine) = (segments.clone(), *shape, tape.engine().clone());
-        move |dout, sink| {
+        move |dout: Tensor, sink: &mut Sink| {
             let _span =
                 trace_span!("attention backward", flops = 5 * shape.flops(&segments) / 2).entered();
+            let (q, k, v) = (q.tensor()?, k.tensor()?, v.tensor()?);
             let dout_shape = dout.dims().to_vec();
             let mut dq = vec![0f32; q.elem_count()];
             let mut dk = vec![0f32; k.elem_count()];

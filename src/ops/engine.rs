@@ -3,7 +3,8 @@
 use candle_core::{CpuStorage, Device, Storage, StorageRef, Tensor, Var};
 use tracing::trace_span;
 
-use super::tape::{Tape, Value};
+use super::tape::Tape;
+use super::value::Value;
 use crate::kernels::matmul::MatmulPrecision;
 use crate::{Error, Result};
 

@@ -3,8 +3,9 @@
 use candle_core::Tensor;
 use tracing::trace_span;
 
-use super::engine::{composed, host};
-use super::tape::{Tape, Value};
+use super::engine::{Engine, composed, host};
+use super::tape::{Sink, Tape};
+use super::value::Value;
 use crate::Result;
 use crate::kernels::glu::{GluActivation, glu as forward, glu_backward};
 
@@ -14,22 +15,30 @@ pub fn glu(tape: &Tape, gate: &Value, up: &Value, act: GluActivation) -> Result<
     if !tape.engine().fused() {
         return composed(tape, &[gate, up], |xs| twin(&xs[0], act)? * &xs[1]);
     }
-    let mut y = vec![0f32; gate.tensor().elem_count()];
-    forward(&host(gate.tensor())?, &host(up.tensor())?, act, &mut y);
-    let y = tape.engine().tensor(y, gate.tensor().dims())?;
-    Ok(tape.push(y, &[gate, up], || {
-        let (gate, up) = (gate.tensor().clone(), up.tensor().clone());
-        let engine = tape.engine().clone();
-        move |dy, sink| {
+    let y = gated(tape.engine(), gate.tensor(), up.tensor(), act)?;
+    Ok(tape.push_cheap(y, &[gate, up], || {
+        let (gate, up, engine) = (gate.keep(), up.keep(), tape.engine().clone());
+        let again = {
+            let (gate, up, engine) = (gate.clone(), up.clone(), engine.clone());
+            move || gated(&engine, &gate.tensor()?, &up.tensor()?, act)
+        };
+        let pullback = move |dy: Tensor, sink: &mut Sink| {
+            let (gate, up) = (gate.tensor()?, up.tensor()?);
             let _span = trace_span!("glu backward", bytes = 20 * gate.elem_count()).entered();
             let mut dgate = vec![0f32; gate.elem_count()];
             let mut dup = vec![0f32; gate.elem_count()];
-            let (gate_values, up_values) = (host(&gate)?, host(&up)?);
-            glu_backward(&gate_values, &up_values, &host(&dy)?, act, &mut dgate, &mut dup);
+            glu_backward(&host(&gate)?, &host(&up)?, &host(&dy)?, act, &mut dgate, &mut dup);
             sink.give(0, engine.tensor(dgate, gate.dims())?)?;
             sink.give(1, engine.tensor(dup, gate.dims())?)
-        }
+        };
+        (pullback, again)
     }))
+}
+
+fn gated(engine: &Engine, gate: &Tensor, up: &Tensor, act: GluActivation) -> Result<Tensor> {
+    let mut y = vec![0f32; gate.elem_count()];
+    forward(&host(gate)?, &host(up)?, act, &mut y);
+    engine.tensor(y, gate.dims())
 }
 
 fn twin(gate: &Tensor, act: GluActivation) -> candle_core::Result<Tensor> {

@@ -3,15 +3,19 @@
 use candle_core::{D, DType, Tensor};
 use tracing::trace_span;
 
-use super::engine::{composed, host};
+use super::engine::{Engine, composed, host};
 use super::linear::{Weight, linear};
-use super::tape::{Tape, Value};
+use super::norm::rms_norm;
+use super::rows::gather_rows;
+use super::tape::{Sink, Tape};
+use super::value::Value;
 use crate::Result;
 use crate::kernels::logp::{self, LogpForward, LogpOptions, Target};
 use crate::kernels::matmul::matmul;
+use crate::kernels::norm;
 
 /// What the head says about a list of targets.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Logps {
     /// log p(token | row) of each target.
     pub logps: Vec<f32>,
@@ -26,138 +30,229 @@ impl Logps {
         let entropy = forward.entropy.unwrap_or_default();
         Logps { logps: forward.logp, entropy, argmax: forward.argmax }
     }
-}
 
-/// Logits [N, V] = softcap(h Wᵀ) for h [N, D]; not recorded.
-pub fn logits(tape: &Tape, h: &Tensor, head: &Weight, softcap: Option<f64>) -> Result<Tensor> {
-    let z = head.apply(tape.engine(), h, None)?;
-    Ok(capped(z, softcap.map(|cap| cap as f32))?)
-}
-
-/// [`logits`] into a vector that keeps its memory from call to call.
-pub fn logits_into(
-    tape: &Tape,
-    h: &Tensor,
-    head: &Weight,
-    softcap: Option<f64>,
-    into: &mut Vec<f32>,
-) -> Result<()> {
-    let engine = tape.engine();
-    let Some(packed) = head.packed().filter(|_| engine.fused()) else {
-        *into = logits(tape, h, head, softcap)?.flatten_all()?.to_vec1()?;
-        return Ok(());
-    };
-    into.resize(h.dims2()?.0 * head.out_features(), 0.0);
-    matmul(&host(h)?, packed, None, engine.precision(), into);
-    if let Some(cap) = softcap {
-        logp::cap(into, head.out_features(), cap as f32);
+    fn extend(&mut self, other: Logps) {
+        self.logps.extend(other.logps);
+        self.entropy.extend(other.entropy);
+        self.argmax.extend(other.argmax);
     }
-    Ok(())
 }
 
-/// sum over t of `weights[t]` * log p(targets`[t]`) as one number `[1]`, differentiable in h [N, D].
-///
-/// The weights are known before the pass, so that it computes the gradient of h on its way: two
-/// products with the head instead of three. Returns the sum and what the head said.
-pub fn weighted_logps(
-    tape: &Tape,
-    h: &Value,
-    head: &Weight,
-    (targets, weights): (&[Target], &[f32]),
-    softcap: Option<f64>,
-) -> Result<(Value, Logps)> {
-    let Some(packed) = head.packed().filter(|_| tape.engine().fused()) else {
-        let (logps, said) = token_logps(tape, h, head, targets, softcap)?;
-        let weights = Tensor::new(weights, tape.engine().device())?;
-        let sum = composed(tape, &[&logps], |xs| (&xs[0] * &weights)?.sum_all()?.reshape(1))?;
-        return Ok((sum, said));
-    };
-    let options = options(tape, softcap);
-    let rows = host(h.tensor())?;
-    let tracked = tape.is_recording() && h.is_tracked();
-    let flops = || (1 + usize::from(tracked)) * head.flops(rows.len() / head.in_features());
-    let _span = trace_span!("weighted log-probs", flops = flops()).entered();
-    let mut dh = vec![0f32; if tracked { rows.len() } else { 0 }];
-    let forward = match tracked {
-        true => logp::forward_backward(&rows, packed, targets, weights, options, &mut dh),
-        false => logp::forward(&rows, packed, targets, options),
-    };
-    let sum: f64 = forward.logp.iter().zip(weights).map(|(l, w)| *l as f64 * *w as f64).sum();
-    let sum = tape.engine().tensor(vec![sum as f32], &[1])?;
-    let value = tape.push(sum, &[h], || {
-        let (engine, shape) = (tape.engine().clone(), h.tensor().dims().to_vec());
-        move |dy, sink| sink.give(0, engine.tensor(dh, &shape)?.broadcast_mul(&dy)?)
-    });
-    Ok((value, Logps::new(forward)))
+/// The frozen end of a policy: the last norm, and the head, whose logits may be capped.
+#[derive(Clone, Copy)]
+pub struct Head<'a> {
+    /// Weight `[D]` of the norm.
+    pub norm: &'a Tensor,
+    /// Addend under the norm's root.
+    pub eps: f64,
+    /// Whether the norm's factor is 1 + weight.
+    pub plus_one: bool,
+    /// The head, [V, D].
+    pub weight: &'a Weight,
+    /// c of c tanh(z / c).
+    pub softcap: Option<f64>,
 }
 
-/// log p(target) of each target as a differentiable value `[targets]`, for losses whose weights depend
-/// on it; the backward pass recomputes the logits chunk by chunk.
-pub fn token_logps(
-    tape: &Tape,
-    h: &Value,
-    head: &Weight,
-    targets: &[Target],
-    softcap: Option<f64>,
-) -> Result<(Value, Logps)> {
-    let Some(packed) = head.packed().filter(|_| tape.engine().fused()) else {
-        return composed_logps(tape, h, head, targets, softcap);
-    };
-    let options = options(tape, softcap);
-    let rows = h.tensor().dims2()?.0;
-    let _span = trace_span!("log-probs", rows, flops = head.flops(rows)).entered();
-    let forward = logp::forward(&host(h.tensor())?, packed, targets, options);
-    let logps = tape.engine().tensor(forward.logp.clone(), &[targets.len()])?;
-    let lse = forward.lse.clone();
-    let value = tape.push(logps, &[h], || {
-        let (engine, h, head) = (tape.engine().clone(), h.tensor().clone(), head.clone());
-        let targets = targets.to_vec();
-        move |dy, sink| {
-            let _span =
-                trace_span!("log-probs backward", rows, flops = 2 * head.flops(rows)).entered();
-            let mut dh = vec![0f32; h.elem_count()];
-            if let Some(packed) = head.packed() {
-                let (rows, dlogp) = (host(&h)?, host(&dy)?);
-                logp::backward(&rows, packed, &targets, &lse, &dlogp, None, options, &mut dh);
-            }
-            sink.give(0, engine.tensor(dh, h.dims())?)
+impl Head<'_> {
+    /// Logits [rows, V] = softcap(norm(h) Wᵀ) of some rows of h [N, D]; not recorded.
+    pub fn logits(&self, engine: &Engine, h: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        let normed = self.normed(&Tape::off(engine), &Value::constant(h.clone()), rows)?;
+        let z = self.weight.apply(engine, normed.tensor(), None)?;
+        Ok(capped(z, self.softcap.map(|cap| cap as f32))?)
+    }
+
+    /// [`Head::logits`] into a vector that keeps its memory from call to call.
+    pub fn logits_into(
+        &self,
+        engine: &Engine,
+        h: &Tensor,
+        rows: &[u32],
+        into: &mut Vec<f32>,
+    ) -> Result<()> {
+        let Some(packed) = self.weight.packed().filter(|_| engine.fused()) else {
+            *into = self.logits(engine, h, rows)?.flatten_all()?.to_vec1()?;
+            return Ok(());
+        };
+        let normed = self.normed(&Tape::off(engine), &Value::constant(h.clone()), rows)?;
+        let tokens = packed.out_features();
+        let _span = trace_span!("logits", flops = self.weight.flops(rows.len())).entered();
+        into.resize(rows.len() * tokens, 0.0);
+        matmul(&host(normed.tensor())?, packed, None, engine.precision(), into);
+        if let Some(cap) = self.softcap {
+            logp::cap(into, tokens, cap as f32);
         }
-    });
-    Ok((value, Logps::new(forward)))
-}
+        Ok(())
+    }
 
-fn options(tape: &Tape, softcap: Option<f64>) -> LogpOptions {
-    LogpOptions {
-        inv_temperature: 1.0,
-        softcap: softcap.map(|cap| cap as f32),
-        entropy: true,
-        precision: tape.engine().precision(),
+    /// sum over t of `weights[t]` * log p(targets`[t]`) as one number `[1]`, differentiable in
+    /// h [N, D], a target's row being a row of h.
+    ///
+    /// The weights are known before the pass, so that it computes the gradient of h on its way: two
+    /// products with the head instead of three, and nothing is kept of norm and logits. Returns the
+    /// sum and what the head said.
+    pub fn weighted_logps(
+        &self,
+        tape: &Tape,
+        h: &Value,
+        (targets, weights): (&[Target], &[f32]),
+    ) -> Result<(Value, Logps)> {
+        let Some(packed) = self.weight.packed().filter(|_| tape.engine().fused()) else {
+            let (logps, said) = self.token_logps(tape, h, targets)?;
+            let weights = Tensor::new(weights, tape.engine().device())?;
+            let sum = composed(tape, &[&logps], |xs| (&xs[0] * &weights)?.sum_all()?.reshape(1))?;
+            return Ok((sum, said));
+        };
+        let tracked = tape.is_recording() && h.is_tracked();
+        let flops = || (1 + usize::from(tracked)) * self.weight.flops(targets.len());
+        let _span = trace_span!("weighted log-probs", flops = flops()).entered();
+        let mut dh = vec![0f32; if tracked { h.tensor().elem_count() } else { 0 }];
+        let (mut said, mut done) = (Logps::default(), 0);
+        for rows in compact(targets, rows_at_once(packed.out_features())) {
+            let weights = &weights[done..done + rows.targets.len()];
+            done += weights.len();
+            let dh = tracked.then_some(&mut dh[..]);
+            said.extend(self.weigh(tape, h.tensor(), &rows, weights, dh)?);
+        }
+        let terms = said.logps.iter().zip(weights).map(|(l, w)| f64::from(*l) * f64::from(*w));
+        let sum = tape.engine().tensor(vec![terms.sum::<f64>() as f32], &[1])?;
+        let value = tape.push(sum, &[h], || {
+            let (engine, shape) = (tape.engine().clone(), h.tensor().dims().to_vec());
+            move |dy: Tensor, sink: &mut Sink| {
+                let dy = dy.sum_all()?.to_scalar::<f32>()?;
+                if dy != 1.0 {
+                    dh.iter_mut().for_each(|dh| *dh *= dy);
+                }
+                sink.give(0, engine.tensor(dh, &shape)?)
+            }
+        });
+        Ok((value, said))
+    }
+
+    /// What the head says about some rows of h; the gradient of their weighted sum is added to `dh`.
+    fn weigh(
+        &self,
+        tape: &Tape,
+        h: &Tensor,
+        Rows { rows, targets }: &Rows,
+        weights: &[f32],
+        dh: Option<&mut [f32]>,
+    ) -> Result<Logps> {
+        let Some(packed) = self.weight.packed() else { return Ok(Logps::default()) };
+        let (h, w, options, d) =
+            (host(h)?, host(self.norm)?, self.options(tape), packed.in_features());
+        let (eps, plus_one) = (self.eps as f32, self.plus_one);
+        let picked: Vec<f32> =
+            rows.iter().flat_map(|r| &h[*r as usize * d..][..d]).copied().collect();
+        let mut x = vec![0f32; picked.len()];
+        norm::rms_norm(&picked, &w, eps, plus_one, &mut x);
+        let Some(dh) = dh else {
+            return Ok(Logps::new(logp::forward(&x, packed, targets, options)));
+        };
+        let mut dx = vec![0f32; x.len()];
+        let forward = logp::forward_backward(&x, packed, targets, weights, options, &mut dx);
+        let mut dpicked = x;
+        norm::rms_norm_backward(&picked, &w, eps, plus_one, &dx, &mut dpicked);
+        for (r, dpicked) in rows.iter().zip(dpicked.chunks_exact(d)) {
+            let dh = &mut dh[*r as usize * d..][..d];
+            dh.iter_mut().zip(dpicked).for_each(|(dh, x)| *dh += x);
+        }
+        Ok(Logps::new(forward))
+    }
+
+    /// log p(target) of each target as a differentiable value `[targets]`, for losses whose weights
+    /// depend on it; the backward pass recomputes the logits chunk by chunk.
+    pub fn token_logps(
+        &self,
+        tape: &Tape,
+        h: &Value,
+        targets: &[Target],
+    ) -> Result<(Value, Logps)> {
+        let Rows { rows, targets } = compact(targets, usize::MAX).next().unwrap_or_default();
+        let h = &self.normed(tape, h, &rows)?;
+        let Some(packed) = self.weight.packed().filter(|_| tape.engine().fused()) else {
+            return self.composed_logps(tape, h, &targets);
+        };
+        let (options, rows, flops) =
+            (self.options(tape), rows.len(), self.weight.flops(rows.len()));
+        let _span = trace_span!("log-probs", rows, flops).entered();
+        let forward = logp::forward(&host(h.tensor())?, packed, &targets, options);
+        let logps = tape.engine().tensor(forward.logp.clone(), &[targets.len()])?;
+        let lse = forward.lse.clone();
+        let value = tape.push(logps, &[h], || {
+            let (engine, h, head) = (tape.engine().clone(), h.keep(), self.weight.clone());
+            move |dy: Tensor, sink: &mut Sink| {
+                let _span = trace_span!("log-probs backward", rows, flops = 2 * flops).entered();
+                let h = h.tensor()?;
+                let mut dh = vec![0f32; h.elem_count()];
+                if let Some(packed) = head.packed() {
+                    let (rows, dlogp) = (host(&h)?, host(&dy)?);
+                    logp::backward(&rows, packed, &targets, &lse, &dlogp, None, options, &mut dh);
+                }
+                sink.give(0, engine.tensor(dh, h.dims())?)
+            }
+        });
+        Ok((value, Logps::new(forward)))
+    }
+
+    fn normed(&self, tape: &Tape, h: &Value, rows: &[u32]) -> Result<Value> {
+        let picked = gather_rows(tape, h, rows)?;
+        rms_norm(tape, &picked, self.norm, self.eps, self.plus_one)
+    }
+
+    fn options(&self, tape: &Tape) -> LogpOptions {
+        LogpOptions {
+            inv_temperature: 1.0,
+            softcap: self.softcap.map(|cap| cap as f32),
+            entropy: true,
+            precision: tape.engine().precision(),
+        }
+    }
+
+    fn composed_logps(&self, tape: &Tape, h: &Value, targets: &[Target]) -> Result<(Value, Logps)> {
+        let z = linear(tape, h, self.weight, None)?;
+        let device = tape.engine().device();
+        let softcap = self.softcap.map(|cap| cap as f32);
+        let rows = Tensor::new(targets.iter().map(|t| t.row).collect::<Vec<_>>(), device)?;
+        let tokens = Tensor::new(targets.iter().map(|t| t.token).collect::<Vec<_>>(), device)?;
+        let logps = composed(tape, &[&z], |xs| {
+            let picked = log_softmax(&capped(xs[0].clone(), softcap)?)?.index_select(&rows, 0)?;
+            picked.gather(&tokens.unsqueeze(1)?, 1)?.squeeze(1)
+        })?;
+        let all = log_softmax(&capped(z.tensor().clone(), softcap)?)?;
+        let said = Logps {
+            logps: logps.tensor().to_vec1()?,
+            entropy: (all.exp()? * &all)?.sum(D::Minus1)?.neg()?.to_vec1()?,
+            argmax: all.argmax(D::Minus1)?.to_dtype(DType::U32)?.to_vec1()?,
+        };
+        Ok((logps, said))
     }
 }
 
-fn composed_logps(
-    tape: &Tape,
-    h: &Value,
-    head: &Weight,
-    targets: &[Target],
-    softcap: Option<f64>,
-) -> Result<(Value, Logps)> {
-    let z = linear(tape, h, head, None)?;
-    let device = tape.engine().device();
-    let softcap = softcap.map(|cap| cap as f32);
-    let rows = Tensor::new(targets.iter().map(|t| t.row).collect::<Vec<_>>(), device)?;
-    let tokens = Tensor::new(targets.iter().map(|t| t.token).collect::<Vec<_>>(), device)?;
-    let logps = composed(tape, &[&z], |xs| {
-        let picked = log_softmax(&capped(xs[0].clone(), softcap)?)?.index_select(&rows, 0)?;
-        picked.gather(&tokens.unsqueeze(1)?, 1)?.squeeze(1)
-    })?;
-    let all = log_softmax(&capped(z.tensor().clone(), softcap)?)?;
-    let said = Logps {
-        logps: logps.tensor().to_vec1()?,
-        entropy: (all.exp()? * &all)?.sum(D::Minus1)?.neg()?.to_vec1()?,
-        argmax: all.argmax(D::Minus1)?.to_dtype(DType::U32)?.to_vec1()?,
-    };
-    Ok((logps, said))
+/// Rows that go through norm and head at once: a few chunks of logits.
+fn rows_at_once(vocabulary: usize) -> usize {
+    (4 * logp::chunk_rows(vocabulary)).min(1024)
+}
+
+/// Rows of h, and targets whose row is a place among them.
+#[derive(Default)]
+struct Rows {
+    rows: Vec<u32>,
+    targets: Vec<Target>,
+}
+
+/// The distinct rows of `targets` with their targets in order, at most `most` rows at a time.
+fn compact(targets: &[Target], most: usize) -> impl Iterator<Item = Rows> {
+    let mut groups = targets.chunk_by(|a, b| a.row == b.row).peekable();
+    std::iter::from_fn(move || {
+        groups.peek()?;
+        let mut all = Rows::default();
+        for group in groups.by_ref().take(most) {
+            let row = all.rows.len() as u32;
+            all.rows.push(group[0].row);
+            all.targets.extend(group.iter().map(|target| Target { row, token: target.token }));
+        }
+        Some(all)
+    })
 }
 
 fn log_softmax(z: &Tensor) -> candle_core::Result<Tensor> {

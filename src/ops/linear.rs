@@ -8,7 +8,8 @@ use half::bf16;
 use tracing::trace_span;
 
 use super::engine::{Engine, host};
-use super::tape::{Tape, Value};
+use super::tape::Tape;
+use super::value::Value;
 use crate::kernels::matmul::{matmul, matmul_input_grad};
 use crate::kernels::pack::PackedMatrix;
 use crate::{Error, Result};

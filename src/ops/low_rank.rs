@@ -1,10 +1,14 @@
 //! Low-rank shifts of activations: steering of a site, and the update that LoRA adds to a matrix.
 
+use std::rc::Rc;
+
 use candle_core::Tensor;
 use tracing::trace_span;
 
-use super::engine::{composed, host};
-use super::tape::{Tape, Value};
+use super::engine::{Engine, composed, host};
+use super::sums::Layout;
+use super::tape::{Sink, Tape};
+use super::value::Value;
 use crate::Result;
 use crate::kernels::low_rank::{self, Activation, Gradients, Saved};
 
@@ -19,8 +23,8 @@ pub struct LowRank {
 
 /// y + alpha * phi(x Wdownᵀ) Wupᵀ for y [N, O], x [N, D], Wdown [R, D], Wup [O, R].
 ///
-/// With y = x this steers the residual stream in one pass over it; with y = x W0ᵀ it is LoRA, whose
-/// A is Wdown and whose B is Wup.
+/// With y = x, the same value, this steers the residual stream in one pass over it, and the result is
+/// cheap to make again; with y = x W0ᵀ it is LoRA, whose A is Wdown and whose B is Wup.
 pub fn low_rank_add(
     tape: &Tape,
     y: &Value,
@@ -36,32 +40,47 @@ pub fn low_rank_add(
         return composed(tape, &[y, x, down, up], |xs| twin(xs, form));
     }
     let mut z = vec![0f32; m * r];
-    let mut out = host(y.tensor())?.to_vec();
     low_rank::down(&host(x.tensor())?, &host(down.tensor())?, d, r, &mut z);
-    low_rank::up_add(&z, &host(up.tensor())?, r, form.alpha, form.activation, &mut out);
-    let out = tape.engine().tensor(out, y.tensor().dims())?;
-    Ok(tape.push(out, &[y, x, down, up], || {
-        let (x, down, up) = (x.tensor().clone(), down.tensor().clone(), up.tensor().clone());
-        let engine = tape.engine().clone();
-        move |dy, sink| {
+    let z: Rc<[f32]> = z.into();
+    let out = shifted(tape.engine(), y.tensor(), &z, up.tensor(), form)?;
+    let pullback = || {
+        let (x, z, engine) = (x.keep(), z.clone(), tape.engine().clone());
+        let (down, up) = (down.tensor().clone(), up.tensor().clone());
+        move |dy: Tensor, sink: &mut Sink| {
             let _span = trace_span!("low rank backward", flops = 4 * m * r * (d + o)).entered();
             let mut dx = vec![0f32; m * d];
-            let mut ddown = vec![0f32; r * d];
-            let mut dup = vec![0f32; o * r];
+            let [mut dwdown, mut dwup] = sink.take_rows([(2, r * d), (3, o * r)]);
             {
+                let x = x.tensor()?;
                 let (x, wdown, wup) = (host(&x)?, host(&down)?, host(&up)?);
                 let LowRank { alpha, activation } = form;
                 let (x, z, wdown, wup) = (&*x, &*z, &*wdown, &*wup);
                 let saved = Saved { x, z, wdown, wup, r, alpha, activation };
-                let (dx, dwdown, dwup) = (&mut dx[..], &mut ddown[..], &mut dup[..]);
+                let (dx, dwdown, dwup) = (&mut dx[..], &mut dwdown, &mut dwup);
                 low_rank::backward(&host(&dy)?, saved, Gradients { dx, dwdown, dwup });
             }
+            let layouts = (Layout::Matrix(r), Layout::Transposed(r));
+            sink.give_rows([(2, dwdown, layouts.0), (3, dwup, layouts.1)])?;
             sink.give(0, dy)?;
-            sink.give(1, engine.tensor(dx, &[m, d])?)?;
-            sink.give(2, engine.tensor(ddown, &[r, d])?)?;
-            sink.give(3, engine.tensor(dup, &[o, r])?)
+            sink.give(1, engine.tensor(dx, &[m, d])?)
         }
+    };
+    let inputs = [y, x, down, up];
+    if !std::ptr::eq(x, y) {
+        return Ok(tape.push(out, &inputs, pullback));
+    }
+    Ok(tape.push_cheap(out, &inputs, || {
+        let (y, z, up, engine) = (y.keep(), z.clone(), up.tensor().clone(), tape.engine().clone());
+        (pullback(), move || shifted(&engine, &y.tensor()?, &z, &up, form))
     }))
+}
+
+/// y + alpha * phi(z) Wupᵀ.
+fn shifted(engine: &Engine, y: &Tensor, z: &[f32], up: &Tensor, form: LowRank) -> Result<Tensor> {
+    let mut out = host(y)?.to_vec();
+    let r = up.dims2()?.1;
+    low_rank::up_add(z, &host(up)?, r, form.alpha, form.activation, &mut out);
+    engine.tensor(out, y.dims())
 }
 
 fn twin(xs: &[Tensor], form: LowRank) -> candle_core::Result<Tensor> {

@@ -3,8 +3,9 @@
 use candle_core::{D, Tensor};
 use tracing::trace_span;
 
-use super::engine::{composed, host};
-use super::tape::{Tape, Value};
+use super::engine::{Engine, composed, host};
+use super::tape::{Sink, Tape};
+use super::value::Value;
 use crate::Result;
 use crate::kernels::norm::{rms_norm as forward, rms_norm_backward};
 
@@ -17,19 +18,29 @@ pub fn rms_norm(tape: &Tape, x: &Value, w: &Tensor, eps: f64, plus_one: bool) ->
     if !tape.engine().fused() {
         return composed(tape, &[x], |xs| twin(&xs[0], w, eps, plus_one));
     }
-    let (eps, shape) = (eps as f32, x.tensor().dims().to_vec());
-    let mut y = vec![0f32; x.tensor().elem_count()];
-    forward(&host(x.tensor())?, &host(w)?, eps, plus_one, &mut y);
-    let y = tape.engine().tensor(y, &shape)?;
-    Ok(tape.push(y, &[x], || {
-        let (x, w, engine) = (x.tensor().clone(), w.clone(), tape.engine().clone());
-        move |dy, sink| {
+    let eps = eps as f32;
+    let y = normed(tape.engine(), x.tensor(), w, eps, plus_one)?;
+    Ok(tape.push_cheap(y, &[x], || {
+        let (x, w, engine) = (x.keep(), w.clone(), tape.engine().clone());
+        let again = {
+            let (x, w, engine) = (x.clone(), w.clone(), engine.clone());
+            move || normed(&engine, &x.tensor()?, &w, eps, plus_one)
+        };
+        let pullback = move |dy: Tensor, sink: &mut Sink| {
+            let x = x.tensor()?;
             let _span = trace_span!("norm backward", bytes = 12 * x.elem_count()).entered();
             let mut dx = vec![0f32; x.elem_count()];
             rms_norm_backward(&host(&x)?, &host(&w)?, eps, plus_one, &host(&dy)?, &mut dx);
             sink.give(0, engine.tensor(dx, x.dims())?)
-        }
+        };
+        (pullback, again)
     }))
+}
+
+fn normed(engine: &Engine, x: &Tensor, w: &Tensor, eps: f32, plus_one: bool) -> Result<Tensor> {
+    let mut y = vec![0f32; x.elem_count()];
+    forward(&host(x)?, &host(w)?, eps, plus_one, &mut y);
+    engine.tensor(y, x.dims())
 }
 
 fn twin(x: &Tensor, w: &Tensor, eps: f64, plus_one: bool) -> candle_core::Result<Tensor> {

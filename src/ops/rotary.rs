@@ -5,8 +5,9 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{D, Device, Tensor};
 use tracing::trace_span;
 
-use super::engine::{composed, host};
-use super::tape::{Tape, Value};
+use super::engine::{Engine, composed, host};
+use super::tape::{Sink, Tape};
+use super::value::Value;
 use crate::Result;
 use crate::kernels::rope::{RopeTable, rope, rope_backward};
 
@@ -45,18 +46,29 @@ pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
     if !tape.engine().fused() {
         return composed(tape, &[x], |xs| twin(&xs[0], rotary));
     }
-    let mut y = host(x.tensor())?.to_vec();
-    rope(&mut y, &rotary.rows, &rotary.table);
-    let y = tape.engine().tensor(y, x.tensor().dims())?;
-    Ok(tape.push(y, &[x], || {
+    let y = rotated(tape.engine(), x.tensor(), rotary)?;
+    let pullback = || {
         let (rotary, engine) = (rotary.clone(), tape.engine().clone());
-        move |dy, sink| {
+        move |dy: Tensor, sink: &mut Sink| {
             let _span = trace_span!("rotary backward", bytes = 8 * dy.elem_count()).entered();
             let mut dx = host(&dy)?.to_vec();
             rope_backward(&mut dx, &rotary.rows, &rotary.table);
             sink.give(0, engine.tensor(dx, dy.dims())?)
         }
+    };
+    if !x.is_cheap() {
+        return Ok(tape.push(y, &[x], pullback));
+    }
+    Ok(tape.push_cheap(y, &[x], || {
+        let (x, rotary, engine) = (x.keep(), rotary.clone(), tape.engine().clone());
+        (pullback(), move || rotated(&engine, &x.tensor()?, &rotary))
     }))
+}
+
+fn rotated(engine: &Engine, x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
+    let mut y = host(x)?.to_vec();
+    rope(&mut y, &rotary.rows, &rotary.table);
+    engine.tensor(y, x.dims())
 }
 
 fn twin(x: &Tensor, rotary: &Rotary) -> candle_core::Result<Tensor> {

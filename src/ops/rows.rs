@@ -1,10 +1,16 @@
 //! Operations on whole rows: sums, scaling, selection.
 
+use std::rc::Rc;
+
 use candle_core::{DType, Tensor};
 use tracing::trace_span;
 
-use super::tape::{Sink, Tape, Value};
+use super::engine::{Engine, host};
+use super::sums::Layout;
+use super::tape::{Sink, Tape};
+use super::value::Value;
 use crate::Result;
+use crate::kernels::row_sum::add_rows;
 use crate::random::Stream;
 
 /// a + b of equal shapes.
@@ -23,37 +29,40 @@ pub fn add_vector(tape: &Tape, x: &Value, v: &Value) -> Result<Value> {
     let _span = trace_span!("add vector", bytes = 8 * x.tensor().elem_count()).entered();
     let y = x.tensor().broadcast_add(v.tensor())?;
     Ok(tape.push(y, &[x, v], || {
-        |dy: Tensor, sink: &mut Sink| {
+        let fused = tape.engine().fused();
+        move |dy: Tensor, sink: &mut Sink| {
             let _span = trace_span!("add vector backward", bytes = 4 * dy.elem_count()).entered();
-            if sink.wants(1) {
-                sink.give(1, sum_rows(&dy)?)?;
+            if fused {
+                let [mut dv] = sink.take_rows([(1, dy.dims2()?.1)]);
+                add_rows(&*host(&dy)?, &mut dv);
+                sink.give_rows([(1, dv, Layout::Vector)])?;
+            } else if sink.wants(1) {
+                sink.give(1, dy.sum(0)?)?;
             }
             sink.give(0, dy)
         }
     }))
 }
 
-/// The sum of the rows of x [N, D], as [D].
-fn sum_rows(x: &Tensor) -> Result<Tensor> {
-    let (n, _) = x.dims2()?;
-    let ones = Tensor::ones((1, n), DType::F32, x.device())?;
-    Ok(ones.matmul(x)?.squeeze(0)?)
-}
-
 /// x [N, D] with `new` [rows, D] in the place of the rows named by `rows`.
 pub fn replace_rows(tape: &Tape, x: &Value, new: &Value, rows: &[u32]) -> Result<Value> {
     let _span = trace_span!("replace rows", bytes = 8 * x.tensor().elem_count()).entered();
     let index = Tensor::new(rows, x.tensor().device())?;
-    let wide = index.unsqueeze(1)?.broadcast_as(new.tensor().shape())?.contiguous()?;
-    let y = x.tensor().scatter(&wide, new.tensor(), 0)?;
+    let y = x.tensor().scatter(&wide(&index, new.tensor())?, new.tensor(), 0)?;
     Ok(tape.push(y, &[x, new], || {
         move |dy: Tensor, sink: &mut Sink| {
             let _span = trace_span!("replace rows backward", bytes = 8 * dy.elem_count()).entered();
             let picked = dy.index_select(&index, 0)?;
-            sink.give(0, dy.scatter(&wide, &picked.zeros_like()?, 0)?)?;
+            let dx = dy.scatter(&wide(&index, &picked)?, &picked.zeros_like()?, 0)?;
+            sink.give(0, dx)?;
             sink.give(1, picked)
         }
     }))
+}
+
+/// `index` [rows], repeated for every column of `of` [rows, D].
+fn wide(index: &Tensor, of: &Tensor) -> Result<Tensor> {
+    Ok(index.unsqueeze(1)?.broadcast_as(of.shape())?.contiguous()?)
 }
 
 /// Inverted dropout: entries of x [N, D] are zeroed with probability `p`, the others divided by
@@ -61,19 +70,50 @@ pub fn replace_rows(tape: &Tape, x: &Value, new: &Value, rows: &[u32]) -> Result
 pub fn dropout(tape: &Tape, x: &Value, p: f64, key: &[u64], row_keys: &[u64]) -> Result<Value> {
     let _span = trace_span!("dropout", bytes = 8 * x.tensor().elem_count()).entered();
     let width = x.tensor().dims2()?.1;
-    let kept = (1.0 / (1.0 - p)) as f32;
-    let limit = (p * 4294967296.0) as u64;
-    let mask: Vec<f32> = row_keys
-        .iter()
-        .flat_map(|row| {
+    let mask = Rc::new(Mask::new(p, key, row_keys, width));
+    let y = mask.apply(tape.engine(), x.tensor())?;
+    let pullback = || {
+        let (mask, engine) = (mask.clone(), tape.engine().clone());
+        move |dy: Tensor, sink: &mut Sink| sink.give(0, mask.apply(&engine, &dy)?)
+    };
+    if !x.is_cheap() {
+        return Ok(tape.push(y, &[x], pullback));
+    }
+    Ok(tape.push_cheap(y, &[x], || {
+        let (x, mask, engine) = (x.keep(), mask.clone(), tape.engine().clone());
+        (pullback(), move || mask.apply(&engine, &x.tensor()?))
+    }))
+}
+
+/// A mask of dropout, a bit an entry.
+struct Mask {
+    bits: Vec<u64>,
+    kept: f32,
+}
+
+impl Mask {
+    fn new(p: f64, key: &[u64], row_keys: &[u64], width: usize) -> Self {
+        let limit = (p * 4294967296.0) as u64;
+        let mut bits = vec![0u64; (row_keys.len() * width).div_ceil(64)];
+        let mut entry = 0;
+        for row in row_keys {
             let address: Vec<u64> = key.iter().chain([row]).copied().collect();
             let mut stream = Stream::new(&address);
-            (0..width).map(move |_| if (stream.bits() as u64) < limit { 0.0 } else { kept })
-        })
-        .collect();
-    let mask = tape.engine().tensor(mask, x.tensor().dims())?;
-    let y = (x.tensor() * &mask)?;
-    Ok(tape.push(y, &[x], || move |dy: Tensor, sink: &mut Sink| sink.give(0, (dy * &mask)?)))
+            for _ in 0..width {
+                let keep = u64::from(stream.bits() as u64 >= limit);
+                bits[entry / 64] |= keep << (entry % 64);
+                entry += 1;
+            }
+        }
+        Mask { bits, kept: (1.0 / (1.0 - p)) as f32 }
+    }
+
+    /// Entries of x that are kept, scaled; the others times zero.
+    fn apply(&self, engine: &Engine, x: &Tensor) -> Result<Tensor> {
+        let entry = |i: usize| (self.bits[i / 64] >> (i % 64) & 1) as f32 * self.kept;
+        let mask = (0..x.elem_count()).map(entry).collect();
+        Ok((x * engine.tensor(mask, x.dims())?)?)
+    }
 }
 
 /// The rows of x [N, D] named by `rows`; the gradient of the other rows is zero.

@@ -4,44 +4,21 @@
 //! into gradients of the inputs. Unlike a graph of tensors it keeps exactly what each pullback
 //! captured, knows no gradient of a frozen weight, frees activations while it runs backwards, and
 //! takes any number of inputs. Values that depend on no parameter are not recorded, so the backward
-//! pass ends at the lowest layer that has an adapter.
+//! pass ends at the lowest layer that has an adapter. Results that are cheap to compute again say
+//! how, and then nobody keeps them (`value.rs`).
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use candle_core::Tensor;
 
 use super::Engine;
+use super::sums::{GradientSums, Gradients, Layout};
+use super::value::{Again, Place, Value};
 use crate::Result;
-
-/// Gradients by parameter key, each of its parameter's shape.
-pub type Gradients = BTreeMap<String, Tensor>;
+use crate::kernels::row_sum::RowSum;
 
 type Pullback = Box<dyn FnOnce(Tensor, &mut Sink) -> Result<()>>;
-
-/// A tensor and its place on the tape; a constant has none.
-#[derive(Clone, Debug)]
-pub struct Value {
-    tensor: Tensor,
-    node: Option<usize>,
-}
-
-impl Value {
-    /// A value that gradients do not reach.
-    pub fn constant(tensor: Tensor) -> Self {
-        Value { tensor, node: None }
-    }
-
-    /// The tensor itself.
-    pub fn tensor(&self) -> &Tensor {
-        &self.tensor
-    }
-
-    /// Whether a gradient will be computed for it.
-    pub fn is_tracked(&self) -> bool {
-        self.node.is_some()
-    }
-}
 
 enum Node {
     /// A trainable parameter.
@@ -49,31 +26,67 @@ enum Node {
     /// An input whose gradient the caller wants back.
     Input,
     /// The result of an operation.
-    Op { inputs: Vec<Option<usize>>, pullback: Pullback },
+    Op { inputs: Vec<Place>, pullback: Pullback },
 }
 
 /// Where a pullback puts its results.
 pub struct Sink<'a> {
     engine: &'a Engine,
-    inputs: &'a [Option<usize>],
+    inputs: &'a [Place],
+    nodes: &'a [Node],
     slots: &'a mut [Option<Tensor>],
+    sums: &'a mut GradientSums,
 }
 
-impl Sink<'_> {
+impl<'a> Sink<'a> {
     /// Whether input `i` of the operation needs a gradient.
     pub fn wants(&self, i: usize) -> bool {
-        self.inputs[i].is_some()
+        self.inputs[i].0.is_some()
     }
 
     /// Adds `gradient` to that of input `i`; ignored if nobody asked for it.
     pub fn give(&mut self, i: usize, gradient: Tensor) -> Result<()> {
-        let Some(node) = self.inputs[i] else { return Ok(()) };
+        let Some(node) = self.inputs[i].0 else { return Ok(()) };
         let sum = match self.slots[node].take() {
             None => gradient,
             Some(before) => self.engine.add(&before, &gradient)?,
         };
         self.slots[node] = Some(sum);
         Ok(())
+    }
+
+    /// Sums over rows, `len` numbers each, to add the gradients of the given inputs to. Those of
+    /// parameters go on from the passes before. They are handed back to [`Sink::give_rows`].
+    pub(super) fn take_rows<const N: usize>(&mut self, of: [(usize, usize); N]) -> [RowSum; N] {
+        let running = of.iter().all(|(i, _)| self.param(*i).is_some());
+        of.map(|(i, len)| match self.param(i).filter(|_| running) {
+            Some(key) => self.sums.take(key, len),
+            None => RowSum::new(len),
+        })
+    }
+
+    /// Takes back the sums of [`Sink::take_rows`].
+    pub(super) fn give_rows<const N: usize>(
+        &mut self,
+        of: [(usize, RowSum, Layout); N],
+    ) -> Result<()> {
+        let running = of.iter().all(|(i, ..)| self.param(*i).is_some());
+        for (i, sum, layout) in of {
+            match self.param(i).filter(|_| running) {
+                Some(key) => self.sums.put(key, sum, layout),
+                None if self.wants(i) => self.give(i, layout.tensor(self.engine, sum)?)?,
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The key of input `i`, if it is a parameter.
+    fn param(&self, i: usize) -> Option<&'a str> {
+        match self.nodes.get(self.inputs[i].0?)? {
+            Node::Param(key) => Some(key),
+            _ => None,
+        }
     }
 }
 
@@ -111,22 +124,30 @@ impl Tape {
 
     /// A trainable parameter; its gradient comes back under `key`.
     pub fn param(&self, key: &str, tensor: &Tensor) -> Value {
-        self.leaf(tensor, || Node::Param(key.to_string()))
+        self.leaf(Value::constant(tensor.clone()), || Node::Param(key.to_string()))
     }
 
-    /// An input whose gradient is wanted from [`Tape::backward`].
+    /// An input whose gradient is wanted from [`Tape::backward_to_input`].
     pub fn input(&self, tensor: &Tensor) -> Value {
-        self.leaf(tensor, || Node::Input)
+        self.leaf(Value::constant(tensor.clone()), || Node::Input)
     }
 
-    fn leaf(&self, tensor: &Tensor, node: impl FnOnce() -> Node) -> Value {
-        let tensor = tensor.clone();
-        if !self.recording {
-            return Value::constant(tensor);
+    /// [`Tape::input`] that is another tape's value: cheap to make again if that is.
+    pub fn input_from(&self, value: &Value) -> Value {
+        self.leaf(value.clone(), || Node::Input)
+    }
+
+    fn leaf(&self, value: Value, node: impl FnOnce() -> Node) -> Value {
+        match self.recording {
+            true => Value::at(value.tensor().clone(), self.add(node()), value.again()),
+            false => Value::constant(value.tensor().clone()),
         }
+    }
+
+    fn add(&self, node: Node) -> usize {
         let mut nodes = self.nodes.borrow_mut();
-        nodes.push(node());
-        Value { tensor, node: Some(nodes.len() - 1) }
+        nodes.push(node);
+        nodes.len() - 1
     }
 
     /// Records the result of an operation; `pullback` gets the gradient of `result` and a [`Sink`]
@@ -135,21 +156,52 @@ impl Tape {
     where
         F: FnOnce(Tensor, &mut Sink) -> Result<()> + 'static,
     {
-        if !self.recording || inputs.iter().all(|input| input.node.is_none()) {
+        self.record(result, inputs, || (make(), None))
+    }
+
+    /// [`Tape::push`] of a result that is cheap to make again: `make` also returns how, from what
+    /// the pullback keeps anyway.
+    pub fn push_cheap<F, A>(
+        &self,
+        result: Tensor,
+        inputs: &[&Value],
+        make: impl FnOnce() -> (F, A),
+    ) -> Value
+    where
+        F: FnOnce(Tensor, &mut Sink) -> Result<()> + 'static,
+        A: FnOnce() -> Result<Tensor> + 'static,
+    {
+        self.record(result, inputs, || {
+            let (pullback, again) = make();
+            (pullback, Some(Again::new(again)))
+        })
+    }
+
+    fn record<F>(
+        &self,
+        result: Tensor,
+        inputs: &[&Value],
+        make: impl FnOnce() -> (F, Option<Again>),
+    ) -> Value
+    where
+        F: FnOnce(Tensor, &mut Sink) -> Result<()> + 'static,
+    {
+        if !self.recording || !inputs.iter().any(|input| input.is_tracked()) {
             return Value::constant(result);
         }
-        let pullback = Box::new(make());
-        let inputs = inputs.iter().map(|input| input.node).collect();
-        let mut nodes = self.nodes.borrow_mut();
-        nodes.push(Node::Op { inputs, pullback });
-        Value { tensor: result, node: Some(nodes.len() - 1) }
+        let (pullback, again) = make();
+        let inputs = inputs.iter().map(|input| input.place()).collect();
+        let node = self.add(Node::Op { inputs, pullback: Box::new(pullback) });
+        Value::at(result, node, again.map(Rc::new))
     }
 
     /// Gradients of all parameters that `root` depends on, given d(loss)/d(root).
     ///
     /// Consumes the record; activations are freed as the pass goes down.
     pub fn backward(self, root: &Value, gradient: Tensor) -> Result<Gradients> {
-        Ok(self.pull(root, gradient, None)?.1)
+        let (engine, mut sums) = (self.engine.clone(), GradientSums::new());
+        self.backward_into(root.place(), gradient, Place(None), &mut sums)?;
+        sums.finish(&engine)
     }
 
     /// Like [`Tape::backward`], and also the gradient of one input made by [`Tape::input`].
@@ -159,51 +211,39 @@ impl Tape {
         gradient: Tensor,
         input: &Value,
     ) -> Result<(Option<Tensor>, Gradients)> {
-        self.pull(root, gradient, input.node)
+        let (engine, mut sums) = (self.engine.clone(), GradientSums::new());
+        let dx = self.backward_into(root.place(), gradient, input.place(), &mut sums)?;
+        Ok((dx, sums.finish(&engine)?))
     }
 
-    fn pull(
+    /// Like [`Tape::backward_to_input`], the gradients of parameters added to `sums`.
+    pub fn backward_into(
         self,
-        root: &Value,
+        root: Place,
         gradient: Tensor,
-        input: Option<usize>,
-    ) -> Result<(Option<Tensor>, Gradients)> {
-        let mut params = Gradients::new();
-        let Some(top) = root.node else { return Ok((None, params)) };
+        input: Place,
+        sums: &mut GradientSums,
+    ) -> Result<Option<Tensor>> {
+        let Some(top) = root.0 else { return Ok(None) };
         let mut nodes = self.nodes.into_inner();
         nodes.truncate(top + 1);
         let mut slots: Vec<Option<Tensor>> = vec![None; nodes.len()];
         slots[top] = Some(gradient);
         while let Some(node) = nodes.pop() {
-            if Some(nodes.len()) == input {
+            if Some(nodes.len()) == input.0 {
                 continue;
             }
             let Some(gradient) = slots[nodes.len()].take() else { continue };
-            let (engine, slots) = (&self.engine, slots.as_mut_slice());
+            let engine = &self.engine;
             match node {
                 Node::Input => {}
-                Node::Param(key) => accumulate(engine, &mut params, key, gradient)?,
+                Node::Param(key) => sums.add(engine, &key, gradient)?,
                 Node::Op { inputs, pullback } => {
-                    let mut sink = Sink { engine, inputs: &inputs, slots };
-                    pullback(gradient, &mut sink)?;
+                    let (inputs, nodes, slots) = (&*inputs, &*nodes, &mut *slots);
+                    pullback(gradient, &mut Sink { engine, inputs, nodes, slots, sums })?;
                 }
             }
         }
-        Ok((input.and_then(|node| slots[node].take()), params))
+        Ok(input.0.and_then(|node| slots[node].take()))
     }
-}
-
-/// Adds `gradient` to the sum kept under `key`.
-pub fn accumulate(
-    engine: &Engine,
-    sums: &mut Gradients,
-    key: String,
-    gradient: Tensor,
-) -> Result<()> {
-    let sum = match sums.get(&key) {
-        None => gradient,
-        Some(before) => engine.add(before, &gradient)?,
-    };
-    sums.insert(key, sum);
-    Ok(())
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::example::PackedExamples;
 use crate::adapter::Adapter;
 use crate::model::{Batch, Policy};
-use crate::ops::{Gradients, Logps, Tape, Target, Value, accumulate};
+use crate::ops::{GradientSums, Logps, Tape, Target, Value};
 use crate::random::Stream;
 use crate::{Error, Result};
 
@@ -93,7 +93,7 @@ pub fn accumulate_gradients(
     packed: &PackedExamples,
     n: usize,
     passes: Passes,
-    sums: &mut Gradients,
+    sums: &mut GradientSums,
 ) -> Result<Totals> {
     let (batch, targets) = (&packed.batch, &packed.targets);
     let mut embedded = policy.embed(&batch.input_ids)?;
@@ -112,10 +112,9 @@ pub fn accumulate_gradients(
     }
     let one = Tensor::ones(1, DType::F32, policy.engine().device())?;
     let (dh, _) = tape.backward_to_input(&loss, one, &h)?;
+    drop(h);
     if let Some(dh) = dh {
-        for (key, gradient) in trace.backward(dh)? {
-            accumulate(policy.engine(), sums, key, gradient)?;
-        }
+        trace.backward_into(dh, sums)?;
     }
     Ok(totals)
 }

@@ -9,7 +9,7 @@ use tracing::debug_span;
 use crate::adapter::{Adapter, BaseModel};
 use crate::config::{LearningRates, SftConfig};
 use crate::model::Policy;
-use crate::ops::Gradients;
+use crate::ops::{GradientSums, Gradients};
 use crate::report::{Event, MetricLine, Metrics};
 use crate::{Error, Result};
 
@@ -246,7 +246,7 @@ impl<'a> SftTrainer<'a> {
         let places: Vec<usize> = (0..chosen.len()).collect();
         let lengths: Vec<usize> =
             chosen.iter().map(|example| self.examples[*example].input_ids.len()).collect();
-        let (mut totals, mut sums) = (Totals::default(), Gradients::new());
+        let (mut totals, mut sums) = (Totals::default(), GradientSums::new());
         for places in micro_batches(&places, &lengths, optim.micro_batch_tokens) {
             let packed = PackedExamples::new(
                 places.iter().map(|place| (*place as u64, &self.examples[chosen[*place]])),
@@ -254,7 +254,7 @@ impl<'a> SftTrainer<'a> {
             totals +=
                 accumulate_gradients(self.policy, &self.adapters, &packed, n, passes, &mut sums)?;
         }
-        Ok((totals, sums))
+        Ok((totals, sums.finish(self.policy.engine())?))
     }
 
     fn update(&mut self, totals: Totals, gradients: Gradients) -> Result<StepReport> {

@@ -10,9 +10,6 @@ use steersman::config::{self, Repeated, Request, RunConfig, did_you_mean};
 use steersman::model::fetch;
 use steersman::{Error, Result, cli, profile};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 const HELP: &str = "\
 Post-training of language models by steering them: everything but training.
 
