@@ -30,7 +30,7 @@ mod parallel;
 mod product;
 pub mod rope;
 pub mod row_sum;
-mod slices;
+pub mod slices;
 
 #[cfg(test)]
 mod logp_tests;
