@@ -217,6 +217,15 @@ impl Adapter for Lora {
         ops::low_rank_add(tape, &y, &dropped, (&a, &b), form)
     }
 
+    fn kept(&self, model: &ModelConfig, layer: usize) -> usize {
+        let mask = |matrix: &Matrix| match self.config.lora_dropout > 0.0 {
+            true => model.linear_shape(*matrix).0.div_ceil(u32::BITS as usize),
+            false => 0,
+        };
+        let of = |(at, matrix): &(usize, Matrix)| (*at == layer).then(|| mask(matrix));
+        self.updates.iter().filter_map(|(at, update)| Some(of(at)? + update.r)).sum()
+    }
+
     fn set_training(&mut self, step: Option<(u64, u64)>) {
         self.dropout = step.filter(|_| self.config.lora_dropout > 0.0);
     }

@@ -103,6 +103,18 @@ pub trait Adapter {
     /// nothing that training is over; only adapters with dropout care.
     fn set_training(&mut self, _step: Option<(u64, u64)>) {}
 
+    /// Numbers a token that the backward pass keeps for what the adapter does in a layer, besides
+    /// what it keeps of the block.
+    fn kept(&self, _model: &ModelConfig, _layer: usize) -> usize {
+        0
+    }
+
+    /// Whether all that it does in a block comes after the block's matrices, which then go without
+    /// gradients in the lowest block.
+    fn acts_last(&self) -> bool {
+        false
+    }
+
     /// Whether it needs to know where the prompt ends.
     fn needs_prompt_lengths(&self) -> bool {
         false

@@ -232,6 +232,23 @@ impl Adapter for Steering {
         }
     }
 
+    fn kept(&self, model: &ModelConfig, layer: usize) -> usize {
+        let everywhere = self.config.positions == Positions::All;
+        let low_rank = self.config.kind != SteeringKind::Vector;
+        if !(everywhere && low_rank && self.config.layers.contains(&layer)) {
+            return 0;
+        }
+        let input = match self.config.site {
+            Site::PostMlp | Site::PostAttention => model.hidden_size,
+            Site::PostBlock | Site::PreMlp => 0,
+        };
+        self.config.rank + input
+    }
+
+    fn acts_last(&self) -> bool {
+        matches!(self.config.site, Site::PostBlock | Site::PostMlp)
+    }
+
     fn needs_prompt_lengths(&self) -> bool {
         self.config.positions != Positions::All
     }

@@ -13,7 +13,7 @@ pub fn answer(key: &str) -> Option<&'static str> {
             "use dtype (auto, f32, bf16) and matmul_precision (highest, high, medium)"
         }
         "per_device_eval_batch_size" | "auto_find_batch_size" | "eval_accumulation_steps" => {
-            "there is no padding, so memory is set by micro_batch_tokens"
+            "there is no padding, so memory is set by memory_budget and micro_batch_tokens"
         }
         "optim" | "optim_args" => "the optimizer is AdamW: leave it out",
         "deepspeed" | "fsdp" | "fsdp_config" | "ddp_find_unused_parameters" | "local_rank" => {

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::{require, require_positive};
 use super::choices::LrSchedulerType;
+use super::memory::MemoryBudget;
 use crate::Result;
 
 /// How a step is made.
@@ -34,10 +35,14 @@ pub struct OptimArgs {
     pub per_device_train_batch_size: usize,
     /// Batches of an optimizer step.
     pub gradient_accumulation_steps: usize,
-    /// Most tokens computed at once; changes memory, not results; 0 = a whole batch.
-    pub micro_batch_tokens: usize,
-    /// Recompute activations in the backward pass; changes memory and time, not results.
-    pub gradient_checkpointing: bool,
+    /// Most tokens computed at once; changes memory, not results; 0 = a whole batch, unset = as
+    /// memory_budget allows, at most 2048.
+    pub micro_batch_tokens: Option<usize>,
+    /// Recompute activations in the backward pass; changes memory and time, not results; unset =
+    /// where memory_budget asks for it.
+    pub gradient_checkpointing: Option<bool>,
+    /// Memory that the run may take, such as 4GiB; auto = what is free here, less a tenth.
+    pub memory_budget: MemoryBudget,
     /// NEFTune noise on the embeddings in training (arXiv:2310.05914); 0 = off.
     pub neftune_noise_alpha: f64,
 }
@@ -56,8 +61,9 @@ impl Default for OptimArgs {
             max_grad_norm: 1.0,
             per_device_train_batch_size: 8,
             gradient_accumulation_steps: 1,
-            micro_batch_tokens: 4096,
-            gradient_checkpointing: false,
+            micro_batch_tokens: None,
+            gradient_checkpointing: None,
+            memory_budget: MemoryBudget::Auto,
             neftune_noise_alpha: 0.0,
         }
     }

@@ -32,7 +32,7 @@ mod parallel;
 mod product;
 pub mod rope;
 pub mod row_sum;
-mod slices;
+pub mod slices;
 mod team;
 
 #[cfg(test)]

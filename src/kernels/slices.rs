@@ -3,6 +3,36 @@
 
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
+use super::parallel::{for_each, task_len};
+
+/// `a += b`, element by element.
+pub fn add_to(a: &mut [f32], b: &[f32]) {
+    assert!(a.len() == b.len(), "lengths disagree");
+    let task = task_len(1);
+    for_each(a.chunks_mut(task).zip(b.chunks(task)), |(a, b)| {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+    });
+}
+
+/// Adds `row` to every row of `x [M, row.len()]`.
+pub fn add_to_rows(x: &mut [f32], row: &[f32]) {
+    for_each(x.chunks_mut(task_len(row.len())), |x| {
+        for x in x.chunks_exact_mut(row.len().max(1)) {
+            x.iter_mut().zip(row).for_each(|(x, b)| *x += b);
+        }
+    });
+}
+
+/// `x[i] *= factor` where bit `i` of `mask` is set, `x[i] *= 0` elsewhere.
+pub fn mask(x: &mut [f32], mask: &[u64], factor: f32) {
+    let words = task_len(1) / 64;
+    for_each(x.chunks_mut(64 * words).zip(mask.chunks(words)), |(x, mask)| {
+        for (x, bits) in x.chunks_mut(64).zip(mask) {
+            let factor = |i: usize| if bits >> i & 1 == 1 { factor } else { 0.0 };
+            x.iter_mut().enumerate().for_each(|(i, x)| *x *= factor(i));
+        }
+    });
+}
 
 /// A function of one vector.
 pub(crate) trait Lanewise: Copy {
@@ -51,6 +81,23 @@ impl Kernel<f32> for Max<'_> {
 mod tests {
     use super::*;
     use crate::kernels::testing::noise;
+
+    #[test]
+    fn sums_and_masks_are_those_of_plain_loops() {
+        let n = 40_007;
+        let (a, b) = (noise(1, n), noise(2, n));
+        let mut sum = a.clone();
+        add_to(&mut sum, &b);
+        assert!((0..n).all(|i| sum[i] == a[i] + b[i]));
+        let mut rows = a[..n - 7].to_vec();
+        add_to_rows(&mut rows, &b[..1000]);
+        assert!((0..n - 7).all(|i| rows[i] == a[i] + b[i % 1000]));
+        let bits: Vec<u64> = (0..n.div_ceil(64) as u64).map(|i| i.wrapping_mul(!0 / 3)).collect();
+        let mut masked = a.clone();
+        mask(&mut masked, &bits, 1.5);
+        let factor = |i: usize| if bits[i / 64] >> (i % 64) & 1 == 1 { 1.5 } else { 0.0 };
+        assert!((0..n).all(|i| masked[i] == a[i] * factor(i)));
+    }
 
     #[derive(Clone, Copy)]
     struct Square;

@@ -17,7 +17,7 @@ use crate::ops::{Weight, WeightDtype};
 
 /// Tokens that go through the blocks at once: enough for products at full speed, and few enough for
 /// what a block needs besides its input and output to be small.
-pub const PART_TOKENS: usize = 1024;
+pub const PART_TOKENS: usize = 2048;
 
 /// A decoder-only language model of any supported family, all its weights frozen.
 pub struct Policy {

@@ -228,6 +228,12 @@ impl Head<'_> {
     }
 }
 
+/// Bytes that norm and head need besides their input and its gradient.
+pub fn head_scratch(vocabulary: usize, hidden: usize) -> usize {
+    let rows = rows_at_once(vocabulary);
+    size_of::<f32>() * (4 * rows * hidden + rows.min(logp::chunk_rows(vocabulary)) * vocabulary)
+}
+
 /// Rows that go through norm and head at once: a few chunks of logits.
 fn rows_at_once(vocabulary: usize) -> usize {
     (4 * logp::chunk_rows(vocabulary)).min(1024)

@@ -30,7 +30,7 @@ pub use crate::kernels::matmul::MatmulPrecision;
 pub use attention::{attention, attention_cached};
 pub use engine::{Engine, composed};
 pub use glu::glu;
-pub use head::{Head, Logps};
+pub use head::{Head, Logps, head_scratch};
 pub use kv_cache::{KvCache, SlotId};
 pub use linear::{MatrixRows, Weight, WeightDtype, linear};
 pub use low_rank::{LowRank, low_rank_add};

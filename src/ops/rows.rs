@@ -11,6 +11,7 @@ use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
 use crate::kernels::row_sum::add_rows;
+use crate::kernels::slices::{add_to_rows, mask};
 use crate::random::Stream;
 
 /// a + b of equal shapes.
@@ -27,7 +28,13 @@ pub fn add(tape: &Tape, a: &Value, b: &Value) -> Result<Value> {
 /// x [N, D] + v `[D]` on every row.
 pub fn add_vector(tape: &Tape, x: &Value, v: &Value) -> Result<Value> {
     let _span = trace_span!("add vector", bytes = 8 * x.tensor().elem_count()).entered();
-    let y = x.tensor().broadcast_add(v.tensor())?;
+    let y = if tape.engine().fused() {
+        let mut y = host(x.tensor())?.to_vec();
+        add_to_rows(&mut y, &host(v.tensor())?);
+        tape.engine().tensor(y, x.tensor().dims())?
+    } else {
+        x.tensor().broadcast_add(v.tensor())?
+    };
     Ok(tape.push(y, &[x, v], || {
         let fused = tape.engine().fused();
         move |dy: Tensor, sink: &mut Sink| {
@@ -110,9 +117,12 @@ impl Mask {
 
     /// Entries of x that are kept, scaled; the others times zero.
     fn apply(&self, engine: &Engine, x: &Tensor) -> Result<Tensor> {
-        let entry = |i: usize| (self.bits[i / 64] >> (i % 64) & 1) as f32 * self.kept;
-        let mask = (0..x.elem_count()).map(entry).collect();
-        Ok((x * engine.tensor(mask, x.dims())?)?)
+        let mut y = match engine.fused() {
+            true => host(x)?.to_vec(),
+            false => x.flatten_all()?.to_vec1()?,
+        };
+        mask(&mut y, &self.bits, self.kept);
+        engine.tensor(y, x.dims())
     }
 }
 

@@ -28,6 +28,8 @@ pub enum Event {
         /// Steps that the whole run has.
         total_steps: u64,
     },
+    /// How the steps are cut to fit the memory, in a few words.
+    Planned(String),
     /// An optimizer step was made. Moves the progress bar and sets the pace.
     Step {
         /// The step's number, from 1.

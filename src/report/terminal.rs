@@ -121,6 +121,7 @@ impl Sink for Terminal {
             Event::RunStarted { name, done_steps, total_steps } => {
                 self.start(name, *done_steps, *total_steps)
             }
+            Event::Planned(plan) => self.say(&format!("memory: {plan}")),
             Event::Step { step, tokens, seconds } => self.stepped(*step, *tokens, *seconds),
             Event::Logged(line) => self.logged(line),
             Event::Evaluated(line) => {

@@ -37,6 +37,19 @@ impl Schedule {
     }
 
     /// Examples grouped into rows.
+    /// Tokens of the longest example.
+    pub fn longest(&self) -> usize {
+        self.lengths.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Most tokens that a step can have.
+    pub fn largest_step(&self) -> usize {
+        let length = |row: &Vec<usize>| row.iter().map(|example| self.lengths[*example]).sum();
+        let mut rows: Vec<usize> = self.rows().iter().map(length).collect();
+        rows.sort_unstable_by(|a, b| b.cmp(a));
+        rows.iter().take(self.rows_per_step).sum()
+    }
+
     fn rows(&self) -> Vec<Vec<usize>> {
         match self.pack_to {
             None => (0..self.lengths.len()).map(|example| vec![example]).collect(),

@@ -224,7 +224,7 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
 }
 
 /// Keys that may change when a run goes on without changing what it computes.
-const FREE_KEYS: [&str; 10] = [
+const FREE_KEYS: [&str; 11] = [
     "resume_from_checkpoint",
     "dry_run",
     "output_dir",
@@ -235,6 +235,7 @@ const FREE_KEYS: [&str; 10] = [
     "save_total_limit",
     "micro_batch_tokens",
     "gradient_checkpointing",
+    "memory_budget",
 ];
 
 /// Keys that say what the parameters of a checkpoint mean.

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use crate::adapter::{BaseModel, Positions};
-use crate::config::{Adapter, BestMetric, EvalAccuracy, SftConfig, to_toml};
+use crate::config::{Adapter, BestMetric, EvalAccuracy, SftConfig, read_toml, to_toml};
 use crate::eval::Tally;
 use crate::report::{Event, MetricLine, Metrics, Reporter};
 use crate::{Error, Result};
@@ -58,29 +58,35 @@ pub fn check_rows(config: &SftConfig, train: &[TokenExample], test: &[TokenExamp
 }
 
 /// A supervised run and its folder.
-pub struct SftRun<'a> {
-    config: &'a SftConfig,
+pub struct SftRun {
+    config: SftConfig,
     base: BaseModel,
     reporter: Reporter,
     /// Holds the folder until the run is over.
     _claim: Claim,
 }
 
-impl<'a> SftRun<'a> {
+impl SftRun {
     /// Begins a run in its claimed folder, or takes it up where its last checkpoint left it.
     ///
     /// # Errors
-    /// If the checkpoint belongs to another run, or the folder cannot be written.
+    /// If the checkpoint belongs to another run, the memory does not suffice, or the folder cannot be
+    /// written.
     pub fn start(
-        config: &'a SftConfig,
+        config: &SftConfig,
         base: BaseModel,
         mut claim: Claim,
         trainer: &mut SftTrainer,
     ) -> Result<Self> {
+        let mut before = None;
         if let Some((_, folder)) = &claim.checkpoint {
             trainer.resume(folder)?;
+            before = Some(read_toml::<SftConfig>(&folder.join(CONFIG_FILE))?.optim);
         }
-        claim.write_config(&to_toml(config)?)?;
+        let plan = trainer.fit(before.as_ref())?;
+        let mut config = config.clone();
+        plan.resolve(&mut config.optim);
+        claim.write_config(&to_toml(&config)?)?;
         let history = &trainer.state().log_history;
         let mut reporter = Reporter::for_run(&config.train.output_dir, history)?;
         for warning in std::mem::take(&mut claim.warnings) {
@@ -89,6 +95,7 @@ impl<'a> SftRun<'a> {
         let name = config.train.name();
         let (done_steps, total_steps) = (trainer.state().global_step, trainer.total_steps());
         reporter.emit(Event::RunStarted { name, done_steps, total_steps })?;
+        reporter.emit(Event::Planned(plan.to_string()))?;
         Ok(SftRun { config, base, reporter, _claim: claim })
     }
 
@@ -142,7 +149,7 @@ impl<'a> SftRun<'a> {
     /// # Errors
     /// If the loss is not a finite number, or a file cannot be written.
     pub fn evaluate(&mut self, trainer: &mut SftTrainer, held_out: HeldOut) -> Result<()> {
-        let train = &self.config.train;
+        let train = self.config.train.clone();
         let last = trainer.state().global_step == trainer.total_steps();
         let final_adapter = last && !train.load_best_model_at_end;
         let wanted = train.eval_accuracy == EvalAccuracy::Steps || final_adapter;
@@ -216,7 +223,7 @@ impl<'a> SftRun<'a> {
         if path.exists() {
             return Ok(());
         }
-        let config = to_toml(self.config)?;
+        let config = to_toml(&self.config)?;
         checkpoint::save(&train.output_dir, step, |folder| {
             write_atomic(&folder.join(CONFIG_FILE), config.as_bytes())?;
             trainer.save(folder, &self.base)
@@ -241,14 +248,15 @@ impl<'a> SftRun<'a> {
             self.log(trainer)?;
         }
         self.save(trainer)?;
-        let (output_dir, step) = (&self.config.train.output_dir, trainer.state().global_step);
+        let output_dir = self.config.train.output_dir.clone();
+        let step = trainer.state().global_step;
         let best = trainer.state().best_step.filter(|_| self.config.train.load_best_model_at_end);
         if let Some(best) = best {
-            let folder = checkpoint_dir(output_dir, best);
+            let folder = checkpoint_dir(&output_dir, best);
             verify(&folder)?;
             trainer.restore_adapters(&folder)?;
         }
-        crate::adapter::save(output_dir, trainer.adapters(), &self.base)?;
+        crate::adapter::save(&output_dir, trainer.adapters(), &self.base)?;
         let message = match self.accuracies(trainer, held_out, best.unwrap_or(step))? {
             Some((before, after)) => {
                 format!("accuracy before: {before}\naccuracy after:  {after}\n")

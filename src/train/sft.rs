@@ -7,7 +7,7 @@ use std::time::Duration;
 use tracing::debug_span;
 
 use crate::adapter::{Adapter, BaseModel};
-use crate::config::{LearningRates, SftConfig};
+use crate::config::{LearningRates, OptimArgs, SftConfig};
 use crate::model::Policy;
 use crate::ops::{GradientSums, Gradients};
 use crate::report::{Event, MetricLine, Metrics};
@@ -16,8 +16,10 @@ use crate::{Error, Result};
 use super::batching::{Schedule, micro_batches};
 use super::checkpoint::{DataCursor, DataIdentity, OPTIMIZER_FILE, TrainerState};
 use super::example::{PackedExamples, TokenExample, digest};
+use super::memory::MemoryModel;
 use super::objective::{Neftune, Passes, Totals, accumulate_gradients, evaluate};
 use super::optimizer::{AdamW, AdamWConfig, clip_grad_norm};
+use super::plan::{Budget, LongestCase, Plan};
 use super::schedule::LrScheduler;
 use super::update::apply;
 
@@ -70,6 +72,7 @@ pub struct SftTrainer<'a> {
     optimizer: AdamW,
     rates: LearningRates,
     total_steps: u64,
+    plan: Plan,
     state: TrainerState,
     epoch: Option<(u64, Vec<Vec<usize>>)>,
 }
@@ -101,6 +104,7 @@ impl<'a> SftTrainer<'a> {
         };
         let total_steps = train.step_limit().unwrap_or(by_epochs);
         Ok(SftTrainer {
+            plan: Plan::unbounded(optim),
             rates: config.adapter.learning_rates(optim.learning_rate),
             optimizer: AdamW::new(AdamWConfig::from(optim)),
             scheduler: LrScheduler::new(optim, total_steps),
@@ -133,6 +137,29 @@ impl<'a> SftTrainer<'a> {
     /// What is trained.
     pub fn adapters(&self) -> &[Box<dyn Adapter>] {
         &self.adapters
+    }
+
+    /// Fits the steps into the memory that the configuration allows. Keys of `before`, the
+    /// configuration of the run that goes on here, stand for unset ones: a plan is made once.
+    ///
+    /// # Errors
+    /// Usage, if no plan fits.
+    pub fn fit(&mut self, before: Option<&OptimArgs>) -> Result<Plan> {
+        let mut optim = self.config.optim.clone();
+        if let Some(before) = before {
+            let (tokens, again) = (before.micro_batch_tokens, before.gradient_checkpointing);
+            optim.micro_batch_tokens = optim.micro_batch_tokens.or(tokens);
+            optim.gradient_checkpointing = optim.gradient_checkpointing.or(again);
+        }
+        let (policy, schedule) = (self.policy, &self.schedule);
+        let memory = MemoryModel::new(policy.config(), &self.adapters, policy.bytes());
+        let case = LongestCase { sequence: schedule.longest(), step: schedule.largest_step() };
+        let budget = match policy.engine().device().is_cpu() {
+            true => Budget::new(optim.memory_budget),
+            false => Budget::default(),
+        };
+        self.plan = Plan::choose(&optim, case, &memory, budget)?;
+        Ok(self.plan)
     }
 
     /// Gives up the trainer for its adapters.
@@ -242,12 +269,13 @@ impl<'a> SftTrainer<'a> {
         let alpha = optim.neftune_noise_alpha;
         let (seed, step) = (self.state.seed, self.state.global_step);
         let neftune = (alpha > 0.0).then_some(Neftune { alpha, seed, step });
-        let passes = Passes { gradient_checkpointing: optim.gradient_checkpointing, neftune };
+        let Plan { micro_batch_tokens, gradient_checkpointing, .. } = self.plan;
+        let passes = Passes { gradient_checkpointing, neftune };
         let places: Vec<usize> = (0..chosen.len()).collect();
         let lengths: Vec<usize> =
             chosen.iter().map(|example| self.examples[*example].input_ids.len()).collect();
         let (mut totals, mut sums) = (Totals::default(), GradientSums::new());
-        for places in micro_batches(&places, &lengths, optim.micro_batch_tokens) {
+        for places in micro_batches(&places, &lengths, micro_batch_tokens) {
             let packed = PackedExamples::new(
                 places.iter().map(|place| (*place as u64, &self.examples[chosen[*place]])),
             );

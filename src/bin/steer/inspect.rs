@@ -3,12 +3,13 @@
 
 use std::path::Path;
 
+use candle_core::Device;
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use steersman::adapter::{LoraConfig, Site, SteeringConfig, SteeringKind};
+use steersman::adapter::{Adapter, LoraConfig, Site, Steering, SteeringConfig, SteeringKind};
 use steersman::config::{ModelArgs, RunConfig};
 use steersman::model::{Matrix, ModelConfig, ModelSource};
-use steersman::train::memory::activation_bytes;
+use steersman::train::memory::{MemoryModel, PassSize};
 use steersman::{Error, Result, cli};
 
 /// Flags of `steer model inspect`.
@@ -48,7 +49,8 @@ impl RunConfig for InspectArgs {
 pub fn run(args: &InspectArgs) -> Result<()> {
     let config = load(&args.model_name_or_path)?;
     let tokens = args.micro_batch_tokens;
-    cli::print(&(sizes(&config) + &trainable(&config, args.rank) + &memory(&config, tokens)))
+    let memory = memory(&config, args.rank, tokens)?;
+    cli::print(&(sizes(&config) + &trainable(&config, args.rank) + &memory))
 }
 
 /// Reads a configuration; unlike other commands this one needs no weights.
@@ -104,18 +106,25 @@ fn trainable(config: &ModelConfig, rank: usize) -> String {
     text + &format!("({names}: as linear; the same at every site)\n")
 }
 
-fn memory(config: &ModelConfig, tokens: usize) -> String {
+/// What a training step takes with steering in every layer; LoRA takes about as much.
+fn memory(config: &ModelConfig, rank: usize, tokens: usize) -> Result<String> {
     let mib = |bytes: usize| format!("{:.0} MiB", bytes as f64 / (1024.0 * 1024.0));
-    let weights = config.parameters();
-    let estimate = |checkpointing| activation_bytes(config, tokens, checkpointing);
-    let rows = [
-        ("weights, bf16", 2 * weights),
-        ("weights, f32", 4 * weights),
-        ("activations", estimate(false)),
-        ("with gradient_checkpointing", estimate(true)),
-    ];
-    let rows = rows.map(|(name, bytes)| format!("{name:<32} {:>14}\n", mib(bytes)));
-    format!("\nmemory estimate for {tokens} tokens in a micro-batch\n{}", rows.concat())
+    let steering = SteeringConfig { rank, ..SteeringConfig::post_block(config) };
+    let adapters: Vec<Box<dyn Adapter>> =
+        vec![Box::new(Steering::new(steering, config, 0, &Device::Cpu)?)];
+    let row = |name: &str, bytes: &dyn Fn(usize) -> usize| {
+        let weights = config.parameters();
+        format!("{name:<32} {:>14} {:>14}\n", mib(bytes(2 * weights)), mib(bytes(4 * weights)))
+    };
+    let peak = |gradient_checkpointing, weights| {
+        let size = PassSize { tokens, longest: 0, gradient_checkpointing };
+        MemoryModel::new(config, &adapters, weights).peak(size)
+    };
+    let title = format!("memory, {tokens} tokens at once");
+    Ok(format!("\n{title:<32} {:>14} {:>14}\n", "bf16", "f32")
+        + &row("weights", &|weights| weights)
+        + &row("a training step", &|weights| peak(false, weights))
+        + &row("with gradient_checkpointing", &|weights| peak(true, weights)))
 }
 
 /// 1234567 as 1,234,567.

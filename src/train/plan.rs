@@ -1,0 +1,219 @@
+//! How a step is cut to fit the memory: micro-batch and recomputation, chosen before training for the
+//! longest case that the data holds. Neither changes a result.
+
+use std::fmt;
+
+use super::memory::{MemoryModel, PassSize};
+use crate::config::{MemoryBudget, OptimArgs};
+use crate::{Error, Result};
+
+/// Micro-batches that are tried, in tokens, the largest first: larger ones are no faster, smaller ones
+/// slower than computing blocks again.
+const MICRO_BATCHES: [usize; 3] = [2048, 1024, 512];
+
+/// The longest case that a run's data holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LongestCase {
+    /// Tokens of the longest sequence.
+    pub sequence: usize,
+    /// Tokens of an optimizer step at most.
+    pub step: usize,
+}
+
+/// The memory that a run may take; by default any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Budget {
+    /// Bytes, if there is a limit.
+    pub bytes: Option<usize>,
+    /// Whether the limit is that of the machine and not of the configuration.
+    pub auto: bool,
+}
+
+impl Budget {
+    /// The budget that a key asks for.
+    pub fn new(key: MemoryBudget) -> Self {
+        match key {
+            MemoryBudget::Auto => Budget { bytes: super::free_memory::usable(), auto: true },
+            MemoryBudget::Bytes(bytes) => Budget { bytes: Some(bytes), auto: false },
+        }
+    }
+}
+
+/// How a step is cut, and what memory it is predicted to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Most tokens computed at once; 0 = a whole batch.
+    pub micro_batch_tokens: usize,
+    /// Compute blocks again in the backward pass.
+    pub gradient_checkpointing: bool,
+    /// Bytes that the process is predicted to take at most.
+    pub bytes: usize,
+    /// The memory that it may take.
+    pub budget: Budget,
+}
+
+impl Plan {
+    /// The cut of a run whose memory has no limit.
+    pub fn unbounded(optim: &OptimArgs) -> Self {
+        Plan {
+            micro_batch_tokens: optim.micro_batch_tokens.unwrap_or(MICRO_BATCHES[0]),
+            gradient_checkpointing: optim.gradient_checkpointing.unwrap_or(false),
+            bytes: 0,
+            budget: Budget::default(),
+        }
+    }
+
+    /// The first cut that fits, set keys kept as they are: without recomputation if any does, and in
+    /// the largest micro-batch.
+    ///
+    /// # Errors
+    /// Usage, if none fits: says what it would take.
+    pub fn choose(
+        optim: &OptimArgs,
+        case: LongestCase,
+        memory: &MemoryModel,
+        budget: Budget,
+    ) -> Result<Self> {
+        let recompute: &[bool] = match optim.gradient_checkpointing {
+            Some(true) => &[true],
+            Some(false) => &[false],
+            None => &[false, true],
+        };
+        let micro_batches = optim.micro_batch_tokens.map_or(MICRO_BATCHES.to_vec(), |n| vec![n]);
+        let mut least: Option<Plan> = None;
+        for &gradient_checkpointing in recompute {
+            for &micro_batch_tokens in &micro_batches {
+                let at_once = if micro_batch_tokens == 0 { case.step } else { micro_batch_tokens };
+                let tokens = at_once.min(case.step).max(case.sequence);
+                let longest = case.sequence;
+                let size = PassSize { tokens, longest, gradient_checkpointing };
+                let bytes = memory.peak(size);
+                let plan = Plan { micro_batch_tokens, gradient_checkpointing, bytes, budget };
+                if budget.bytes.is_none_or(|budget| bytes <= budget) {
+                    return Ok(plan);
+                }
+                least = least.filter(|least| least.bytes <= bytes).or(Some(plan));
+            }
+        }
+        Err(least.map_or_else(|| Error::failure("no micro-batch was tried"), |p| p.refusal(case)))
+    }
+
+    /// The keys of a configuration as the plan has them.
+    pub fn resolve(&self, optim: &mut OptimArgs) {
+        optim.micro_batch_tokens = Some(self.micro_batch_tokens);
+        optim.gradient_checkpointing = Some(self.gradient_checkpointing);
+    }
+
+    /// Why the least that can be done is too much.
+    fn refusal(&self, case: LongestCase) -> Error {
+        let (needed, budget) = (size(self.bytes), size(self.budget.bytes.unwrap_or(0)));
+        let set = match self.budget.auto {
+            true => "free here",
+            false => "its memory_budget",
+        };
+        let (recompute, advice) = match self.gradient_checkpointing {
+            true => ("even with gradient_checkpointing", ""),
+            false => ("without gradient_checkpointing", "turn gradient_checkpointing on, "),
+        };
+        Error::usage(format!(
+            "the run would take about {needed} {recompute}, its longest sequence being {} tokens and \
+             micro_batch_tokens {}, and {budget} is {set}: {advice}lower max_length or \
+             micro_batch_tokens, or set a larger memory_budget",
+            case.sequence, self.micro_batch_tokens,
+        ))
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.micro_batch_tokens {
+            0 => f.write_str("whole batches at once")?,
+            tokens => write!(f, "micro-batches of {tokens} tokens")?,
+        }
+        let recompute = if self.gradient_checkpointing { "on" } else { "off" };
+        write!(f, ", gradient_checkpointing {recompute}, about {}", size(self.bytes))?;
+        match self.budget.bytes {
+            None => Ok(()),
+            Some(budget) => write!(f, " of {}", size(budget)),
+        }
+    }
+}
+
+/// Bytes for a reader: `640 MiB`, `1.9 GiB`.
+fn size(bytes: usize) -> String {
+    let mib = bytes as f64 / f64::from(1 << 20);
+    match mib < 1000.0 {
+        true => format!("{mib:.0} MiB"),
+        false => format!("{:.1} GiB", mib / 1024.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::testing::tiny_model;
+    use crate::adapter::{Adapter, Steering, SteeringConfig};
+    use candle_core::Device;
+
+    fn choose(optim: &OptimArgs, case: LongestCase, bytes: Option<usize>) -> Result<Plan> {
+        let config = tiny_model();
+        let steering = SteeringConfig::post_block(&config);
+        let steering = Steering::new(steering, &config, 0, &Device::Cpu).unwrap();
+        let adapters: Vec<Box<dyn Adapter>> = vec![Box::new(steering)];
+        let memory = MemoryModel::new(&config, &adapters, 0);
+        Plan::choose(optim, case, &memory, Budget { bytes, auto: false })
+    }
+
+    const CASE: LongestCase = LongestCase { sequence: 100, step: 100_000 };
+
+    fn cut(plan: &Plan) -> (usize, bool) {
+        (plan.micro_batch_tokens, plan.gradient_checkpointing)
+    }
+
+    #[test]
+    fn less_memory_means_smaller_micro_batches_and_then_recomputation() {
+        let optim = OptimArgs::default();
+        let mut plan = choose(&optim, CASE, None).unwrap();
+        assert_eq!(cut(&plan), (2048, false));
+        let mut cuts = vec![cut(&plan)];
+        let error = loop {
+            match choose(&optim, CASE, Some(plan.bytes - 1)) {
+                Ok(smaller) => plan = smaller,
+                Err(error) => break error,
+            }
+            cuts.push(cut(&plan));
+        };
+        assert!(cuts.contains(&(512, false)) && cuts.last() == Some(&(512, true)), "{cuts:?}");
+        assert!(cuts.is_sorted_by_key(|(tokens, again)| (*again, usize::MAX - tokens)), "{cuts:?}");
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("even with gradient_checkpointing"), "{error}");
+    }
+
+    #[test]
+    fn set_keys_win_and_the_longest_sequence_is_the_least() {
+        let set = OptimArgs {
+            micro_batch_tokens: Some(64),
+            gradient_checkpointing: Some(true),
+            ..Default::default()
+        };
+        let plan = choose(&set, CASE, None).unwrap();
+        assert_eq!(cut(&plan), (64, true));
+        let longer = LongestCase { sequence: 5000, ..CASE };
+        assert!(choose(&set, longer, None).unwrap().bytes > plan.bytes);
+        let error = choose(&set, longer, Some(plan.bytes)).unwrap_err().to_string();
+        assert!(error.contains("5000 tokens and micro_batch_tokens 64"), "{error}");
+        let whole = OptimArgs { micro_batch_tokens: Some(0), ..Default::default() };
+        let all = choose(&whole, CASE, None).unwrap();
+        assert!(all.bytes > 10 * choose(&OptimArgs::default(), CASE, None).unwrap().bytes / 2);
+    }
+
+    #[test]
+    fn a_plan_reads_as_a_line() {
+        let budget = Budget { bytes: Some(4 << 30), auto: true };
+        let (micro_batch_tokens, bytes) = (1024, 700 << 20);
+        let plan = Plan { micro_batch_tokens, gradient_checkpointing: false, bytes, budget };
+        let line =
+            "micro-batches of 1024 tokens, gradient_checkpointing off, about 700 MiB of 4.0 GiB";
+        assert_eq!(plan.to_string(), line);
+    }
+}
