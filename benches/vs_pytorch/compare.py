@@ -42,8 +42,34 @@ def sft(adapter, precision, dtype):
     )
 
 
+def grpo(adapter, precision, dtype):
+    return Case(
+        name=f"grpo-{adapter}-{precision}",
+        row=f"GRPO gradients, {adapter}, `{precision}` / PyTorch {dtype}",
+        ours=["grpo_update", "--adapter", adapter, "--matmul_precision", precision],
+        theirs=["grpo_update.py", "--adapter", adapter, "--dtype", dtype],
+    )
+
+
+def generate(sequences, precision):
+    """Sampling against transformers' f32, its faster type on a CPU; 64 sequences share 8 prompts."""
+    flags = ["--sequences", str(sequences), "--prompt_tokens", "128", "--new_tokens", "128"]
+    flags += ["--group", "8"] if sequences == 64 else []
+    return Case(
+        name=f"generate-{sequences}-{precision}",
+        row=f"{sequences} x 128 new tokens, `{precision}` / transformers f32",
+        ours=["generate", *flags, "--matmul_precision", precision],
+        theirs=["generate.py", *flags],
+    )
+
+
 PRECISIONS = [("highest", "f32"), ("high", "f32"), ("medium", "bf16")]
-CASES = [sft(adapter, *pair) for adapter in ("steering", "lora") for pair in PRECISIONS]
+ADAPTERS = ("steering", "lora")
+CASES = [
+    *(sft(adapter, *pair) for adapter in ADAPTERS for pair in PRECISIONS),
+    *(grpo(adapter, *pair) for adapter in ADAPTERS for pair in PRECISIONS),
+    *(generate(n, precision) for n in (1, 16, 64) for precision in ("high", "medium")),
+]
 
 
 def build(bench):
@@ -110,6 +136,8 @@ def main():
     parser.add_argument("--losses", type=int, nargs="?", const=10, help="losses of so many steps, no times")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
+    if args.losses:
+        args.cases = args.cases or ["sft"]
     names = args.cases or [""]
     chosen = [case for case in CASES if any(case.name.startswith(name) for name in names)]
     if args.list or not chosen:
