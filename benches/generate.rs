@@ -17,7 +17,7 @@ use steersman::Result;
 use steersman::rollout::{GenerateOptions, Generator, Request, SamplingParams};
 
 fn main() -> Result<()> {
-    steersman::cli::start_up();
+    steersman::cli::start_up()?;
     let flags = Flags::new();
     let count = |flag: &str, or: usize| flags.count(flag).unwrap_or(or);
     let (sequences, group) = (count("--sequences", 64), count("--group", 1));

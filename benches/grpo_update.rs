@@ -24,7 +24,7 @@ const COMPLETIONS: usize = 8;
 const LENGTH: usize = 128;
 
 fn main() -> Result<()> {
-    steersman::cli::start_up();
+    steersman::cli::start_up()?;
     let flags = Flags::new();
     let model = flags.model()?;
     let adapters = flags.adapters(&model.policy)?;

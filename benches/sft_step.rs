@@ -28,7 +28,7 @@ use steersman::train::update::apply;
 const RATES: LearningRates = LearningRates { steering: 1e-3, lora: 1e-3 };
 
 fn main() -> Result<()> {
-    steersman::cli::start_up();
+    steersman::cli::start_up()?;
     let flags = Flags::new();
     let count = |flag: &str| flags.count(flag);
     let model = flags.model()?;

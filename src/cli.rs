@@ -15,8 +15,8 @@ const STDOUT: &str = "standard output";
 /// An error is printed as one line on stderr; exit code 2 for usage, 1 for failure. A reader of the
 /// standard output who goes away, as `head` does, ends the program without a word and with 0.
 pub fn main(run: impl FnOnce(Vec<String>) -> Result<()>) -> ExitCode {
-    start_up();
-    let result = crate::config::arguments().and_then(|args| run(snake_flags(args)));
+    let args = start_up().and_then(|()| crate::config::arguments());
+    let result = args.and_then(|args| run(snake_flags(args)));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if reader_is_gone(&error) => ExitCode::SUCCESS,
@@ -67,18 +67,23 @@ pub fn snake_flags(args: impl IntoIterator<Item = String>) -> Vec<String> {
 /// Freed memory is kept for the next step: giving pages back and faulting them in again costs a fifth
 /// of a training step. The calling thread is one of those that kernels run on: handing each kernel
 /// over to other threads alone would cost a wake-up and a wait.
-pub fn start_up() {
+///
+/// # Errors
+/// If the threads cannot be started.
+pub fn start_up() -> Result<()> {
     keep_freed_pages();
     let threads = rayon::ThreadPoolBuilder::new().use_current_thread();
-    if let Err(error) = threads.build_global() {
-        eprintln!("warning: kernels run on other threads: {error}");
-    }
+    threads.build_global().map_err(|error| {
+        Error::failure(format!(
+            "the threads of the kernels cannot be started: {error}; set RAYON_NUM_THREADS lower"
+        ))
+    })
 }
 
 /// glibc's heap joins freed neighbours, so that what is in use and what is resident differ by
 /// little.
 fn keep_freed_pages() {
-    #[cfg(target_env = "gnu")]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: sets numbers inside the allocator, which may be done at any time.
     unsafe {
         libc::mallopt(libc::M_MMAP_MAX, 0);

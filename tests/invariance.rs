@@ -5,7 +5,7 @@ mod common;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use common::{FAMILIES, policy, policy_stored_as, reference, shared};
+use common::{FAMILIES, policy, policy_stored_as, reference, relative, shared};
 use steersman::adapter::{
     Adapter, Lora, LoraConfig, Positions, Site, Steering, SteeringConfig, SteeringKind,
 };
@@ -188,11 +188,11 @@ fn samples_of_a_prompt_drawn_together_are_those_drawn_alone_with_the_trainers_lo
         let adapters = steering(&policy, SteeringKind::Linear, Site::PostBlock, Positions::All);
         let prompts = sequences(&folder);
         let request = |i: usize| Request {
-            prompt: prompts[0].iter().copied().cycle().take(PROMPT + 60 * (i / 5)).collect(),
+            prompt: prompts[0].iter().copied().cycle().take([1, PROMPT, 65][i / 5]).collect(),
             prompt_id: i as u64 / 5,
             sample: i as u64 % 5,
         };
-        let requests: Vec<Request> = (0..10).map(request).collect();
+        let requests: Vec<Request> = (0..15).map(request).collect();
         let draw = |max_batch: usize| -> Vec<(Vec<u32>, Vec<f32>)> {
             let options =
                 GenerateOptions { max_new_tokens: 70, max_batch, ..GenerateOptions::default() };
@@ -201,7 +201,7 @@ fn samples_of_a_prompt_drawn_together_are_those_drawn_alone_with_the_trainers_lo
             let done = generator.run(&requests, &mut |_| {}).unwrap();
             done.into_iter().map(|completion| (completion.tokens, completion.logps)).collect()
         };
-        let together = draw(10);
+        let together = draw(15);
         assert_eq!(together, draw(1), "{family}");
         assert_eq!(together, draw(3), "{family}");
         assert_ne!(together[0].0, together[1].0, "{family}");
@@ -209,6 +209,40 @@ fn samples_of_a_prompt_drawn_together_are_those_drawn_alone_with_the_trainers_lo
             let whole = [request.prompt.as_slice(), tokens].concat();
             assert_eq!(alone(&policy, &adapters, &whole)[request.prompt.len() - 1..], *drawn);
         }
+    }
+}
+
+#[test]
+fn forks_share_pages_until_they_write_and_give_them_back() {
+    let Some(folder) = shared("fixtures/qwen3") else { return };
+    for (engine, tolerance, pages) in
+        [(Engine::cpu(), 0.0, 15), (Engine::cpu().composed(), 1e-5, 0)]
+    {
+        let policy = policy(&folder, &engine);
+        let base = Adapters::new();
+        let ids: Vec<u32> = sequences(&folder)[0].iter().copied().cycle().take(130).collect();
+        let mut cache = KvCache::new(policy.config().layers.len());
+        let pass = |cache: &mut KvCache, slot, from: usize, to: usize| {
+            let mut batch = Batch::new();
+            batch.push_cached(&ids[from..to], PROMPT, from);
+            policy.hidden_cached(&batch, &base, cache, &[slot]).unwrap()
+        };
+        let parent = cache.open();
+        let whole = pass(&mut cache, parent, 0, 130);
+        let mut slots = vec![parent];
+        for len in [1, 63, 64, 65, 128, 129] {
+            let slot = cache.fork(parent, len).unwrap();
+            assert_eq!(cache.len(slot), len);
+            let rest = pass(&mut cache, slot, len, 130);
+            let wanted = whole.narrow(0, len, 130 - len).unwrap();
+            let off = relative(&rest, &wanted);
+            assert!(off <= tolerance, "{len}: {off}");
+            slots.push(slot);
+        }
+        // pages of 64: three of the parent's, then 3 + 3 + 2 + 2 + 1 + 1 that forks wrote to
+        assert_eq!(cache.pages_held(), pages);
+        slots.into_iter().for_each(|slot| cache.close(slot));
+        assert!(cache.pages_held() == 0 && cache.is_empty());
     }
 }
 

@@ -35,7 +35,7 @@ struct Benches {
 }
 
 fn main() {
-    steersman::cli::start_up();
+    steersman::cli::start_up().expect("threads start");
     let peak = peak::measure();
     println!(
         "peak of {} threads: {:.0} GFLOP/s in f32, {:.0} in pairs of bf16; memory {:.1} GB/s\n",

@@ -1,5 +1,6 @@
-//! Splits a kernel's work over as many threads as the current rayon pool has. Where the cuts fall never
-//! changes a result: tasks write disjoint outputs and each output is computed by one task.
+//! Cuts a kernel's work for as many threads as the current rayon pool has; the team does it. Where the
+//! cuts fall never changes a result: tasks write disjoint outputs and each output is computed by one
+//! task.
 
 use std::marker::PhantomData;
 use std::sync::Mutex;

@@ -7,7 +7,7 @@
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::thread::{self, Thread};
 
 /// How often a thread looks for a job before it sleeps: some hundred microseconds.
@@ -43,7 +43,8 @@ struct Team {
     busy: Mutex<()>,
 }
 
-/// Calls `job` on this thread and, while it runs, once on every thread of the team that is free.
+/// Calls `job` on this thread and, while it runs, once on every thread of the team that is free. With
+/// the calling thread they are as many as the rayon pool of the first call has.
 ///
 /// If the team is at work for another thread, or if this is one of its threads, `job` runs here
 /// alone. `job` therefore has to take its work from what all calls of it share.
@@ -73,8 +74,14 @@ impl Team {
     }
 
     fn share(&self, job: &(dyn Fn() + Sync)) {
-        let Ok(_busy) = self.busy.try_lock() else { return job() };
+        let _busy = match self.busy.try_lock() {
+            Ok(busy) => busy,
+            // a job that panicked is closed and empty like any other
+            Err(TryLockError::Poisoned(busy)) => busy.into_inner(),
+            Err(TryLockError::WouldBlock) => return job(),
+        };
         let shared = &*self.shared;
+        shared.panicked.store(false, Ordering::Relaxed);
         // SAFETY: `Closing` ends the job before the borrow does, by waiting for all who joined.
         let job_for_ever: Job = unsafe { std::mem::transmute::<&(dyn Fn() + Sync), Job>(job) };
         // SAFETY: the last job is closed and empty, so nobody reads.
@@ -87,7 +94,7 @@ impl Team {
         let closing = Closing(shared);
         job();
         drop(closing);
-        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a task of a kernel panicked");
+        assert!(!shared.panicked.load(Ordering::Relaxed), "a task of a kernel panicked");
     }
 }
 
@@ -161,6 +168,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
     use std::time::Duration;
 
     fn sum_on(team: &Team, n: usize) -> usize {
@@ -211,6 +219,12 @@ mod tests {
         };
         assert!(catch_unwind(AssertUnwindSafe(|| team.share(&other))).is_err());
         assert!(catch_unwind(AssertUnwindSafe(|| team.share(&|| panic!("of all")))).is_err());
-        assert_eq!(sum_on(&team, 100), 4950);
+        let callers = Mutex::new(HashSet::new());
+        while callers.lock().unwrap().len() < 2 {
+            team.share(&|| {
+                callers.lock().unwrap().insert(thread::current().id());
+                thread::sleep(Duration::from_millis(1));
+            });
+        }
     }
 }

@@ -238,8 +238,9 @@ impl<'a> Generator<'a> {
         cache: &mut KvCache,
     ) -> Result<()> {
         let mut room = self.options.prefill_tokens;
+        // siblings that wait for the next pass have their places
         let mut next = 0;
-        while active.len() < self.options.max_batch.max(1) {
+        while active.len() + next < self.options.max_batch.max(1) {
             let Some(index) = waiting.get(next).copied() else { break };
             let request = &requests[index];
             let sibling = active.iter().find(|other| other.request.prompt == request.prompt);
@@ -291,9 +292,11 @@ impl<'a> Generator<'a> {
         let rows = logits.par_chunks_exact_mut(self.policy.config().vocab_size);
         let (seed, step) = (self.options.seed, self.options.step);
         let sampling = &self.options.sampling;
-        let drawn =
-            rows.zip(active).map(|(row, sequence)| sequence.draw(row, sampling, seed, step));
-        drawn.collect()
+        let mut drawn = Vec::with_capacity(active.len());
+        rows.zip(active)
+            .map(|(row, sequence)| sequence.draw(row, sampling, seed, step))
+            .collect_into_vec(&mut drawn);
+        drawn.into_iter().collect()
     }
 
     fn stopped(&self, sequence: &Active) -> Option<StopReason> {

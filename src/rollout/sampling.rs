@@ -10,7 +10,7 @@ use crate::{Error, Result};
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SamplingParams {
-    /// Divides the logits; 0 takes the most likely token.
+    /// Divides the logits; 0 takes the most likely token. At least a millionth otherwise.
     pub temperature: f64,
     /// Keeps the k most likely tokens; 0 keeps all.
     pub top_k: usize,
@@ -38,8 +38,9 @@ impl SamplingParams {
     /// # Errors
     /// Names the value and its range.
     pub fn validate(&self) -> Result<()> {
+        let least = if self.temperature == 0.0 { 0.0 } else { 1e-6 };
         let ranges = [
-            ("temperature", self.temperature, 0.0, f64::MAX),
+            ("temperature", self.temperature, least, f64::MAX),
             ("top_p", self.top_p, f64::MIN_POSITIVE, 1.0),
             ("min_p", self.min_p, 0.0, 1.0),
             ("repetition_penalty", self.repetition_penalty, f64::MIN_POSITIVE, f64::MAX),

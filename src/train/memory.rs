@@ -68,8 +68,8 @@ impl<'a> MemoryModel<'a> {
     /// Numbers a token kept of a layer; of the lowest one only what comes after its first shift.
     fn kept(&self, layer: usize, whole: bool) -> usize {
         let own: usize = self.adapters.iter().map(|adapter| adapter.kept(self.config, layer)).sum();
-        let lowest = |adapter: &Box<dyn Adapter>| adapter.lowest_layer() == Some(layer);
-        let late = self.adapters.iter().filter(|a| lowest(a)).all(|adapter| adapter.acts_last());
+        let mut lowest = self.adapters.iter().filter(|a| a.lowest_layer() == Some(layer));
+        let late = lowest.all(|adapter| adapter.acts_last());
         match whole || !late {
             true => own + self.block(),
             false => own + self.config.hidden_size,
