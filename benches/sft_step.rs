@@ -1,5 +1,6 @@
 //! Seconds, processor seconds and peak memory of one SFT step on the default model: 8 x 256 random
-//! tokens, all in the loss, post-block linear steering of rank 8 (or `--lora`).
+//! tokens, all in the loss, post-block linear steering of rank 8 (or `--lora`), in the micro-batches
+//! that `sft` chooses where memory does not matter (`--micro_batch_tokens 0`: in one).
 //!
 //! `cargo bench --bench sft_step -- [--lora] [--checkpointing] [--steps N] [--sequences N]
 //! [--length T] [--micro_batch_tokens N] [--dtype f32|bf16]
@@ -10,7 +11,7 @@ use std::time::Instant;
 use candle_core::Device;
 use steersman::Result;
 use steersman::adapter::{Adapter, Lora, LoraConfig, Steering, SteeringConfig};
-use steersman::model::{LoadedModel, Policy};
+use steersman::model::{LoadedModel, Policy, part_tokens};
 use steersman::ops::{Engine, GradientSums, MatmulPrecision, WeightDtype};
 use steersman::train::batching::micro_batches;
 use steersman::train::example::{PackedExamples, TokenExample};
@@ -44,7 +45,7 @@ fn main() -> Result<()> {
     };
     let adapters = vec![adapter];
     let examples = examples(number("--sequences", 8), number("--length", 256));
-    let tokens = number("--micro_batch_tokens", 0);
+    let tokens = number("--micro_batch_tokens", part_tokens());
     let passes = Passes { gradient_checkpointing: has("--checkpointing"), neftune: None };
     let (mut seconds, mut cpu_seconds) = (Vec::new(), Vec::new());
     for step in 0..number("--steps", 3) + 1 {
