@@ -1,5 +1,6 @@
 //! Seconds, processor seconds and peak memory of one SFT step on the default model: 8 x 256 tokens, all
-//! in the loss, AdamW included.
+//! in the loss, AdamW included, in the micro-batches that `sft` chooses where memory does not matter
+//! (`--micro_batch_tokens 0`: in one).
 //!
 //! `cargo bench --bench sft_step -- [--adapter steering|lora] [--steps N] [--losses N] [--sequences N]
 //! [--length T] [--micro_batch_tokens N] [--checkpointing] [--dtype f32|bf16]
@@ -17,7 +18,7 @@ use common::{Flags, cpu_time, median, peak_mib, token};
 use steersman::Result;
 use steersman::adapter::Adapter;
 use steersman::config::LearningRates;
-use steersman::model::Policy;
+use steersman::model::{Policy, part_tokens};
 use steersman::ops::{GradientSums, Gradients};
 use steersman::train::batching::micro_batches;
 use steersman::train::example::{PackedExamples, TokenExample};
@@ -36,7 +37,7 @@ fn main() -> Result<()> {
     let mut optimizer = AdamW::new(AdamWConfig::default());
     let examples = examples(count("--sequences").unwrap_or(8), count("--length").unwrap_or(256));
     let passes = Passes { gradient_checkpointing: flags.has("--checkpointing"), neftune: None };
-    let tokens = count("--micro_batch_tokens").unwrap_or(0);
+    let tokens = count("--micro_batch_tokens").unwrap_or_else(part_tokens);
     let mut step = || -> Result<(f64, f64, f64)> {
         let (start, cpu) = (Instant::now(), cpu_time());
         let (totals, gradients) = gradients(&model.policy, &adapters, &examples, tokens, passes)?;

@@ -10,8 +10,9 @@ use std::time::Duration;
 use common::program::{SFT, adapter_files, command, run, text};
 use common::shared;
 use serde_json::json;
+use steersman::model::part_tokens;
 
-/// 90 rows of about 300 tokens each.
+/// 60 rows of about 340 tokens each.
 fn long_rows(folder: &Path) -> std::path::PathBuf {
     let sentence = "Lily and Tom went to the big red house to play with the dog. ";
     let row = |i: usize| {
@@ -19,7 +20,7 @@ fn long_rows(folder: &Path) -> std::path::PathBuf {
         json!({"prompt": format!("{i}"), "completion": completion}).to_string() + "\n"
     };
     let path = folder.join("rows.jsonl");
-    fs::write(&path, (0..90).map(row).collect::<String>()).unwrap();
+    fs::write(&path, (0..60).map(row).collect::<String>()).unwrap();
     path
 }
 
@@ -61,7 +62,7 @@ fn a_run_takes_the_memory_that_its_plan_names() {
     .enumerate()
     {
         let out = dir.path().join(i.to_string());
-        let fixed = "--max_steps 2 --per_device_train_batch_size 90 --save_steps 0";
+        let fixed = "--max_steps 1 --per_device_train_batch_size 60 --save_steps 0";
         let mut args = vec!["--model_name_or_path", text(&model), "--dataset_name", text(&rows)];
         args.extend(["--output_dir", text(&out), "--micro_batch_tokens", "0"]);
         args.extend(fixed.split(' ').chain(keys.split(' ')));
@@ -109,6 +110,6 @@ fn a_plan_is_part_of_the_run_and_made_once() {
     let resumed = adapter_files(&out);
     fs::remove_dir_all(&out).unwrap();
     run(SFT, &more("2")).ok();
-    assert_eq!(planned("config.toml"), ["2048", "false"]);
+    assert_eq!(planned("config.toml"), [part_tokens().to_string().as_str(), "false"]);
     assert!(adapter_files(&out) == resumed, "the plan changed the result");
 }

@@ -35,8 +35,8 @@ pub struct OptimArgs {
     pub per_device_train_batch_size: usize,
     /// Batches of an optimizer step.
     pub gradient_accumulation_steps: usize,
-    /// Most tokens computed at once; changes memory, not results; 0 = a whole batch, unset = as
-    /// memory_budget allows, at most 2048.
+    /// Most tokens computed at once; changes memory, not results; 0 = a whole batch, unset = 512 for
+    /// each thread (1024 to 8192), fewer where memory_budget asks for it.
     pub micro_batch_tokens: Option<usize>,
     /// Recompute activations in the backward pass; changes memory and time, not results; unset =
     /// where memory_budget asks for it.

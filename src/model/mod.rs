@@ -40,7 +40,7 @@ pub use config_generation::GenerationConfig;
 pub use config_rope::{Llama3, Rope, RopeScaling, Yarn};
 pub use gguf::Gguf;
 pub use load::{LoadedModel, TextModel};
-pub use policy::{PART_TOKENS, Policy};
+pub use policy::{Policy, part_tokens};
 pub use source::ModelSource;
 pub use tokenizer::Tokenizer;
 pub use trace::Trace;

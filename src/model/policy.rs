@@ -15,9 +15,11 @@ use crate::adapter::Adapter;
 use crate::ops::{self, Engine, Head, KvCache, Rotary, SlotId, Tape, Target, Value};
 use crate::ops::{Weight, WeightDtype};
 
-/// Tokens that go through the blocks at once: enough for products at full speed, and few enough for
-/// what a block needs besides its input and output to be small.
-pub const PART_TOKENS: usize = 2048;
+/// Tokens that go through the blocks at once: enough for products at full speed on the threads that
+/// there are, and few enough for what a block needs besides its input and output to be small.
+pub fn part_tokens() -> usize {
+    (512 * rayon::current_num_threads()).clamp(1024, 8192)
+}
 
 /// A decoder-only language model of any supported family, all its weights frozen.
 pub struct Policy {
@@ -98,7 +100,7 @@ impl Policy {
     /// The last block's output [N, D], before the final norm.
     pub fn hidden(&self, batch: &Batch, adapters: &[Box<dyn Adapter>]) -> Result<Tensor> {
         let _phase = debug_span!("forward", tokens = batch.len()).entered();
-        let parts = batch.parts(PART_TOKENS);
+        let parts = batch.parts(part_tokens());
         if parts.len() == 1 {
             return self.run(batch, &mut self.pass(Cow::Borrowed(batch), adapters));
         }

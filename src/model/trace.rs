@@ -8,7 +8,7 @@ use tracing::debug_span;
 
 use super::batch::Batch;
 use super::block::Pass;
-use super::policy::{PART_TOKENS, Policy};
+use super::policy::{Policy, part_tokens};
 use crate::Result;
 use crate::adapter::Adapter;
 use crate::ops::{GradientSums, Gradients, Place, Tape, Value};
@@ -50,7 +50,7 @@ impl<'a> Trace<'a> {
         let lowest = adapters.iter().filter_map(|adapter| adapter.lowest_layer()).min();
         let lowest = lowest.unwrap_or(policy.blocks.len());
         let (mut parts, mut outputs, mut end) = (Vec::new(), Vec::new(), 0);
-        for part in batch.parts(PART_TOKENS) {
+        for part in batch.parts(part_tokens()) {
             let rows = end..end + part.len();
             end = rows.end;
             let whole = rows.len() == batch.len();

@@ -4,7 +4,7 @@
 //! the backward pass, and what the block at work needs besides.
 
 use crate::adapter::Adapter;
-use crate::model::{Matrix, ModelConfig, PART_TOKENS};
+use crate::model::{Matrix, ModelConfig, part_tokens};
 use crate::ops::head_scratch;
 
 /// The program, its libraries and its threads.
@@ -57,7 +57,7 @@ impl<'a> MemoryModel<'a> {
             false => (lowest..layers).map(|layer| self.kept(layer, layer > lowest)).sum(),
         };
         // a part ends where a sequence ends
-        let part = size.tokens.min(PART_TOKENS.max(size.longest));
+        let part = size.tokens.min(part_tokens().max(size.longest));
         let again = if size.gradient_checkpointing { block } else { 0 };
         let head =
             4 * (kept + 2 * hidden) * size.tokens + head_scratch(self.config.vocab_size, hidden);
