@@ -8,7 +8,7 @@ use crate::model::{Matrix, ModelConfig, part_tokens};
 use crate::ops::head_scratch;
 
 /// The program, its libraries and its threads.
-const PROGRAM: usize = 32 << 20;
+const PROGRAM: usize = 22 << 20;
 /// Bytes for each trained parameter: its value, its gradient's sums, and the optimizer's two means.
 const PARAMETER_BYTES: usize = 20;
 /// Share of the activations that lies unused between blocks of the heap, in hundredths.
