@@ -4,7 +4,7 @@
 //!
 //! `cargo bench --bench generate -- [--sequences 64] [--group 1] [--prompt_tokens 100]
 //! [--new_tokens 64] [--steps 1] [--adapter steering|lora] [--dtype f32|bf16]
-//! [--matmul_precision highest|high|medium]`
+//! [--matmul_precision highest|high|medium] [--profile TRACE]`
 //!
 //! The last line of the output is `key value ...`; new tokens a second count the prompts' time.
 
@@ -13,12 +13,16 @@ mod common;
 use std::time::Instant;
 
 use common::{Flags, median, peak_mib, token};
-use steersman::Result;
 use steersman::rollout::{GenerateOptions, Generator, Request, SamplingParams};
+use steersman::{Result, profile};
 
 fn main() -> Result<()> {
     steersman::cli::start_up()?;
     let flags = Flags::new();
+    profile::during(flags.profile(), || run(&flags))
+}
+
+fn run(flags: &Flags) -> Result<()> {
     let count = |flag: &str, or: usize| flags.count(flag).unwrap_or(or);
     let (sequences, group) = (count("--sequences", 64), count("--group", 1));
     let (prompt_tokens, new_tokens) = (count("--prompt_tokens", 100), count("--new_tokens", 64));

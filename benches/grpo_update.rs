@@ -3,7 +3,8 @@
 //! one segment that its completions continue.
 //!
 //! `cargo bench --bench grpo_update -- [--steps 1] [--repeat_prompts] [--checkpointing]
-//! [--adapter steering|lora] [--dtype f32|bf16] [--matmul_precision highest|high|medium]`
+//! [--adapter steering|lora] [--dtype f32|bf16] [--matmul_precision highest|high|medium]
+//! [--profile TRACE]`
 //!
 //! `--repeat_prompts` gives each completion a prompt of its own, as trainers without shared prefixes
 //! do. The last line of the output is `key value ...`.
@@ -14,10 +15,10 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use common::{Flags, cpu_time, median, peak_mib, token};
-use steersman::Result;
 use steersman::adapter::Adapter;
 use steersman::model::{Batch, Policy};
 use steersman::ops::{GradientSums, Tape, Target};
+use steersman::{Result, profile};
 
 const PROMPTS: usize = 8;
 const COMPLETIONS: usize = 8;
@@ -26,6 +27,10 @@ const LENGTH: usize = 128;
 fn main() -> Result<()> {
     steersman::cli::start_up()?;
     let flags = Flags::new();
+    profile::during(flags.profile(), || run(&flags))
+}
+
+fn run(flags: &Flags) -> Result<()> {
     let model = flags.model()?;
     let adapters = flags.adapters(&model.policy)?;
     let step = || -> Result<(f64, f64, f64)> {

@@ -4,7 +4,7 @@
 //!
 //! `cargo bench --bench sft_step -- [--adapter steering|lora] [--steps N] [--losses N] [--sequences N]
 //! [--length T] [--micro_batch_tokens N] [--checkpointing] [--dtype f32|bf16]
-//! [--matmul_precision highest|high|medium]`
+//! [--matmul_precision highest|high|medium] [--profile TRACE]`
 //!
 //! Steering is post-block, linear, of rank 8; LoRA is of rank 8 on all seven matrices. The last line
 //! of the output is `key value ...`; with `--losses` it is the loss of each of N steps.
@@ -15,7 +15,6 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 use common::{Flags, cpu_time, median, peak_mib, token};
-use steersman::Result;
 use steersman::adapter::Adapter;
 use steersman::config::LearningRates;
 use steersman::model::{Policy, part_tokens};
@@ -25,12 +24,17 @@ use steersman::train::example::{PackedExamples, TokenExample};
 use steersman::train::objective::{Passes, Totals, accumulate_gradients};
 use steersman::train::optimizer::{AdamW, AdamWConfig};
 use steersman::train::update::apply;
+use steersman::{Result, profile};
 
 const RATES: LearningRates = LearningRates { steering: 1e-3, lora: 1e-3 };
 
 fn main() -> Result<()> {
     steersman::cli::start_up()?;
     let flags = Flags::new();
+    profile::during(flags.profile(), || run(&flags))
+}
+
+fn run(flags: &Flags) -> Result<()> {
     let count = |flag: &str| flags.count(flag);
     let model = flags.model()?;
     let mut adapters = flags.adapters(&model.policy)?;

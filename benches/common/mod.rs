@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each benchmark uses a part
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use steersman::adapter::{Adapter, Lora, LoraConfig, Steering, SteeringConfig};
@@ -28,6 +29,11 @@ impl Flags {
 
     pub fn count(&self, flag: &str) -> Option<usize> {
         self.value(flag).and_then(|n| n.parse().ok())
+    }
+
+    /// Where `--profile` writes its trace.
+    pub fn profile(&self) -> Option<&Path> {
+        self.value("--profile").map(Path::new)
     }
 
     /// The default model by `--dtype` (bf16) and `--matmul_precision` (highest).
