@@ -13,9 +13,8 @@ use super::attention_tile::{
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::lanes_math::exp;
-use super::parallel::SharedMut;
+use super::parallel::{SharedMut, for_each_index, map};
 use super::product::{Old, Product};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows of scratch whose weights are kept at a time, about.
@@ -83,27 +82,25 @@ pub(super) fn backward_at(
         dk: SharedMut::new(grads.dk),
         dv: SharedMut::new(grads.dv),
     };
-    let tasks = (0..pieces.len() * shape.kv_heads).into_par_iter();
-    let inherited: Vec<Inherited> = tasks
-        .map(|task| {
-            let (piece, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-            let Segment { start, len, position0, .. } = pieces[piece];
-            let block = QueryBlock { start, len, position0, kv_head };
-            let mut inherited = Inherited::new(&block, shape);
-            let (chain, grads) = (&chains[piece], &grads);
-            level.run(Backward { input, chain, block, shape, grads, inherited: &mut inherited });
-            inherited
-        })
-        .collect();
+    let inherited = map(0..pieces.len() * shape.kv_heads, |task| {
+        let (piece, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
+        let Segment { start, len, position0, .. } = pieces[piece];
+        let block = QueryBlock { start, len, position0, kv_head };
+        let mut inherited = Inherited::new(&block, shape);
+        let (chain, grads) = (&chains[piece], &grads);
+        level.run(Backward { input, chain, block, shape, grads, inherited: &mut inherited });
+        inherited
+    });
     let heirs = heirs(&pieces);
-    (0..pieces.len()).into_par_iter().for_each(|piece| {
+    let gather = |piece: usize| {
         for &heir in &heirs[piece] {
             for kv_head in 0..shape.kv_heads {
                 let from = &inherited[heir * shape.kv_heads + kv_head];
                 from.give(&pieces[piece], kv_head, shape, &grads);
             }
         }
-    });
+    };
+    for_each_index(pieces.len(), || (), |(), piece| gather(piece));
 }
 
 fn check(segments: &[Segment]) {

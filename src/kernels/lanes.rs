@@ -31,6 +31,11 @@ pub(crate) trait Simd: Copy {
     fn load_link(self, x: &[u16; 2 * LANES], k: usize) -> Self::V;
     /// Writes the upper halves of the lanes' bits as pairs of bf16 numbers.
     fn store_pairs(self, y: &mut [u16; 2 * LANES], even: Self::V, odd: Self::V);
+    /// Writes the lanes rounded to the nearest bf16 (ties to even); what is not a number stays so.
+    fn store_bf16(self, y: &mut [u16; LANES], v: Self::V);
+    /// Sixteen outputs' weights from eight pairs of input features, transposed: `y` gets sixteen input
+    /// features' weights to eight pairs of outputs.
+    fn transpose_pairs(self, x: &[[u16; 2 * LANES]; 8], y: &mut [[u16; 2 * LANES]; 8]);
     /// Writes the lanes.
     fn store(self, y: &mut [f32; LANES], v: Self::V);
     /// `a + b`.
@@ -98,6 +103,14 @@ pub(crate) trait Kernel<R = ()> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Portable;
 
+/// The bits of the nearest bf16 (ties to even); what is not a number stays so.
+#[inline(always)]
+pub(crate) fn round_to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    (if x.is_nan() { bits | 0x0040_0000 } else { rounded } >> 16) as u16
+}
+
 #[inline(always)]
 fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
     std::array::from_fn(|i| f(a[i], b[i]))
@@ -144,6 +157,16 @@ impl Simd for Portable {
         for i in 0..LANES {
             y[2 * i] = (even[i].to_bits() >> 16) as u16;
             y[2 * i + 1] = (odd[i].to_bits() >> 16) as u16;
+        }
+    }
+    #[inline(always)]
+    fn store_bf16(self, y: &mut [u16; LANES], v: Self::V) {
+        y.iter_mut().zip(v).for_each(|(y, x)| *y = round_to_bf16(x));
+    }
+    #[inline(always)]
+    fn transpose_pairs(self, x: &[[u16; 2 * LANES]; 8], y: &mut [[u16; 2 * LANES]; 8]) {
+        for (out, in_) in (0..LANES).flat_map(|out| (0..LANES).map(move |in_| (out, in_))) {
+            y[out / 2][2 * in_ + out % 2] = x[in_ / 2][2 * out + in_ % 2];
         }
     }
     #[inline(always)]
@@ -217,6 +240,17 @@ mod tests {
             let (a, b) = (s.load(self.0), s.load(self.1));
             let mut pairs = [0; 2 * LANES];
             s.store_pairs(&mut pairs, a, b);
+            let (mut tile, mut turned) = ([pairs; 8], [[0; 2 * LANES]; 8]);
+            tile.as_flattened_mut().iter_mut().enumerate().for_each(|(i, x)| *x ^= i as u16);
+            s.transpose_pairs(&tile, &mut turned);
+            let turned = turned.as_flattened();
+            let at = |out: usize, in_: usize| tile[in_ / 2][2 * out + in_ % 2];
+            assert!((0..256).all(|i| turned[i] == at(i / 32 * 2 + i % 2, i % 32 / 2)));
+            let mut rounded = [0; LANES];
+            for v in [a, b] {
+                s.store_bf16(&mut rounded, v);
+                self.2.extend(rounded.map(|x| f32::from_bits(u32::from(x) << 16)));
+            }
             let vectors = [
                 s.splat(self.0[3]),
                 s.load_even(&pairs),

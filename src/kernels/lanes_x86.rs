@@ -133,6 +133,30 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn store_bf16(self, y: &mut [u16; LANES], v: Self::V) {
+        // SAFETY: sixteen numbers lie inside `y`; packing goes by halves of registers, which the
+        // permutation puts in order.
+        unsafe {
+            let both = _mm256_packus_epi32(rounded8(v.0), rounded8(v.1));
+            let both = _mm256_permute4x64_epi64::<0b11_01_10_00>(both);
+            _mm256_storeu_si256(y.as_mut_ptr().cast(), both);
+        }
+    }
+    #[inline(always)]
+    fn transpose_pairs(self, x: &[[u16; 2 * LANES]; 8], y: &mut [[u16; 2 * LANES]; 8]) {
+        let mut rows = [0.0f32; 8 * LANES];
+        for (row, x) in rows.as_chunks_mut::<LANES>().0.iter_mut().zip(x) {
+            let (first, second) = row.split_at_mut(8);
+            // SAFETY: each half of `x` has eight pairs, and each half of a row has room for four.
+            unsafe {
+                split8(x.as_ptr(), first.as_mut_ptr(), second.as_mut_ptr());
+                let (first, second) = (&mut first[4..], &mut second[4..]);
+                split8(x.as_ptr().add(LANES), first.as_mut_ptr(), second.as_mut_ptr());
+            }
+        }
+        turn(self, &rows, y);
+    }
+    #[inline(always)]
     fn store(self, y: &mut [f32; LANES], v: Self::V) {
         // SAFETY: both halves lie inside `y`.
         unsafe {
@@ -244,6 +268,34 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    fn store_bf16(self, y: &mut [u16; LANES], v: Self::V) {
+        // SAFETY: sixteen numbers lie inside `y`.
+        unsafe {
+            let bits = _mm512_castps_si512(v);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let nan = _mm512_or_si512(bits, _mm512_set1_epi32(QUIET));
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let rounded = _mm512_mask_blend_epi32(is_nan, rounded, nan);
+            let upper = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+            _mm256_storeu_si256(y.as_mut_ptr().cast(), upper);
+        }
+    }
+    #[inline(always)]
+    fn transpose_pairs(self, x: &[[u16; 2 * LANES]; 8], y: &mut [[u16; 2 * LANES]; 8]) {
+        let mut rows = [0.0f32; 8 * LANES];
+        // SAFETY: 64 bytes lie inside each row of `x` and of `rows`.
+        unsafe {
+            let order = _mm512_loadu_si512(SPLIT.as_ptr().cast());
+            for (row, x) in rows.as_chunks_mut::<LANES>().0.iter_mut().zip(x) {
+                let pairs = _mm512_loadu_si512(x.as_ptr().cast());
+                let split = _mm512_permutexvar_epi16(order, pairs);
+                _mm512_storeu_si512(row.as_mut_ptr().cast(), split);
+            }
+        }
+        turn(self, &rows, y);
+    }
+    #[inline(always)]
     fn store(self, y: &mut [f32; LANES], v: Self::V) {
         // SAFETY: sixteen floats lie inside `y`.
         unsafe { _mm512_storeu_ps(y.as_mut_ptr(), v) }
@@ -290,6 +342,29 @@ impl Simd for Avx512 {
 unsafe fn upper(v: __m512) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe { _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v))) }
+}
+
+/// The bit that makes a NaN quiet.
+const QUIET: i32 = 0x0040_0000;
+
+/// Where the first input feature's weights to pairs of outputs lie in a row of pairs, then the
+/// second's.
+const SPLIT: [u16; 2 * LANES] = {
+    let (mut order, mut i) = ([0; 2 * LANES], 0);
+    while i < LANES {
+        (order[i], order[LANES + i]) = (2 * i as u16, 2 * i as u16 + 1);
+        i += 1;
+    }
+    order
+};
+
+/// Transposes `[16 input features][8 pairs of outputs]`.
+#[inline(always)]
+fn turn<S: Simd>(s: S, rows: &[f32; 8 * LANES], y: &mut [[u16; 2 * LANES]; 8]) {
+    // SAFETY: a pair of bf16 numbers has the size of a float, and any bits are either.
+    let y: &mut [f32; 8 * LANES] = unsafe { &mut *y.as_mut_ptr().cast() };
+    s.transpose8(rows, 8, y, LANES);
+    s.transpose8(&rows[64..], 8, &mut y[8..], LANES);
 }
 
 /// The second number of a pair of bf16 numbers.
@@ -344,6 +419,43 @@ unsafe fn pair8(y: *mut u16, even: __m256, odd: __m256) {
         let low = _mm256_srli_epi32::<16>(_mm256_castps_si256(even));
         let high = _mm256_and_si256(_mm256_castps_si256(odd), _mm256_set1_epi32(UPPER));
         _mm256_storeu_si256(y.cast(), _mm256_or_si256(low, high));
+    }
+}
+
+/// Splits eight outputs' pairs into four pairs of outputs of the first input feature, and of the
+/// second.
+///
+/// # Safety
+/// The machine has AVX2; eight pairs can be read, four written to each.
+#[inline(always)]
+unsafe fn split8(x: *const u16, first: *mut f32, second: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let order = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+            0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
+        ));
+        let split = _mm256_shuffle_epi8(_mm256_loadu_si256(x.cast()), order);
+        let split = _mm256_permute4x64_epi64::<0b11_01_10_00>(split);
+        _mm_storeu_si128(first.cast(), _mm256_castsi256_si128(split));
+        _mm_storeu_si128(second.cast(), _mm256_extracti128_si256::<1>(split));
+    }
+}
+
+/// The bits of the nearest bf16 in the lower half of each lane.
+///
+/// # Safety
+/// The machine has AVX2.
+#[inline(always)]
+unsafe fn rounded8(v: __m256) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bits = _mm256_castps_si256(v);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        let nan = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(QUIET)));
+        let is_nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(v, v);
+        let rounded = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), nan, is_nan);
+        _mm256_srli_epi32::<16>(_mm256_castps_si256(rounded))
     }
 }
 

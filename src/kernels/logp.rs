@@ -4,13 +4,13 @@
 //! `l = inv_temperature cap(h W^T)`, `cap(z) = c tanh(z / c)`, `logp = l[token] - lse(l)`. Rows
 //! are batch-invariant: neither the chunks nor the threads change a bit.
 
-use rayon::prelude::*;
-
 use super::dispatch::CpuLevel;
 pub use super::logp_row::RowStats;
 use super::logp_row::{Pull, gradient_row, squash};
 use super::matmul::{MatmulPrecision, matmul, matmul_input_grad};
 use super::pack::PackedMatrix;
+use super::parallel::{for_each, map};
+use super::slices::room;
 
 /// Bytes of logits held at a time.
 const SCRATCH_BYTES: usize = 32 << 20;
@@ -132,8 +132,7 @@ pub fn backward(
 /// Bounds raw logits `[N, V]` to `cap tanh(z / cap)` in place.
 pub fn cap(logits: &mut [f32], tokens: usize, cap: f32) {
     let options = LogpOptions { softcap: Some(cap), ..LogpOptions::default() };
-    let rows = logits.par_chunks_mut(tokens);
-    rows.for_each(|row| squash(CpuLevel::detect(), row, &options));
+    for_each(logits.chunks_mut(tokens), |row| squash(CpuLevel::detect(), row, &options));
 }
 
 /// A checked call.
@@ -190,7 +189,7 @@ impl<'a> Job<'a> {
     fn chunks(&self, mut work: impl FnMut(&Self, Rows, &mut [f32])) {
         let (d, v) = (self.head.in_features(), self.head.out_features());
         let most = chunk_rows(v).min(self.rows.max(1));
-        let mut logits = vec![0.0; most * v];
+        let mut logits = room(most * v);
         for start in (0..self.rows).step_by(most) {
             let chunk = start..(start + most).min(self.rows);
             let logits = &mut logits[..chunk.len() * v];
@@ -247,7 +246,7 @@ impl<'a> Job<'a> {
         logits: &mut [f32],
         work: impl Fn(usize, &mut [f32]) -> R + Sync + Send,
     ) -> Vec<R> {
-        let rows = logits.par_chunks_mut(self.head.out_features()).enumerate();
-        rows.map(|(i, row)| work(i, row)).collect()
+        let rows = logits.chunks_mut(self.head.out_features()).enumerate();
+        map(rows, |(i, row)| work(i, row))
     }
 }

@@ -14,7 +14,7 @@ use super::lanes::LANES;
 use super::matmul_form::{Form, Step};
 use super::matmul_tile::{Element, Pair, Strip, best_panels};
 use super::pack::PackedMatrix;
-use super::parallel::{SharedMut, for_each_index, part, task_count};
+use super::parallel::{SharedMut, for_each, for_each_index, part, task_count};
 
 /// How products are computed; the names are PyTorch's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,11 +34,15 @@ const K_BLOCK: usize = 256;
 /// Length of k whose inputs are copied at a time.
 const K_SPAN: usize = 8 * K_BLOCK;
 /// Outputs that stay in the second-level cache while k advances.
-const NEAR_OUTPUTS: usize = 1 << 16;
+const NEAR_OUTPUTS: usize = 1 << 15;
 /// Tasks for each thread: the fewer, the less is read twice; the more, the less a thread waits.
 const TASKS: usize = 4;
 /// Rows of a task at most: one block of k of them lies in the second-level cache.
-const ROW_BLOCK: usize = 384;
+const ROW_BLOCK: usize = 256;
+/// Rows of a task that copies the input.
+const COPY_ROWS: usize = 32;
+/// Panels that an inner loop takes at once, at most.
+const MAX_PANELS: usize = 2;
 /// Rows up to which `f32` products read a bf16 weight straight from its storage, and the input where
 /// it lies.
 pub(crate) const STREAM_ROWS: usize = 64;
@@ -82,21 +86,10 @@ pub(crate) fn product(
     y: &mut [f32],
 ) {
     let Some(job) = Product::new(level, axis, x, w, bias, y) else { return };
-    let panels = job.columns.div_ceil(LANES);
-    let tasks = task_count(job.rows * job.k * panels * LANES, TASKS);
-    let (row_parts, panel_parts) = grid(job.rows, panels, tasks);
-    for_each_index(
-        row_parts * panel_parts,
-        || (),
-        |(), i| {
-            let rows = part(job.rows, 12, row_parts, i / panel_parts);
-            let panels = part(panels, 2, panel_parts, i % panel_parts);
-            match precision {
-                MatmulPrecision::Medium => job.block::<Pair>(rows, panels),
-                MatmulPrecision::Highest | MatmulPrecision::High => job.block::<f32>(rows, panels),
-            }
-        },
-    );
+    match precision {
+        MatmulPrecision::Medium => job.compute::<Pair>(),
+        MatmulPrecision::Highest | MatmulPrecision::High => job.compute::<f32>(),
+    }
 }
 
 /// Cuts rows and panels into about `tasks` parts such that the least is read twice: each part of
@@ -147,9 +140,61 @@ impl<'a> Product<'a> {
         (rows > 0).then_some(Self { level, axis, rows, k, columns, x, w, start, y })
     }
 
-    /// Computes the columns of `panels` of `rows`.
-    fn block<A: Form>(&self, rows: Range<usize>, panels: Range<usize>) {
-        if rows.is_empty() || panels.is_empty() {
+    /// Computes all of it: the input is brought in the form that the inner loop reads, then cut into
+    /// tasks.
+    fn compute<A: Form>(&self) {
+        let panels = self.columns.div_ceil(LANES);
+        let tasks = task_count(self.rows * self.k * panels * LANES, TASKS);
+        let (row_parts, panel_parts) = grid(self.rows, panels, tasks);
+        let panel_rows = K_BLOCK.min(self.k.next_multiple_of(LANES)) / A::LINKS;
+        let mut input = Vec::new();
+        for k0 in (0..self.k).step_by(K_SPAN) {
+            let k = k0..(k0 + K_SPAN).min(self.k);
+            self.copy_input(&k, &mut input);
+            for_each_index(
+                row_parts * panel_parts,
+                || vec![A::ZERO_ROW; MAX_PANELS * panel_rows],
+                |scratch, i| {
+                    let rows = part(self.rows, 12, row_parts, i / panel_parts);
+                    let panels = part(panels, 2, panel_parts, i % panel_parts);
+                    self.block::<A>(&rows, &k, &panels, &input, scratch);
+                },
+            );
+        }
+    }
+
+    /// Copies a span of k of the input, one block of k after the other, unless the rows are few and
+    /// can be read where they lie.
+    fn copy_input<A: Form>(&self, k: &Range<usize>, copied: &mut Vec<A>) {
+        if self.rows <= STREAM_ROWS && A::in_place(self.x).is_some() {
+            return;
+        }
+        copied.resize(self.rows * k.len().div_ceil(A::LINKS), A::ZERO);
+        let blocks = copied.chunks_mut(self.rows * K_BLOCK / A::LINKS);
+        let parts = k.clone().step_by(K_BLOCK).zip(blocks).flat_map(|(k0, block)| {
+            let width = K_BLOCK.min(k.end - k0);
+            let parts = block.chunks_mut(COPY_ROWS * width.div_ceil(A::LINKS)).enumerate();
+            parts.map(move |(i, into)| (i * COPY_ROWS * self.k + k0, width, into))
+        });
+        let copy = |(start, width, into): (usize, usize, &mut [A])| {
+            A::copy(self.level, &self.x[start..], self.k, width, into);
+        };
+        match self.rows <= COPY_ROWS {
+            true => parts.for_each(copy),
+            false => for_each(parts, copy),
+        }
+    }
+
+    /// Computes the columns of `panels` of `rows` over a span of k.
+    fn block<A: Form>(
+        &self,
+        rows: &Range<usize>,
+        k: &Range<usize>,
+        panels: &Range<usize>,
+        input: &[A],
+        scratch: &mut [A::Row],
+    ) {
+        if rows.is_empty() {
             return;
         }
         let group = best_panels(self.level, rows.len());
@@ -157,30 +202,9 @@ impl<'a> Product<'a> {
             true => group,
             false => (NEAR_OUTPUTS / (rows.len() * LANES)).next_multiple_of(group),
         };
-        let panel_rows = K_BLOCK.min(self.k.next_multiple_of(LANES)) / A::LINKS;
-        let mut scratch = vec![A::ZERO_ROW; group * panel_rows];
-        let mut copied = Vec::new();
-        for k0 in (0..self.k).step_by(K_SPAN) {
-            let k = k0..(k0 + K_SPAN).min(self.k);
-            self.copy_input(&rows, &k, &mut copied);
-            for first in panels.clone().step_by(near) {
-                let panels = first..(first + near).min(panels.end);
-                self.near_block::<A>(&rows, &k, &panels, &copied, &mut scratch);
-            }
-        }
-    }
-
-    /// Copies the input's rows for a span of k, one block of k after the other, unless they are
-    /// few and can be read where they lie.
-    fn copy_input<A: Form>(&self, rows: &Range<usize>, k: &Range<usize>, copied: &mut Vec<A>) {
-        if rows.len() <= STREAM_ROWS && A::in_place(self.x).is_some() {
-            return;
-        }
-        copied.resize(rows.len() * k.len().div_ceil(A::LINKS), A::ZERO);
-        let parts = copied.chunks_mut(rows.len() * K_BLOCK / A::LINKS);
-        for (k0, into) in k.clone().step_by(K_BLOCK).zip(parts) {
-            let x = &self.x[rows.start * self.k + k0..];
-            A::copy(self.level, x, self.k, K_BLOCK.min(k.end - k0), into);
+        for first in panels.clone().step_by(near) {
+            let panels = first..(first + near).min(panels.end);
+            self.near_block::<A>(rows, k, &panels, input, scratch);
         }
     }
 
@@ -190,15 +214,19 @@ impl<'a> Product<'a> {
         rows: &Range<usize>,
         k: &Range<usize>,
         panels: &Range<usize>,
-        copied: &[A],
+        input: &[A],
         scratch: &mut [A::Row],
     ) {
         let group = best_panels(self.level, rows.len());
         for k0 in k.clone().step_by(K_BLOCK) {
             let kc = K_BLOCK.min(k.end - k0);
             let (a, lda) = match A::in_place(self.x) {
-                Some(x) if copied.is_empty() => (&x[rows.start * self.k + k0..], self.k),
-                _ => (&copied[(k0 - k.start) / A::LINKS * rows.len()..], kc.div_ceil(A::LINKS)),
+                Some(x) if input.is_empty() => (&x[rows.start * self.k + k0..], self.k),
+                _ => {
+                    let lda = kc.div_ceil(A::LINKS);
+                    let start = (k0 - k.start) / A::LINKS * self.rows + rows.start * lda;
+                    (&input[start..], lda)
+                }
             };
             let a = a.as_ptr();
             for panel in panels.clone().step_by(group) {
@@ -274,7 +302,7 @@ mod tests {
     #[test]
     fn grid_gives_every_thread_work_and_cuts_where_it_is_cheap() {
         assert_eq!(grid(1, 96, 4), (1, 4));
-        assert_eq!(grid(2048, 36, 4), (6, 1));
+        assert_eq!(grid(2048, 36, 4), (8, 1));
         assert_eq!(grid(300, 1, 16), (16, 1));
         assert_eq!(grid(170, 36, 32), (3, 11));
     }

@@ -4,18 +4,15 @@
 use std::ops::Range;
 
 use super::dispatch::CpuLevel;
-use super::lanes::{Kernel, LANES, Simd};
+use super::lanes::{Kernel, LANES, Simd, round_to_bf16};
 use super::matmul::Axis;
 use super::matmul_tile::Pair;
 use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
 
 /// To the nearest bf16 (ties to even), as `f32`; NaN stays NaN.
 #[inline(always)]
-pub(crate) fn round_to_bf16(x: f32) -> f32 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
-    let nan = (bits | 0x0040_0000) & 0xffff_0000;
-    f32::from_bits(if x.is_nan() { nan } else { rounded })
+fn rounded(x: f32) -> f32 {
+    f32::from_bits(u32::from(round_to_bf16(x)) << 16)
 }
 
 /// Copies the first `width` columns of rows of `x`, `stride` apart, densely into `into`.
@@ -45,21 +42,21 @@ struct RoundRows<'a> {
 
 impl Kernel for RoundRows<'_> {
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        let rows = self.into.chunks_mut(self.width.div_ceil(2)).zip(self.x.chunks(self.stride));
-        for (to, from) in rows {
-            let (pairs, last) = from[..self.width].as_chunks();
-            to.iter_mut().zip(pairs).for_each(|(to, [a, b])| *to = pair(*a, *b));
-            if let ([x], Some(to)) = (last, to.last_mut()) {
-                *to = pair(*x, 0.0);
+    fn run<S: Simd>(self, s: S) {
+        let pairs = self.width.div_ceil(2);
+        for (to, from) in self.into.chunks_mut(pairs).zip(self.x.chunks(self.stride)) {
+            let to = Pair::elements_mut(to);
+            for (to, x) in to.chunks_mut(LANES).zip(from[..self.width].chunks(LANES)) {
+                if let Some(to) = to.first_chunk_mut() {
+                    s.store_bf16(to, s.load_part(x));
+                    continue;
+                }
+                let mut lanes = [0; LANES];
+                s.store_bf16(&mut lanes, s.load_part(x));
+                to.copy_from_slice(&lanes[..to.len()]);
             }
         }
     }
-}
-
-#[inline(always)]
-fn pair(a: f32, b: f32) -> Pair {
-    Pair(round_to_bf16(a).to_bits() >> 16 | round_to_bf16(b).to_bits())
 }
 
 /// Writes the links `k` of panel `panel` of the weight seen along `axis` into `into`. `k` starts at
@@ -140,7 +137,7 @@ impl Kernel for RoundPairs<'_> {
         for (to, rows) in self.into.iter_mut().zip(self.rows.chunks(2)) {
             let mut pair = [0.0f32; 2 * LANES];
             let rows = RowF32::elements(rows);
-            pair.iter_mut().zip(rows).for_each(|(to, x)| *to = round_to_bf16(*x));
+            pair.iter_mut().zip(rows).for_each(|(to, x)| *to = rounded(*x));
             let (even, odd) = pair.split_at(LANES);
             s.store_pairs(&mut to.0, s.load_part(even), s.load_part(odd));
         }
@@ -161,7 +158,7 @@ impl Kernel for Transpose<'_> {
         let mut tile = [0.0f32; LANES * LANES];
         let tiles = self.into.chunks_exact_mut(LANES);
         for (k0, to) in self.k.step_by(LANES).zip(tiles) {
-            read_tile(s, self.w, self.panel, k0, false, &mut tile);
+            read_tile(s, self.w, self.panel, k0, &mut tile);
             transpose16(s, &tile, RowF32::elements_mut(to));
         }
     }
@@ -178,16 +175,10 @@ struct TransposePairs<'a> {
 impl Kernel for TransposePairs<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut tile = [0.0f32; LANES * LANES];
-        let mut turned = [0.0f32; LANES * LANES];
-        let tiles = self.into.chunks_exact_mut(LANES / 2);
-        for (k0, to) in self.k.step_by(LANES).zip(tiles) {
-            read_tile(s, self.w, self.panel, k0, true, &mut tile);
-            transpose16(s, &tile, &mut turned);
-            let rows = turned.as_chunks::<LANES>().0.as_chunks::<2>().0;
-            for (to, [even, odd]) in to.iter_mut().zip(rows) {
-                s.store_pairs(&mut to.0, s.load(even), s.load(odd));
-            }
+        let mut tile = [[0; 2 * LANES]; 8];
+        for (k0, to) in self.k.step_by(LANES).zip(self.into.as_chunks_mut().0) {
+            read_pairs(s, self.w, self.panel, k0, &mut tile);
+            s.transpose_pairs(&tile, PairRow::elements_mut(to));
         }
     }
 }
@@ -200,28 +191,52 @@ fn read_tile<S: Simd>(
     w: &PackedMatrix,
     panel: usize,
     k0: usize,
-    round: bool,
     tile: &mut [f32; LANES * LANES],
 ) {
-    let in_features = w.in_features();
-    let first = panel * LANES;
-    let count = LANES.min(in_features - first);
+    let count = LANES.min(w.in_features() - panel * LANES);
     match &w.storage {
         Storage::F32(rows) => {
-            let start = k0 / LANES * in_features + first;
+            let start = k0 / LANES * w.in_features() + panel * LANES;
             let rows = RowF32::elements(&rows[start..start + count]);
-            for (to, &x) in tile.iter_mut().zip(rows) {
-                *to = if round { round_to_bf16(x) } else { x };
-            }
+            tile[..rows.len()].copy_from_slice(rows);
         }
         Storage::Bf16(rows) => {
-            let start = k0 / LANES * in_features.div_ceil(2) + first / 2;
+            let start = k0 / LANES * w.in_features().div_ceil(2) + panel * LANES / 2;
             let rows = &rows[start..start + count.div_ceil(2)];
             let tile = tile.as_chunks_mut::<LANES>().0.as_chunks_mut::<2>().0;
             for ([even, odd], row) in tile.iter_mut().zip(rows) {
                 s.store(even, s.load_even(&row.0));
                 s.store(odd, s.load_odd(&row.0));
             }
+        }
+    }
+}
+
+/// As [`read_tile`], rounded to bf16, a row two features.
+#[inline(always)]
+fn read_pairs<S: Simd>(
+    s: S,
+    w: &PackedMatrix,
+    panel: usize,
+    k0: usize,
+    tile: &mut [[u16; 2 * LANES]; 8],
+) {
+    let count = LANES.min(w.in_features() - panel * LANES);
+    match &w.storage {
+        Storage::F32(rows) => {
+            let start = k0 / LANES * w.in_features() + panel * LANES;
+            let mut features = [0.0; LANES * LANES];
+            let rows = RowF32::elements(&rows[start..start + count]);
+            features.iter_mut().zip(rows).for_each(|(to, x)| *to = rounded(*x));
+            let features = features.as_chunks::<LANES>().0.as_chunks::<2>().0;
+            for (to, [even, odd]) in tile.iter_mut().zip(features) {
+                s.store_pairs(to, s.load(even), s.load(odd));
+            }
+        }
+        Storage::Bf16(rows) => {
+            let start = k0 / LANES * w.in_features().div_ceil(2) + panel * LANES / 2;
+            let rows = &rows[start..start + count.div_ceil(2)];
+            tile.iter_mut().zip(rows).for_each(|(to, row)| *to = row.0);
         }
     }
 }

@@ -10,7 +10,7 @@ use super::matmul_tile::{Left, Pair, multiply, multiply_pairs};
 use super::pack::{PairRow, RowF32, Storage};
 
 /// The form in which the inner loop reads its operands.
-pub(crate) trait Form: Left {
+pub(crate) trait Form: Left + Send + Sync {
     /// A row of a panel in scratch.
     type Row: Copy;
     /// A row of zeros.

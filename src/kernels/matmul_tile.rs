@@ -22,6 +22,16 @@ pub(crate) trait Left: Copy {
 #[repr(transparent)]
 pub(crate) struct Pair(pub u32);
 
+impl Pair {
+    /// The links of all `pairs` in bf16 bits, one after the other where the machine puts lower halves
+    /// first, as x86 and ARM do.
+    pub(crate) fn elements_mut(pairs: &mut [Self]) -> &mut [u16] {
+        const { assert!(cfg!(target_endian = "little")) };
+        // SAFETY: a pair is two numbers without padding, of a smaller alignment.
+        unsafe { std::slice::from_raw_parts_mut(pairs.as_mut_ptr().cast(), 2 * pairs.len()) }
+    }
+}
+
 impl Left for f32 {
     #[inline(always)]
     unsafe fn at(row: *const f32, k: usize) -> f32 {

@@ -36,6 +36,14 @@ pub(crate) struct PairRow(pub(crate) [u16; 2 * LANES]);
 impl PairRow {
     /// Zeros.
     pub(crate) const ZERO: Self = Self([0; 2 * LANES]);
+
+    /// The weights of some rows.
+    pub(crate) fn elements_mut<const ROWS: usize>(
+        rows: &mut [Self; ROWS],
+    ) -> &mut [[u16; 2 * LANES]; ROWS] {
+        // SAFETY: a row is its array, without padding.
+        unsafe { &mut *rows.as_mut_ptr().cast() }
+    }
 }
 
 /// The panels: `[out / 16][in][16]`, or `[out / 16][in / 2][16][2]` with an odd `in` padded.

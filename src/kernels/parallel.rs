@@ -37,6 +37,17 @@ pub fn for_each<T: Send>(items: impl Iterator<Item = T>, work: impl Fn(T) + Sync
     );
 }
 
+/// The results of `work` on every item, in the order of the items.
+pub fn map<T: Send, R: Send>(
+    items: impl Iterator<Item = T>,
+    work: impl Fn(T) -> R + Sync + Send,
+) -> Vec<R> {
+    let items: Vec<T> = items.collect();
+    let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
+    for_each(items.into_iter().zip(&mut results), |(item, result)| *result = Some(work(item)));
+    results.into_iter().flatten().collect()
+}
+
 /// Does `work` for every index below `n`, in parallel where there is more than one; each thread
 /// makes its own scratch.
 pub fn for_each_index<S>(
@@ -137,6 +148,7 @@ mod tests {
             let mut done = vec![0; n];
             for_each(done.iter_mut(), |item| *item += 1);
             assert_eq!(done, vec![1; n]);
+            assert_eq!(map(0..n, |i| i * i), (0..n).map(|i| i * i).collect::<Vec<_>>());
         }
     }
 }

@@ -5,13 +5,34 @@ use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::parallel::{for_each, task_len};
 
-/// `a += b`, element by element.
-pub fn add_to(a: &mut [f32], b: &[f32]) {
+/// Room for the result of a kernel that writes all of it; the values in it mean nothing. Zeroing it
+/// would cost one thread as long as writing the result costs all of them.
+#[allow(clippy::uninit_vec)] // no kernel reads what it has not written
+pub fn room(len: usize) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    // SAFETY: every bit pattern is an f32, and the memory is written before it is read.
+    unsafe { values.set_len(len) };
+    if cfg!(any(test, debug_assertions)) {
+        values.fill(f32::NAN);
+    }
+    values
+}
+
+/// `x` again.
+pub fn copied(x: &[f32]) -> Vec<f32> {
+    let (task, mut y) = (task_len(1), room(x.len()));
+    for_each(y.chunks_mut(task).zip(x.chunks(task)), |(y, x)| y.copy_from_slice(x));
+    y
+}
+
+/// `a + b`, element by element.
+pub fn sum(a: &[f32], b: &[f32]) -> Vec<f32> {
     assert!(a.len() == b.len(), "lengths disagree");
-    let task = task_len(1);
-    for_each(a.chunks_mut(task).zip(b.chunks(task)), |(a, b)| {
-        a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+    let (task, mut y) = (task_len(1), room(a.len()));
+    for_each(y.chunks_mut(task).zip(a.chunks(task).zip(b.chunks(task))), |(y, (a, b))| {
+        y.iter_mut().zip(a.iter().zip(b)).for_each(|(y, (a, b))| *y = a + b);
     });
+    y
 }
 
 /// Adds `row` to every row of `x [M, row.len()]`.
@@ -86,9 +107,9 @@ mod tests {
     fn sums_and_masks_are_those_of_plain_loops() {
         let n = 40_007;
         let (a, b) = (noise(1, n), noise(2, n));
-        let mut sum = a.clone();
-        add_to(&mut sum, &b);
-        assert!((0..n).all(|i| sum[i] == a[i] + b[i]));
+        let both = sum(&a, &b);
+        assert!((0..n).all(|i| both[i] == a[i] + b[i]));
+        assert!(copied(&a) == a);
         let mut rows = a[..n - 7].to_vec();
         add_to_rows(&mut rows, &b[..1000]);
         assert!((0..n - 7).all(|i| rows[i] == a[i] + b[i % 1000]));

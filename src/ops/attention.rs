@@ -14,6 +14,7 @@ use crate::kernels::attention::{
     AttentionShape, BackwardInput, Gradients, Segment, backward, chains, forward,
 };
 use crate::kernels::attention_cached::forward_cached;
+use crate::kernels::slices::room;
 
 /// Attention of a packed batch: q [N, heads * head_dim], k and v [N, kv_heads * head_dim].
 ///
@@ -30,9 +31,9 @@ pub fn attention(
         return composed(tape, &[q, k, v], |xs| twin(&xs[0], &xs[1], &xs[2], segments, shape));
     }
     let tokens = q.tensor().dims2()?.0;
-    let mut out = vec![0f32; q.tensor().elem_count()];
+    let mut out = room(q.tensor().elem_count());
     let tracked = tape.is_recording() && [q, k, v].iter().any(|x| x.is_tracked());
-    let mut lse = vec![0f32; if tracked { tokens * shape.heads } else { 0 }];
+    let mut lse = room(if tracked { tokens * shape.heads } else { 0 });
     {
         let (keys, values) = (host(k.tensor())?, host(v.tensor())?);
         let chains = chains(segments, &keys, &values, shape.kv_heads * shape.head_dim);
@@ -48,9 +49,9 @@ pub fn attention(
                 trace_span!("attention backward", flops = 5 * shape.flops(&segments) / 2).entered();
             let (q, k, v) = (q.tensor()?, k.tensor()?, v.tensor()?);
             let dout_shape = dout.dims().to_vec();
-            let mut dq = vec![0f32; q.elem_count()];
-            let mut dk = vec![0f32; k.elem_count()];
-            let mut dv = vec![0f32; v.elem_count()];
+            let mut dq = room(q.elem_count());
+            let mut dk = room(k.elem_count());
+            let mut dv = room(v.elem_count());
             let (qs, ks, vs) = (host(&q)?, host(&k)?, host(&v)?);
             let (outs, douts) = (host(&out)?, host(&dout)?);
             let (q, k, v, out, dout) = (&*qs, &*ks, &*vs, &*outs, &*douts);
@@ -94,7 +95,7 @@ pub fn attention_cached(
         return Ok(Tensor::cat(&attended.collect::<candle_core::Result<Vec<_>>>()?, 0)?);
     }
     let segments: Vec<_> = continued.map(|(segment, slot)| cache.segment(segment, *slot)).collect();
-    let mut out = vec![0f32; q.elem_count()];
+    let mut out = room(q.elem_count());
     forward_cached(&host(q)?, &segments, cache.layer(layer, shape), shape, &mut out);
     engine.tensor(out, q.dims())
 }

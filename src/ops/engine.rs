@@ -6,7 +6,7 @@ use tracing::trace_span;
 use super::tape::Tape;
 use super::value::Value;
 use crate::kernels::matmul::MatmulPrecision;
-use crate::kernels::slices::add_to;
+use crate::kernels::slices::sum;
 use crate::{Error, Result};
 
 /// The device that operations run on, and how.
@@ -57,9 +57,7 @@ impl Engine {
         if !self.fused || a.dims() != b.dims() {
             return Ok((a + b)?);
         }
-        let mut sum = host(a)?.to_vec();
-        add_to(&mut sum, &host(b)?);
-        self.tensor(sum, a.dims())
+        self.tensor(sum(&host(a)?, &host(b)?), a.dims())
     }
 
     /// A tensor of `shape` that takes over `values`.

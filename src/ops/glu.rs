@@ -8,6 +8,7 @@ use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
 use crate::kernels::glu::{GluActivation, glu as forward, glu_backward};
+use crate::kernels::slices::room;
 
 /// y = act(gate) * up, all of shape [N, F]: SwiGLU or GeGLU by the activation.
 pub fn glu(tape: &Tape, gate: &Value, up: &Value, act: GluActivation) -> Result<Value> {
@@ -25,8 +26,8 @@ pub fn glu(tape: &Tape, gate: &Value, up: &Value, act: GluActivation) -> Result<
         let pullback = move |dy: Tensor, sink: &mut Sink| {
             let (gate, up) = (gate.tensor()?, up.tensor()?);
             let _span = trace_span!("glu backward", bytes = 20 * gate.elem_count()).entered();
-            let mut dgate = vec![0f32; gate.elem_count()];
-            let mut dup = vec![0f32; gate.elem_count()];
+            let mut dgate = room(gate.elem_count());
+            let mut dup = room(gate.elem_count());
             glu_backward(&host(&gate)?, &host(&up)?, &host(&dy)?, act, &mut dgate, &mut dup);
             sink.give(0, engine.tensor(dgate, gate.dims())?)?;
             sink.give(1, engine.tensor(dup, gate.dims())?)
@@ -36,7 +37,7 @@ pub fn glu(tape: &Tape, gate: &Value, up: &Value, act: GluActivation) -> Result<
 }
 
 fn gated(engine: &Engine, gate: &Tensor, up: &Tensor, act: GluActivation) -> Result<Tensor> {
-    let mut y = vec![0f32; gate.elem_count()];
+    let mut y = room(gate.elem_count());
     forward(&host(gate)?, &host(up)?, act, &mut y);
     engine.tensor(y, gate.dims())
 }

@@ -13,6 +13,7 @@ use crate::Result;
 use crate::kernels::logp::{self, LogpForward, LogpOptions, Target};
 use crate::kernels::matmul::matmul;
 use crate::kernels::norm;
+use crate::kernels::slices::room;
 
 /// What the head says about a list of targets.
 #[derive(Clone, Debug, Default)]
@@ -143,12 +144,12 @@ impl Head<'_> {
         let (eps, plus_one) = (self.eps as f32, self.plus_one);
         let picked: Vec<f32> =
             rows.iter().flat_map(|r| &h[*r as usize * d..][..d]).copied().collect();
-        let mut x = vec![0f32; picked.len()];
+        let mut x = room(picked.len());
         norm::rms_norm(&picked, &w, eps, plus_one, &mut x);
         let Some(dh) = dh else {
             return Ok(Logps::new(logp::forward(&x, packed, targets, options)));
         };
-        let mut dx = vec![0f32; x.len()];
+        let mut dx = room(x.len());
         let forward = logp::forward_backward(&x, packed, targets, weights, options, &mut dx);
         let mut dpicked = x;
         norm::rms_norm_backward(&picked, &w, eps, plus_one, &dx, &mut dpicked);

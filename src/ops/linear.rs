@@ -12,6 +12,7 @@ use super::tape::Tape;
 use super::value::Value;
 use crate::kernels::matmul::{matmul, matmul_input_grad};
 use crate::kernels::pack::PackedMatrix;
+use crate::kernels::slices::room;
 use crate::{Error, Result};
 
 /// How the entries of a frozen matrix are stored.
@@ -111,7 +112,7 @@ impl Weight {
         }
         match &*self.0 {
             Storage::Packed(packed) => {
-                let mut values = vec![0f32; ids.len() * width];
+                let mut values = room(ids.len() * width);
                 for (id, row) in ids.iter().zip(values.chunks_exact_mut(width)) {
                     packed.row(*id as usize, row);
                 }
@@ -169,7 +170,7 @@ impl Weight {
         .entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
-                let mut y = vec![0f32; rows * width];
+                let mut y = room(rows * width);
                 let bias = bias.map(host).transpose()?;
                 matmul(&host(x)?, packed, bias.as_deref(), engine.precision(), &mut y);
                 engine.tensor(y, &[rows, width])
@@ -194,7 +195,7 @@ impl Weight {
         .entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
-                let mut dx = vec![0f32; rows * width];
+                let mut dx = room(rows * width);
                 matmul_input_grad(&host(dy)?, packed, engine.precision(), &mut dx);
                 engine.tensor(dx, &[rows, width])
             }

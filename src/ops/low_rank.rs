@@ -11,6 +11,7 @@ use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
 use crate::kernels::low_rank::{self, Activation, Gradients, Saved};
+use crate::kernels::slices::{copied, room};
 
 /// The form of a low-rank shift, alpha * phi(x Wdownᵀ) Wupᵀ.
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +40,7 @@ pub fn low_rank_add(
     if !tape.engine().fused() {
         return composed(tape, &[y, x, down, up], |xs| twin(xs, form));
     }
-    let mut z = vec![0f32; m * r];
+    let mut z = room(m * r);
     low_rank::down(&host(x.tensor())?, &host(down.tensor())?, d, r, &mut z);
     let z: Rc<[f32]> = z.into();
     let out = shifted(tape.engine(), y.tensor(), &z, up.tensor(), form)?;
@@ -77,7 +78,7 @@ pub fn low_rank_add(
 
 /// y + alpha * phi(z) Wupᵀ.
 fn shifted(engine: &Engine, y: &Tensor, z: &[f32], up: &Tensor, form: LowRank) -> Result<Tensor> {
-    let mut out = host(y)?.to_vec();
+    let mut out = copied(&host(y)?);
     let r = up.dims2()?.1;
     low_rank::up_add(z, &host(up)?, r, form.alpha, form.activation, &mut out);
     engine.tensor(out, y.dims())

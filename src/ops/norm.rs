@@ -8,6 +8,7 @@ use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
 use crate::kernels::norm::{rms_norm as forward, rms_norm_backward};
+use crate::kernels::slices::room;
 
 /// y = x / sqrt(mean(x²) + eps) * w over the last axis, or * (1 + w) with `plus_one` (Gemma).
 ///
@@ -29,7 +30,7 @@ pub fn rms_norm(tape: &Tape, x: &Value, w: &Tensor, eps: f64, plus_one: bool) ->
         let pullback = move |dy: Tensor, sink: &mut Sink| {
             let x = x.tensor()?;
             let _span = trace_span!("norm backward", bytes = 12 * x.elem_count()).entered();
-            let mut dx = vec![0f32; x.elem_count()];
+            let mut dx = room(x.elem_count());
             rms_norm_backward(&host(&x)?, &host(&w)?, eps, plus_one, &host(&dy)?, &mut dx);
             sink.give(0, engine.tensor(dx, x.dims())?)
         };
@@ -38,7 +39,7 @@ pub fn rms_norm(tape: &Tape, x: &Value, w: &Tensor, eps: f64, plus_one: bool) ->
 }
 
 fn normed(engine: &Engine, x: &Tensor, w: &Tensor, eps: f32, plus_one: bool) -> Result<Tensor> {
-    let mut y = vec![0f32; x.elem_count()];
+    let mut y = room(x.elem_count());
     forward(&host(x)?, &host(w)?, eps, plus_one, &mut y);
     engine.tensor(y, x.dims())
 }

@@ -10,6 +10,7 @@ use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
 use crate::kernels::rope::{RopeTable, rope, rope_backward};
+use crate::kernels::slices::copied;
 
 /// The rotation of each packed token: cosines and sines, [N, head_dim / 2].
 #[derive(Clone, Debug)]
@@ -51,7 +52,7 @@ pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
         let (rotary, engine) = (rotary.clone(), tape.engine().clone());
         move |dy: Tensor, sink: &mut Sink| {
             let _span = trace_span!("rotary backward", bytes = 8 * dy.elem_count()).entered();
-            let mut dx = host(&dy)?.to_vec();
+            let mut dx = copied(&host(&dy)?);
             rope_backward(&mut dx, &rotary.rows, &rotary.table);
             sink.give(0, engine.tensor(dx, dy.dims())?)
         }
@@ -66,7 +67,7 @@ pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
 }
 
 fn rotated(engine: &Engine, x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
-    let mut y = host(x)?.to_vec();
+    let mut y = copied(&host(x)?);
     rope(&mut y, &rotary.rows, &rotary.table);
     engine.tensor(y, x.dims())
 }

@@ -11,7 +11,7 @@ use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
 use crate::kernels::row_sum::add_rows;
-use crate::kernels::slices::{add_to_rows, mask};
+use crate::kernels::slices::{add_to_rows, copied, mask};
 use crate::random::Stream;
 
 /// a + b of equal shapes.
@@ -29,7 +29,7 @@ pub fn add(tape: &Tape, a: &Value, b: &Value) -> Result<Value> {
 pub fn add_vector(tape: &Tape, x: &Value, v: &Value) -> Result<Value> {
     let _span = trace_span!("add vector", bytes = 8 * x.tensor().elem_count()).entered();
     let y = if tape.engine().fused() {
-        let mut y = host(x.tensor())?.to_vec();
+        let mut y = copied(&host(x.tensor())?);
         add_to_rows(&mut y, &host(v.tensor())?);
         tape.engine().tensor(y, x.tensor().dims())?
     } else {
@@ -118,7 +118,7 @@ impl Mask {
     /// Entries of x that are kept, scaled; the others times zero.
     fn apply(&self, engine: &Engine, x: &Tensor) -> Result<Tensor> {
         let mut y = match engine.fused() {
-            true => host(x)?.to_vec(),
+            true => copied(&host(x)?),
             false => x.flatten_all()?.to_vec1()?,
         };
         mask(&mut y, &self.bits, self.kept);
