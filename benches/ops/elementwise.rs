@@ -36,13 +36,14 @@ fn rotary(benches: &mut Benches, rows: usize) {
     let freqs: Vec<f32> =
         (0..HEAD / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / HEAD as f32)).collect();
     let positions: Vec<u32> = (0..rows as u32).collect();
-    let (table, mut x) = (RopeTable::at(&freqs, &positions, 1.0), noise(rows * D));
+    let (table, x) = (RopeTable::at(&freqs, &positions, 1.0), noise(rows * D));
+    let mut y = vec![0.0; x.len()];
     let bytes = 8 * x.len();
     measure(&mut benches.bytes, &format!("rotary/{rows}"), bytes, || {
-        rope(&mut x, &positions, &table);
+        rope(&x, &positions, &table, &mut y);
     });
     measure(&mut benches.bytes, &format!("rotary_grad/{rows}"), bytes, || {
-        rope_backward(&mut x, &positions, &table);
+        rope_backward(&x, &positions, &table, &mut y);
     });
 }
 
@@ -62,11 +63,11 @@ fn gated(benches: &mut Benches, rows: usize) {
 
 fn shift(benches: &mut Benches, rows: usize) {
     let (x, dy, wdown, wup) = (noise(rows * D), noise(rows * D), noise(R * D), noise(D * R));
-    let (mut z, mut y) = (vec![0.0; rows * R], noise(rows * D));
+    let (mut z, mut y) = (vec![0.0; rows * R], vec![0.0; rows * D]);
     let flops = 4 * rows * D * R;
     measure(&mut benches.flops, &format!("low_rank/{rows}"), flops, || {
         low_rank::down(&x, &wdown, D, R, &mut z);
-        low_rank::up_add(&z, &wup, R, 1.0, Activation::Linear, &mut y);
+        low_rank::up_add((&z, R), &wup, (1.0, Activation::Linear), &x, &mut y);
     });
     let mut dx = vec![0.0; rows * D];
     let (mut ddown, mut dup) = (RowSum::new(R * D), RowSum::new(D * R));

@@ -25,15 +25,23 @@ pub fn down(x: &[f32], wdown: &[f32], d: usize, r: usize, z: &mut [f32]) {
     });
 }
 
-/// `y [M, D_out] += alpha phi(z [M, R]) Wup^T` with `wup [D_out, R]` row-major; the product is
-/// finished before it is added. Panics if the lengths disagree.
-pub fn up_add(z: &[f32], wup: &[f32], r: usize, alpha: f32, activation: Activation, y: &mut [f32]) {
+/// `out = y + alpha phi(z [M, R]) Wup^T` with `wup [D_out, R]` row-major, `y` and `out` `[M, D_out]`;
+/// the product is finished before it is added. Panics if the lengths disagree.
+pub fn up_add(
+    (z, r): (&[f32], usize),
+    wup: &[f32],
+    (alpha, activation): (f32, Activation),
+    y: &[f32],
+    out: &mut [f32],
+) {
     let d_out = wup.len() / r;
     assert!(wup.len() == r * d_out && z.len() * d_out == y.len() * r, "low-rank shapes disagree");
-    let up = transpose(wup, d_out, r);
-    let parts = z.chunks(FORWARD_ROWS * r).zip(y.chunks_mut(FORWARD_ROWS * d_out));
-    for_each(parts, |(z, y)| {
-        add_product(&scaled_code(z, alpha, activation), &up, r, y);
+    assert!(out.len() == y.len(), "low-rank shapes disagree");
+    let (up, block) = (transpose(wup, d_out, r), FORWARD_ROWS * d_out);
+    let parts = y.chunks(block).zip(out.chunks_mut(block)).zip(z.chunks(FORWARD_ROWS * r));
+    for_each(parts, |((y, out), z)| {
+        out.copy_from_slice(y);
+        add_product(&scaled_code(z, alpha, activation), &up, r, out);
     });
 }
 

@@ -30,7 +30,8 @@ impl Case {
     fn forward(&self, x: &[f32], y: &mut [f32]) -> Vec<f32> {
         let mut z = vec![0.0; x.len() / self.d * self.r];
         down(x, &self.wdown, self.d, self.r, &mut z);
-        up_add(&z, &self.wup, self.r, ALPHA, self.activation, y);
+        let old = y.to_vec();
+        up_add((&z, self.r), &self.wup, (ALPHA, self.activation), &old, y);
         z
     }
 

@@ -28,7 +28,7 @@ mod matmul_tile;
 pub mod norm;
 pub mod pack;
 pub mod pages;
-mod parallel;
+pub(crate) mod parallel;
 mod product;
 pub mod rope;
 pub mod row_sum;

@@ -51,31 +51,34 @@ impl RopeTable {
     }
 }
 
-/// Rotates each head of each row of `x`, `[positions.len(), heads * head_dim]`, in place, by the
-/// angles of the row's position, which the table must have.
-pub fn rope(x: &mut [f32], positions: &[u32], table: &RopeTable) {
-    rotate(x, positions, table, false);
+/// `y`, each head of each row of `x` rotated by the angles of the row's position, which the table
+/// must have; both are `[positions.len(), heads * head_dim]`.
+pub fn rope(x: &[f32], positions: &[u32], table: &RopeTable, y: &mut [f32]) {
+    rotate(x, positions, table, false, y);
 }
 
-/// Gradient of [`rope`]: rotates `dy` back in place.
-pub fn rope_backward(dy: &mut [f32], positions: &[u32], table: &RopeTable) {
-    rotate(dy, positions, table, true);
+/// Gradient of [`rope`]: `dx`, which is `dy` rotated back.
+pub fn rope_backward(dy: &[f32], positions: &[u32], table: &RopeTable, dx: &mut [f32]) {
+    rotate(dy, positions, table, true, dx);
 }
 
-fn rotate(x: &mut [f32], positions: &[u32], table: &RopeTable, back: bool) {
+fn rotate(x: &[f32], positions: &[u32], table: &RopeTable, back: bool, y: &mut [f32]) {
     if x.is_empty() {
         return;
     }
     let width = x.len() / positions.len();
     assert!(x.len() == width * positions.len() && width.is_multiple_of(table.head_dim()));
+    assert!(y.len() == x.len(), "rotated rows differ in size");
     let (level, task) = (CpuLevel::detect(), task_len(width));
-    for_each(x.chunks_mut(task).zip(positions.chunks(task / width)), |(x, positions)| {
-        level.run(Rotate { x, width, positions, table, back });
+    let rows = x.chunks(task).zip(positions.chunks(task / width));
+    for_each(rows.zip(y.chunks_mut(task)), |((x, positions), y)| {
+        level.run(Rotate { x, y, width, positions, table, back });
     });
 }
 
 struct Rotate<'a> {
-    x: &'a mut [f32],
+    x: &'a [f32],
+    y: &'a mut [f32],
     width: usize,
     positions: &'a [u32],
     table: &'a RopeTable,
@@ -87,18 +90,20 @@ impl Kernel for Rotate<'_> {
     fn run<S: Simd>(self, s: S) {
         let half = self.table.half;
         let sign = s.splat(if self.back { -1.0 } else { 1.0 });
-        for (row, &position) in self.x.chunks_exact_mut(self.width).zip(self.positions) {
+        let rows = self.x.chunks_exact(self.width).zip(self.y.chunks_exact_mut(self.width));
+        for ((x, y), &position) in rows.zip(self.positions) {
             let at = position as usize * half..(position as usize + 1) * half;
             let (cos, sin) = (&self.table.cos[at.clone()], &self.table.sin[at]);
-            for head in row.chunks_exact_mut(2 * half) {
-                let (a, b) = head.split_at_mut(half);
-                let pairs = a.chunks_mut(LANES).zip(b.chunks_mut(LANES));
-                for ((a, b), (cos, sin)) in pairs.zip(cos.chunks(LANES).zip(sin.chunks(LANES))) {
+            for (x, y) in x.chunks_exact(2 * half).zip(y.chunks_exact_mut(2 * half)) {
+                for i in (0..half).step_by(LANES) {
+                    let (low, high) =
+                        (i..half.min(i + LANES), half + i..half + half.min(i + LANES));
+                    let (cos, sin) = (&cos[low.clone()], &sin[low.clone()]);
                     let (cos, sin) = (s.load_part(cos), s.mul(s.load_part(sin), sign));
-                    let (x, y) = (s.load_part(a), s.load_part(b));
+                    let (a, b) = (s.load_part(&x[low.clone()]), s.load_part(&x[high.clone()]));
                     let minus = s.sub(s.splat(0.0), sin);
-                    s.store_part(a, s.fma(x, cos, s.mul(y, minus)));
-                    s.store_part(b, s.fma(y, cos, s.mul(x, sin)));
+                    s.store_part(&mut y[low], s.fma(a, cos, s.mul(b, minus)));
+                    s.store_part(&mut y[high], s.fma(b, cos, s.mul(a, sin)));
                 }
             }
         }
@@ -125,7 +130,7 @@ mod tests {
             assert_eq!((table.positions(), table.head_dim()), (500, 2 * half));
             let x = wave(5 * heads * 2 * half);
             let mut y = x.clone();
-            rope(&mut y, &positions, &table);
+            rope(&x, &positions, &table, &mut y);
             for (n, (x, y)) in x.chunks(2 * half).zip(y.chunks(2 * half)).enumerate() {
                 for i in 0..half {
                     let angle = (positions[n / heads] as f32 * freq[i]) as f64;
@@ -144,10 +149,11 @@ mod tests {
         let positions: Vec<u32> = (0..200).map(|i| i * 7 % 300).collect();
         let x = wave(200 * 3 * 64);
         let mut y = x.clone();
-        rope(&mut y, &positions, &table);
+        rope(&x, &positions, &table, &mut y);
         assert!(x.iter().zip(&y).any(|(x, y)| (x - y).abs() > 1.0));
-        rope_backward(&mut y, &positions, &table);
-        assert!(x.iter().zip(&y).all(|(x, y)| (x - y).abs() < 1e-6));
+        let mut back = vec![0.0; x.len()];
+        rope_backward(&y, &positions, &table, &mut back);
+        assert!(x.iter().zip(&back).all(|(x, y)| (x - y).abs() < 1e-6));
     }
 
     #[test]
@@ -156,14 +162,14 @@ mod tests {
         let positions: Vec<u32> = (0..300).rev().collect();
         let x = wave(300 * 9 * 24);
         let mut y = x.clone();
-        rope(&mut y, &positions, &table);
+        rope(&x, &positions, &table, &mut y);
         for (i, (x, y)) in x.chunks(9 * 24).zip(y.chunks(9 * 24)).enumerate() {
             let (mut own, mut plain) = (x.to_vec(), x.to_vec());
-            rope(&mut own, &positions[i..i + 1], &table);
+            rope(x, &positions[i..i + 1], &table, &mut own);
             assert_eq!(own, y);
             let positions = &positions[i..i + 1];
-            let table = &table;
-            let job = Rotate { x: &mut plain, width: 9 * 24, positions, table, back: false };
+            let (table, y_plain) = (&table, &mut plain[..]);
+            let job = Rotate { x, y: y_plain, width: 9 * 24, positions, table, back: false };
             CpuLevel::Portable.run(job);
             assert_eq!(plain, y);
         }

@@ -44,12 +44,13 @@ pub fn low_rank_add(
     low_rank::down(&host(x.tensor())?, &host(down.tensor())?, d, r, &mut z);
     let z: Rc<[f32]> = z.into();
     let out = shifted(tape.engine(), y.tensor(), &z, up.tensor(), form)?;
+    let same = std::ptr::eq(x, y);
     let pullback = || {
         let (x, z, engine) = (x.keep(), z.clone(), tape.engine().clone());
         let (down, up) = (down.tensor().clone(), up.tensor().clone());
         move |dy: Tensor, sink: &mut Sink| {
             let _span = trace_span!("low rank backward", flops = 4 * m * r * (d + o)).entered();
-            let mut dx = vec![0f32; m * d];
+            let mut dx = if same { copied(&host(&dy)?) } else { vec![0f32; m * d] };
             let [mut dwdown, mut dwup] = sink.take_rows([(2, r * d), (3, o * r)]);
             {
                 let x = x.tensor()?;
@@ -62,12 +63,14 @@ pub fn low_rank_add(
             }
             let layouts = (Layout::Matrix(r), Layout::Transposed(r));
             sink.give_rows([(2, dwdown, layouts.0), (3, dwup, layouts.1)])?;
-            sink.give(0, dy)?;
+            if !same {
+                sink.give(0, dy)?;
+            }
             sink.give(1, engine.tensor(dx, &[m, d])?)
         }
     };
     let inputs = [y, x, down, up];
-    if !std::ptr::eq(x, y) {
+    if !same {
         return Ok(tape.push(out, &inputs, pullback));
     }
     Ok(tape.push_cheap(out, &inputs, || {
@@ -78,9 +81,9 @@ pub fn low_rank_add(
 
 /// y + alpha * phi(z) Wupᵀ.
 fn shifted(engine: &Engine, y: &Tensor, z: &[f32], up: &Tensor, form: LowRank) -> Result<Tensor> {
-    let mut out = copied(&host(y)?);
-    let r = up.dims2()?.1;
-    low_rank::up_add(z, &host(up)?, r, form.alpha, form.activation, &mut out);
+    let mut out = room(y.elem_count());
+    let (r, phi) = (up.dims2()?.1, (form.alpha, form.activation));
+    low_rank::up_add((z, r), &host(up)?, phi, &host(y)?, &mut out);
     engine.tensor(out, y.dims())
 }
 

@@ -27,6 +27,7 @@ pub use crate::kernels::glu::GluActivation;
 pub use crate::kernels::logp::{LogpOptions, RowStats, Target};
 pub use crate::kernels::low_rank::Activation;
 pub use crate::kernels::matmul::MatmulPrecision;
+pub(crate) use crate::kernels::parallel::map as parallel_map;
 pub use attention::{attention, attention_cached};
 pub use engine::{Engine, composed};
 pub use glu::glu;

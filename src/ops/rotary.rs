@@ -10,7 +10,7 @@ use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
 use crate::kernels::rope::{RopeTable, rope, rope_backward};
-use crate::kernels::slices::copied;
+use crate::kernels::slices::room;
 
 /// The rotation of each packed token: cosines and sines, [N, head_dim / 2].
 #[derive(Clone, Debug)]
@@ -52,8 +52,8 @@ pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
         let (rotary, engine) = (rotary.clone(), tape.engine().clone());
         move |dy: Tensor, sink: &mut Sink| {
             let _span = trace_span!("rotary backward", bytes = 8 * dy.elem_count()).entered();
-            let mut dx = copied(&host(&dy)?);
-            rope_backward(&mut dx, &rotary.rows, &rotary.table);
+            let mut dx = room(dy.elem_count());
+            rope_backward(&host(&dy)?, &rotary.rows, &rotary.table, &mut dx);
             sink.give(0, engine.tensor(dx, dy.dims())?)
         }
     };
@@ -67,8 +67,8 @@ pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
 }
 
 fn rotated(engine: &Engine, x: &Tensor, rotary: &Rotary) -> Result<Tensor> {
-    let mut y = copied(&host(x)?);
-    rope(&mut y, &rotary.rows, &rotary.table);
+    let mut y = room(x.elem_count());
+    rope(&host(x)?, &rotary.rows, &rotary.table, &mut y);
     engine.tensor(y, x.dims())
 }
 

@@ -2,12 +2,11 @@
 
 use std::collections::VecDeque;
 
-use rayon::prelude::*;
 use tracing::debug_span;
 
 use crate::adapter::Adapter;
 use crate::model::{Batch, Policy};
-use crate::ops::{KvCache, SlotId};
+use crate::ops::{KvCache, SlotId, parallel_map};
 use crate::{Error, Result};
 
 use super::sampling::{RandomKey, Sampled, SamplingParams, sample};
@@ -118,6 +117,13 @@ struct Active<'r> {
     logps: Vec<f32>,
 }
 
+/// A request whose prompt is taken up in this pass by another sequence, the `leader` of its place.
+struct Follower<'r> {
+    index: usize,
+    request: &'r Request,
+    leader: usize,
+}
+
 impl Active<'_> {
     /// The next token.
     fn draw(
@@ -186,8 +192,8 @@ impl<'a> Generator<'a> {
         let mut done: Vec<Option<Completion>> = vec![None; requests.len()];
         let mut logits = Vec::new();
         while !(waiting.is_empty() && active.is_empty()) {
-            self.admit(requests, &mut waiting, &mut active, &mut cache)?;
-            let drawn = self.advance(&active, &mut cache, &mut logits)?;
+            let followers = self.admit(requests, &mut waiting, &mut active, &mut cache)?;
+            let drawn = self.advance(&mut active, followers, &mut cache, &mut logits)?;
             let mut still = Vec::with_capacity(active.len());
             for (mut sequence, drawn) in active.into_iter().zip(drawn) {
                 sequence.tokens.push(drawn.token);
@@ -228,7 +234,7 @@ impl<'a> Generator<'a> {
 
     /// Takes up waiting requests while there is room in the batch and in the pass. One whose prompt
     /// an active sequence has in the cache continues from there; one whose prompt is taken up in
-    /// this pass waits for the next. Sequences stay in the order of their requests, so that those
+    /// this pass follows that sequence. Sequences stay in the order of their requests, so that those
     /// with the same prompt are neighbours.
     fn admit<'r>(
         &self,
@@ -236,43 +242,44 @@ impl<'a> Generator<'a> {
         waiting: &mut VecDeque<usize>,
         active: &mut Vec<Active<'r>>,
         cache: &mut KvCache,
-    ) -> Result<()> {
+    ) -> Result<Vec<Follower<'r>>> {
+        active.sort_by_key(|sequence| sequence.index);
         let mut room = self.options.prefill_tokens;
-        // siblings that wait for the next pass have their places
-        let mut next = 0;
-        while active.len() + next < self.options.max_batch.max(1) {
-            let Some(index) = waiting.get(next).copied() else { break };
-            let request = &requests[index];
-            let sibling = active.iter().find(|other| other.request.prompt == request.prompt);
-            let slot = match sibling.map(|other| (other.slot, cache.len(other.slot))) {
-                Some((_, 0)) => {
-                    next += 1;
+        let mut followers = Vec::new();
+        while active.len() + followers.len() < self.options.max_batch.max(1) {
+            let Some(index) = waiting.front().copied() else { break };
+            let (request, len) = (&requests[index], requests[index].prompt.len());
+            let leader = active.iter().position(|other| other.request.prompt == request.prompt);
+            let slot = match leader.map(|leader| (leader, active[leader].slot)) {
+                Some((leader, slot)) if cache.len(slot) == 0 => {
+                    followers.push(Follower { index, request, leader });
+                    waiting.pop_front();
                     continue;
                 }
-                Some((slot, _)) => cache.fork(slot, request.prompt.len() - 1)?,
-                None if request.prompt.len() > room && room < self.options.prefill_tokens => break,
+                Some((_, slot)) => cache.fork(slot, len - 1)?,
+                None if len > room && room < self.options.prefill_tokens => break,
                 None => {
-                    room = room.saturating_sub(request.prompt.len());
+                    room = room.saturating_sub(len);
                     cache.open()
                 }
             };
-            waiting.remove(next);
+            waiting.pop_front();
             active.push(Active { index, request, slot, tokens: Vec::new(), logps: Vec::new() });
         }
-        active.sort_by_key(|sequence| sequence.index);
-        Ok(())
+        Ok(followers)
     }
 
     /// One pass: every sequence goes on by its last token, or takes up what the cache lacks of its
-    /// prompt. Each gets a new token.
-    fn advance(
+    /// prompt, and then so have its followers. Each gets a new token.
+    fn advance<'r>(
         &self,
-        active: &[Active],
+        active: &mut Vec<Active<'r>>,
+        followers: Vec<Follower<'r>>,
         cache: &mut KvCache,
         logits: &mut Vec<f32>,
     ) -> Result<Vec<Sampled>> {
         let mut batch = Batch::new();
-        for sequence in active {
+        for sequence in &*active {
             let (prompt, cached) = (&sequence.request.prompt, cache.len(sequence.slot));
             let new = match sequence.tokens.last() {
                 Some(last) => std::slice::from_ref(last),
@@ -287,16 +294,20 @@ impl<'a> Generator<'a> {
         };
         let slots: Vec<SlotId> = active.iter().map(|sequence| sequence.slot).collect();
         let h = self.policy.hidden_cached(&batch, self.adapters, cache, &slots)?;
-        self.policy.logits_into(&h, &batch.last_rows(), logits)?;
+        let mut rows = batch.last_rows();
+        for Follower { index, request, leader } in followers {
+            let slot = cache.fork(active[leader].slot, request.prompt.len())?;
+            rows.push(rows[leader]);
+            active.push(Active { index, request, slot, tokens: Vec::new(), logps: Vec::new() });
+        }
+        self.policy.logits_into(&h, &rows, logits)?;
         let _phase = debug_span!("sample", tokens = active.len()).entered();
-        let rows = logits.par_chunks_exact_mut(self.policy.config().vocab_size);
+        let rows = logits.chunks_exact_mut(self.policy.config().vocab_size);
         let (seed, step) = (self.options.seed, self.options.step);
         let sampling = &self.options.sampling;
-        let mut drawn = Vec::with_capacity(active.len());
-        rows.zip(active)
-            .map(|(row, sequence)| sequence.draw(row, sampling, seed, step))
-            .collect_into_vec(&mut drawn);
-        drawn.into_iter().collect()
+        let draw =
+            |(row, sequence): (&mut [f32], &Active)| sequence.draw(row, sampling, seed, step);
+        parallel_map(rows.zip(&*active), draw).into_iter().collect()
     }
 
     fn stopped(&self, sequence: &Active) -> Option<StopReason> {
