@@ -14,7 +14,7 @@ use super::lanes::LANES;
 use super::matmul_form::{Form, Step};
 use super::matmul_tile::{Element, Pair, Strip, best_panels};
 use super::pack::PackedMatrix;
-use super::parallel::{SharedMut, for_each, for_each_index, part, task_count};
+use super::parallel::{SharedMut, for_each, for_each_index, part, shrinking, task_count};
 
 /// How products are computed; the names are PyTorch's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +92,21 @@ pub(crate) fn product(
     }
 }
 
+/// Cuts a product into tasks, each some rows and some panels: about `tasks` of them. Panels alone are
+/// cut into parts that become smaller, so that the threads end together.
+fn cut(rows: usize, panels: usize, tasks: usize) -> Vec<(Range<usize>, Range<usize>)> {
+    let (row_parts, panel_parts) = grid(rows, panels, tasks);
+    if (row_parts, tasks > 1) == (1, true) {
+        let groups = shrinking(panels.div_ceil(MAX_PANELS), 2 * rayon::current_num_threads());
+        let panels =
+            |groups: Range<usize>| groups.start * MAX_PANELS..(groups.end * MAX_PANELS).min(panels);
+        return groups.into_iter().map(|groups| (0..rows, panels(groups))).collect();
+    }
+    let row_parts = (0..row_parts).map(|i| part(rows, 12, row_parts, i));
+    let panels = |i| part(panels, MAX_PANELS, panel_parts, i);
+    row_parts.flat_map(|rows| (0..panel_parts).map(move |i| (rows.clone(), panels(i)))).collect()
+}
+
 /// Cuts rows and panels into about `tasks` parts such that the least is read twice: each part of
 /// the rows reads its panels again, each part of the panels its rows.
 fn grid(rows: usize, panels: usize, tasks: usize) -> (usize, usize) {
@@ -145,19 +160,18 @@ impl<'a> Product<'a> {
     fn compute<A: Form>(&self) {
         let panels = self.columns.div_ceil(LANES);
         let tasks = task_count(self.rows * self.k * panels * LANES, TASKS);
-        let (row_parts, panel_parts) = grid(self.rows, panels, tasks);
+        let tasks = cut(self.rows, panels, tasks);
         let panel_rows = K_BLOCK.min(self.k.next_multiple_of(LANES)) / A::LINKS;
         let mut input = Vec::new();
         for k0 in (0..self.k).step_by(K_SPAN) {
             let k = k0..(k0 + K_SPAN).min(self.k);
             self.copy_input(&k, &mut input);
             for_each_index(
-                row_parts * panel_parts,
+                tasks.len(),
                 || vec![A::ZERO_ROW; MAX_PANELS * panel_rows],
                 |scratch, i| {
-                    let rows = part(self.rows, 12, row_parts, i / panel_parts);
-                    let panels = part(panels, 2, panel_parts, i % panel_parts);
-                    self.block::<A>(&rows, &k, &panels, &input, scratch);
+                    let (rows, panels) = &tasks[i];
+                    self.block::<A>(rows, &k, panels, &input, scratch);
                 },
             );
         }

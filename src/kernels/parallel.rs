@@ -78,6 +78,18 @@ pub fn part(n: usize, unit: usize, parts: usize, i: usize) -> std::ops::Range<us
     edge(i)..edge(i + 1)
 }
 
+/// Cuts `0..n` into ranges, each the `share`th part of what is left.
+pub fn shrinking(n: usize, share: usize) -> Vec<std::ops::Range<usize>> {
+    let mut ranges = Vec::new();
+    let mut start = 0;
+    while start < n {
+        let end = start + ((n - start) / share.max(1)).max(1);
+        ranges.push(start..end);
+        start = end;
+    }
+    ranges
+}
+
 /// A mutable slice that several tasks write, each its own part.
 #[derive(Clone, Copy)]
 pub struct SharedMut<'a> {
@@ -133,6 +145,15 @@ mod tests {
                 next = range.end;
             }
             assert_eq!(next, n);
+        }
+    }
+
+    #[test]
+    fn shrinking_parts_cover_the_range_in_order() {
+        for (n, share) in [(0, 4), (1, 4), (18, 4), (1536, 4), (7, 1)] {
+            let ranges = shrinking(n, share);
+            assert!(ranges.iter().flat_map(|range| range.clone()).eq(0..n));
+            assert!(ranges.is_sorted_by(|a, b| a.len() >= b.len()));
         }
     }
 
