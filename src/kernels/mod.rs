@@ -42,4 +42,6 @@ mod low_rank_tests;
 #[cfg(test)]
 mod matmul_tests;
 #[cfg(test)]
+mod shape_tests;
+#[cfg(test)]
 pub(crate) mod testing;

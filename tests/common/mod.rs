@@ -1,6 +1,7 @@
 //! What several test files need: the shared fixtures, and comparisons of tensors.
 #![allow(dead_code)]
 
+pub mod passes;
 pub mod program;
 
 use std::collections::HashMap;
