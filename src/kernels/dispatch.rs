@@ -1,8 +1,8 @@
 //! Which vector extension runs a kernel: found once, at run time.
 //!
 //! Every level computes the same fused multiply-adds in the same order, so the bits of a result
-//! do not depend on the level; products at `medium` are the exception, since some machines have
-//! instructions of their own for them.
+//! do not depend on the level; products at `high` and `medium` are the exception, since some
+//! machines have instructions of their own for them.
 
 use std::sync::OnceLock;
 
@@ -20,6 +20,11 @@ pub enum CpuLevel {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512 and the bf16 tiles of AMX, with the system's leave to use them.
+    Amx,
+    /// As `Amx`, with tiles in software.
+    #[cfg(test)]
+    Emulated,
 }
 
 impl CpuLevel {
@@ -37,13 +42,22 @@ impl CpuLevel {
             && is_x86_feature_detected!("avx512bf16")
     }
 
+    /// Whether tiles of bf16 are multiplied by one instruction at this level (AMX).
+    pub(crate) fn multiplies_tiles(self) -> bool {
+        #[cfg(test)]
+        if self == Self::Emulated {
+            return true;
+        }
+        self.min(Self::detect()) == Self::Amx
+    }
+
     /// Runs `kernel` at this level, or at the machine's best level where that is lower.
     #[inline]
     pub(crate) fn run<R, K: Kernel<R>>(self, kernel: K) -> R {
         match self.min(Self::detect()) {
             // SAFETY: `detect` saw the features.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { Avx512::new() }.run(kernel),
+            Self::Avx512 | Self::Amx => unsafe { Avx512::new() }.run(kernel),
             // SAFETY: `detect` saw the features.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { Avx2::new() }.run(kernel),
@@ -60,10 +74,43 @@ fn detect_now() -> CpuLevel {
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
     match (avx2, avx512) {
+        (true, true) if may_use_tiles() => CpuLevel::Amx,
         (true, true) => CpuLevel::Avx512,
         (true, false) => CpuLevel::Avx2,
         (false, _) => CpuLevel::Portable,
     }
+}
+
+/// Whether the processor has AMX with bf16, the system keeps the tiles of each thread, and this
+/// process has been allowed to use them, for which Linux wants to be asked.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn may_use_tiles() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+
+    /// AMX-BF16 and AMX-TILE in EDX of leaf 7.
+    const FEATURES: u32 = 1 << 22 | 1 << 24;
+    /// Configuration and data of the tiles in XCR0, and the number of the latter.
+    const STATES: u64 = 1 << 17 | 1 << TILE_DATA;
+    const TILE_DATA: libc::c_long = 18;
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+
+    #[target_feature(enable = "xsave")]
+    fn enabled() -> u64 {
+        // SAFETY: the register zero exists.
+        unsafe { _xgetbv(0) }
+    }
+
+    let has_tiles = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & FEATURES == FEATURES;
+    // SAFETY: the feature was found; the call changes nothing but this process's permissions.
+    has_tiles
+        && is_x86_feature_detected!("xsave")
+        && unsafe { enabled() } & STATES == STATES
+        && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) } == 0
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn may_use_tiles() -> bool {
+    false
 }
 
 #[cfg(not(target_arch = "x86_64"))]

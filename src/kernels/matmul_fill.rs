@@ -11,7 +11,7 @@ use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
 
 /// To the nearest bf16 (ties to even), as `f32`; NaN stays NaN.
 #[inline(always)]
-fn rounded(x: f32) -> f32 {
+pub(crate) fn rounded(x: f32) -> f32 {
     f32::from_bits(u32::from(round_to_bf16(x)) << 16)
 }
 

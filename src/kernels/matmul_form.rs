@@ -1,4 +1,5 @@
-//! The two forms of a product's operands: as they are, or rounded to pairs of bf16.
+//! The forms of a product's operands: as they are, or rounded to pairs of bf16 (`matmul_amx` has
+//! those of tiles).
 
 use std::ops::Range;
 
@@ -6,11 +7,11 @@ use super::dispatch::CpuLevel;
 use super::lanes::LANES;
 use super::matmul::{Axis, Product, STREAM_ROWS};
 use super::matmul_fill::{copy_rows, fill_pairs, fill_panel, round_rows};
-use super::matmul_tile::{Left, Pair, multiply, multiply_pairs};
+use super::matmul_tile::{Pair, multiply, multiply_pairs};
 use super::pack::{PairRow, RowF32, Storage};
 
 /// The form in which the inner loop reads its operands.
-pub(crate) trait Form: Left + Send + Sync {
+pub(crate) trait Form: Copy + Send + Sync {
     /// A row of a panel in scratch.
     type Row: Copy;
     /// A row of zeros.
@@ -19,6 +20,8 @@ pub(crate) trait Form: Left + Send + Sync {
     const ZERO: Self;
     /// Links of k in an element on the left, and in a row of a panel.
     const LINKS: usize;
+    /// Rows that are multiplied together: tasks have multiples of them.
+    const ROW_UNIT: usize = 12;
     /// The input itself, where a few rows of it can be read without a copy.
     fn in_place(x: &[f32]) -> Option<&[Self]>;
     /// Copies the first `width` columns of rows of `x`, `stride` apart.

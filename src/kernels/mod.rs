@@ -1,6 +1,10 @@
 //! CPU kernels on plain slices, with run-time dispatch over the machine's vector extensions: no
 //! tensors, no devices, no dependence on the batch.
 
+#[cfg(test)]
+mod amx_emulated;
+#[cfg(any(target_arch = "x86_64", test))]
+mod amx_tiles;
 pub mod attention;
 mod attention_backward;
 pub mod attention_cached;
@@ -20,6 +24,8 @@ mod logp_row;
 pub mod low_rank;
 mod low_rank_activation;
 pub mod matmul;
+#[cfg(any(target_arch = "x86_64", test))]
+mod matmul_amx;
 #[cfg(target_arch = "x86_64")]
 mod matmul_dot;
 mod matmul_fill;
@@ -39,6 +45,8 @@ mod team;
 mod logp_tests;
 #[cfg(test)]
 mod low_rank_tests;
+#[cfg(test)]
+mod matmul_amx_tests;
 #[cfg(test)]
 mod matmul_tests;
 #[cfg(test)]

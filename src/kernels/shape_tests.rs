@@ -61,9 +61,10 @@ fn low_rank_products_and_their_gradients() {
         let (alpha, activation) = (0.5, Activation::Silu);
         check(&format!("{K} to {r} to {n}"), |first, last| {
             let (x, dy) = (&x[first * K..last * K], &dy[first * n..last * n]);
-            let (mut z, mut y) = (vec![0.0; (last - first) * r], old[first * n..last * n].to_vec());
+            let (mut z, old) = (vec![0.0; (last - first) * r], &old[first * n..last * n]);
+            let mut y = vec![0.0; old.len()];
             down(x, &wdown, K, r, &mut z);
-            up_add(&z, &wup, r, alpha, activation, &mut y);
+            up_add((&z, r), &wup, (alpha, activation), old, &mut y);
             let mut dx = vec![0.0; x.len()];
             let (mut dwdown, mut dwup) = (RowSum::new(r * K), RowSum::new(r * n));
             let saved = Saved { x, z: &z, wdown: &wdown, wup: &wup, r, alpha, activation };
