@@ -1,4 +1,5 @@
-"""Runs our programs and their PyTorch twins in turn on this machine and prints the README's table.
+"""Runs our programs and their twins, PyTorch or llama.cpp, in turn on this machine and prints the
+README's table.
 
 usage: python benches/vs_pytorch/compare.py [CASE ...] [--pairs 5] [--steps 1] [--threads N]
        python benches/vs_pytorch/compare.py --list
@@ -63,12 +64,25 @@ def generate(sequences, precision):
     )
 
 
+def llama(sequences, precision, dtype):
+    """Sampling against llama.cpp, which is spared the drawing of tokens."""
+    flags = ["--sequences", str(sequences), "--prompt_tokens", "128", "--new_tokens", "128"]
+    flags += ["--group", "8"] if sequences == 64 else []
+    return Case(
+        name=f"llama-{sequences}-{precision}",
+        row=f"{sequences} x 128 new tokens, `{precision}` / llama.cpp {dtype}",
+        ours=["generate", *flags, "--matmul_precision", precision],
+        theirs=["llama_generate.py", *flags, "--dtype", dtype],
+    )
+
+
 PRECISIONS = [("highest", "f32"), ("high", "f32"), ("medium", "bf16")]
 ADAPTERS = ("steering", "lora")
 CASES = [
     *(sft(adapter, *pair) for adapter in ADAPTERS for pair in PRECISIONS),
     *(grpo(adapter, *pair) for adapter in ADAPTERS for pair in PRECISIONS),
     *(generate(n, precision) for n in (1, 16, 64) for precision in ("high", "medium")),
+    *(llama(n, *pair) for n in (1, 16, 64) for pair in (("high", "f32"), ("medium", "bf16"))),
 ]
 
 
@@ -115,7 +129,7 @@ def compare(case, commands, pairs, threads):
     for i in range(pairs):
         measured.append([numbers(last_line(command, threads)) for command in commands])
         told = (f"{m['median_s']:.2f} s {m['peak_mib']:.0f} MiB" for m in measured[-1])
-        print(f"{case.name} {i + 1}/{pairs}: " + ", PyTorch ".join(told), file=sys.stderr, flush=True)
+        print(f"{case.name} {i + 1}/{pairs}: " + ", other ".join(told), file=sys.stderr, flush=True)
     return [case.row, *cells(measured, "median_s", 2), *cells(measured, "peak_mib", 0)]
 
 
@@ -158,7 +172,7 @@ def main():
         else:
             rows.append(compare(case, commands, args.pairs, args.threads))
     if rows:
-        heads = ["", "steersman, s", "PyTorch, s", "ratio", "steersman, MiB", "PyTorch, MiB", "ratio"]
+        heads = ["", "steersman, s", "other, s", "ratio", "steersman, MiB", "other, MiB", "ratio"]
         for row in [heads, ["---"] * len(heads), *rows]:
             print("| " + " | ".join(row) + " |")
 
