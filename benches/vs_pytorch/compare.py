@@ -91,7 +91,7 @@ def build(bench):
     command = ["cargo", "bench", "--bench", bench, "--no-run", "--message-format", "json"]
     out = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
     messages = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return [m["executable"] for m in messages if m.get("executable")][-1]
+    return next(m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == bench)
 
 
 def fetch_model():
@@ -153,7 +153,9 @@ def main():
     if args.losses:
         args.cases = args.cases or ["sft"]
     names = args.cases or [""]
-    chosen = [case for case in CASES if any(case.name.startswith(name) for name in names)]
+    exact = {case.name for case in CASES}.intersection(names)
+    wanted = lambda case, name: case.name == name if name in exact else case.name.startswith(name)
+    chosen = [case for case in CASES if any(wanted(case, name) for name in names)]
     if args.list or not chosen:
         print("\n".join(case.name for case in CASES))
         sys.exit(0 if args.list else f"no case is called {' or '.join(args.cases)}; these are all")

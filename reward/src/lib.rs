@@ -15,17 +15,23 @@
 
 mod digit;
 mod exact;
+mod format;
 mod grade;
+mod length;
 mod letter;
 mod number;
 mod numeric;
 mod outcome;
 mod place;
 mod ratio;
+mod repetition;
 mod tidy;
 
+pub use format::{is_think_format, tag_share};
 pub use grade::{BadGold, GoldError, check_gold, grade};
+pub use length::{CosineLength, soft_overlong};
 pub use letter::final_letter;
 pub use number::Number;
 pub use numeric::final_number;
 pub use outcome::Outcome;
+pub use repetition::repetition;

@@ -35,7 +35,7 @@ pub enum MatmulPrecision {
 
 /// Links of a chain, part of the definition of the result (short chains round less). A panel of
 /// them lies in the first-level cache.
-const K_BLOCK: usize = 256;
+pub(crate) const K_BLOCK: usize = 256;
 /// Length of k whose inputs are copied at a time.
 const K_SPAN: usize = 8 * K_BLOCK;
 /// Outputs that stay in the second-level cache while k advances.
@@ -47,7 +47,7 @@ const ROW_BLOCK: usize = 256;
 /// Rows of a task that copies the input.
 const COPY_ROWS: usize = 32;
 /// Panels that an inner loop takes at once, at most.
-const MAX_PANELS: usize = 2;
+pub(crate) const MAX_PANELS: usize = 2;
 /// Rows up to which `f32` products read a bf16 weight straight from its storage, and the input where
 /// it lies.
 pub(crate) const STREAM_ROWS: usize = 64;
@@ -176,19 +176,14 @@ impl<'a> Product<'a> {
         let panels = self.columns.div_ceil(LANES);
         let tasks = task_count(self.rows * self.k * panels * LANES, TASKS);
         let tasks = cut((self.rows, A::ROW_UNIT), panels, tasks);
-        let panel_rows = K_BLOCK.min(self.k.next_multiple_of(LANES)).div_ceil(A::LINKS);
         let mut input = Vec::new();
         for k0 in (0..self.k).step_by(K_SPAN) {
             let k = k0..(k0 + K_SPAN).min(self.k);
             self.copy_input(&k, &mut input);
-            for_each_index(
-                tasks.len(),
-                || vec![A::ZERO_ROW; MAX_PANELS * panel_rows],
-                |scratch, i| {
-                    let (rows, panels) = &tasks[i];
-                    self.block::<A>(rows, &k, panels, &input, scratch);
-                },
-            );
+            for_each_index(tasks.len(), Vec::new, |scratch, i| {
+                let (rows, panels) = &tasks[i];
+                self.block::<A>(rows, &k, panels, &input, scratch);
+            });
         }
     }
 
@@ -221,7 +216,7 @@ impl<'a> Product<'a> {
         k: &Range<usize>,
         panels: &Range<usize>,
         input: &[A],
-        scratch: &mut [A::Row],
+        scratch: &mut Vec<A::Row>,
     ) {
         if rows.is_empty() {
             return;
@@ -244,7 +239,7 @@ impl<'a> Product<'a> {
         k: &Range<usize>,
         panels: &Range<usize>,
         input: &[A],
-        scratch: &mut [A::Row],
+        scratch: &mut Vec<A::Row>,
     ) {
         let group = best_panels(self.level, rows.len());
         for k0 in k.clone().step_by(K_BLOCK) {

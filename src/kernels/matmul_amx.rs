@@ -65,12 +65,13 @@ impl<const PARTS: usize> Form for Chunk<PARTS> {
 type Fill = fn(CpuLevel, &PackedMatrix, Axis, usize, Range<usize>, &mut [PairRow]);
 
 /// Multiplies panels that `fill` writes into scratch in `W` parts.
-fn filled<const P: usize, const W: usize>(job: &Product, step: Step<Chunk<P>>, fill: Fill) {
+fn filled<const P: usize, const W: usize>(job: &Product, mut step: Step<Chunk<P>>, fill: Fill) {
     let rows = step.kc.div_ceil(CHUNK) * W * CHUNK / 2;
     let links = step.k0..step.k0 + step.kc;
-    let scratch = step.scratch.as_flattened_mut().as_flattened_mut();
-    for (i, into) in scratch.chunks_mut(rows).take(step.panels).enumerate() {
-        fill(job.level, job.w, job.axis, step.panel + i, links.clone(), into);
+    let (panel, panels) = (step.panel, step.panels);
+    let scratch = step.room().as_flattened_mut().as_flattened_mut();
+    for (i, into) in scratch.chunks_mut(rows).take(panels).enumerate() {
+        fill(job.level, job.w, job.axis, panel + i, links.clone(), into);
     }
     let scratch = (step.scratch.as_flattened().as_flattened().as_ptr(), rows);
     // SAFETY: the group's panels have just been filled.

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::dispatch::CpuLevel;
 use super::lanes::LANES;
-use super::matmul::{Axis, Product, STREAM_ROWS};
+use super::matmul::{Axis, K_BLOCK, MAX_PANELS, Product, STREAM_ROWS};
 use super::matmul_fill::{copy_rows, fill_pairs, fill_panel, round_rows};
 use super::matmul_tile::{Pair, multiply, multiply_pairs};
 use super::pack::{PairRow, RowF32, Storage};
@@ -44,7 +44,7 @@ impl Form for f32 {
         copy_rows(x, stride, width, into);
     }
 
-    fn step(job: &Product, step: Step<f32>) {
+    fn step(job: &Product, mut step: Step<f32>) {
         let few = step.rows.len() <= STREAM_ROWS;
         match &job.w.storage {
             Storage::F32(w) if job.axis == Axis::Output => {
@@ -62,8 +62,9 @@ impl Form for f32 {
             }
             _ => {
                 let (rows, links) = (step.kc.next_multiple_of(LANES), step.links());
-                for (i, into) in step.scratch.chunks_mut(rows).take(step.panels).enumerate() {
-                    fill_panel(job.level, job.w, job.axis, step.panel + i, links.clone(), into);
+                let (panel, panels) = (step.panel, step.panels);
+                for (i, into) in step.room().chunks_mut(rows).take(panels).enumerate() {
+                    fill_panel(job.level, job.w, job.axis, panel + i, links.clone(), into);
                 }
                 let panels = (step.scratch.as_ptr().cast::<f32>(), rows * LANES);
                 // SAFETY: the group's panels have just been filled.
@@ -87,7 +88,7 @@ impl Form for Pair {
         round_rows(level, x, stride, width, into);
     }
 
-    fn step(job: &Product, step: Step<Pair>) {
+    fn step(job: &Product, mut step: Step<Pair>) {
         match &job.w.storage {
             Storage::Bf16(w) if job.axis == Axis::Output => {
                 let panel = job.k.div_ceil(2);
@@ -98,8 +99,9 @@ impl Form for Pair {
             }
             _ => {
                 let (rows, links) = (step.kc.next_multiple_of(LANES) / 2, step.links());
-                for (i, into) in step.scratch.chunks_mut(rows).take(step.panels).enumerate() {
-                    fill_pairs(job.level, job.w, job.axis, step.panel + i, links.clone(), into);
+                let (panel, panels) = (step.panel, step.panels);
+                for (i, into) in step.room().chunks_mut(rows).take(panels).enumerate() {
+                    fill_pairs(job.level, job.w, job.axis, panel + i, links.clone(), into);
                 }
                 let panels = (step.scratch.as_ptr().cast::<u16>(), rows * 2 * LANES);
                 // SAFETY: the group's panels have just been filled.
@@ -124,12 +126,21 @@ pub(crate) struct Step<'a, A: Form> {
     pub kc: usize,
     /// Whether the next step is the next block of k, not the next group.
     pub along_k: bool,
-    /// Room for the group's panels.
-    pub scratch: &'a mut [A::Row],
+    /// What [`Step::room`] gives.
+    pub scratch: &'a mut Vec<A::Row>,
 }
 
 impl<A: Form> Step<'_, A> {
     fn links(&self) -> Range<usize> {
         self.k0..self.k0 + self.kc
+    }
+
+    /// Room for the group's panels, made when a step first wants it: where panels are read from the
+    /// storage none does.
+    pub fn room(&mut self) -> &mut [A::Row] {
+        if self.scratch.is_empty() {
+            self.scratch.resize(MAX_PANELS * K_BLOCK.div_ceil(A::LINKS), A::ZERO_ROW);
+        }
+        self.scratch
     }
 }

@@ -13,6 +13,8 @@ struct Line {
     calls: u64,
     /// Without spans of the same kind inside.
     time: Duration,
+    /// With them.
+    whole: Duration,
     flops: u64,
     bytes: u64,
     tokens: u64,
@@ -28,6 +30,7 @@ impl Summary {
         let line = self.0.entry((done.kind, done.name)).or_default();
         line.calls += 1;
         line.time += done.taken.saturating_sub(done.nested);
+        line.whole += done.taken;
         line.flops += done.fields.get("flops");
         line.bytes += done.fields.get("bytes");
         line.tokens += done.fields.get("tokens");
@@ -61,10 +64,10 @@ impl Summary {
         let mut rest = all;
         for ((_, name), line) in lines {
             rest = rest.saturating_sub(line.time);
-            let seconds = line.time.as_secs_f64().max(1e-9);
+            let per_second = |n: u64, time: Duration| n as f64 / time.as_secs_f64().max(1e-9);
             let rates = match kind {
-                Kind::Phase => [line.tokens as f64, line.tokens as f64 / seconds],
-                Kind::Op => [line.flops as f64 / seconds / 1e9, line.bytes as f64 / seconds / 1e9],
+                Kind::Phase => [line.tokens as f64, per_second(line.tokens, line.whole)],
+                Kind::Op => [line.flops, line.bytes].map(|n| per_second(n, line.time) / 1e9),
             };
             text += &row(name, &line.calls.to_string(), line.time, all);
             let decimals = if kind == Kind::Phase { 0 } else { 1 };
@@ -101,7 +104,7 @@ mod tests {
             taken: second * seconds,
             nested: second * nested,
         };
-        summary.add(&done(Kind::Phase, "step", 8, 6, &[]));
+        summary.add(&done(Kind::Phase, "step", 8, 6, &[("tokens", 16)]));
         summary.add(&done(Kind::Phase, "forward", 6, 0, &[("tokens", 12)]));
         summary.add(&done(Kind::Op, "linear", 3, 0, &[("flops", 6_000_000_000)]));
         let tokens = summary.add(&done(Kind::Phase, "forward", 0, 0, &[("tokens", 6)]));
@@ -112,7 +115,7 @@ mod tests {
             line[26..].split_whitespace().map(String::from).collect()
         };
         assert_eq!(words("forward"), ["2", "6.000", "60.0", "%", "18", "3"]);
-        assert_eq!(words("step"), ["1", "2.000", "20.0", "%"]);
+        assert_eq!(words("step"), ["1", "2.000", "20.0", "%", "16", "2"]);
         assert_eq!(words("linear"), ["1", "3.000", "30.0", "%", "2.0"]);
         assert_eq!(words("outside of these"), ["2.000", "20.0", "%"]);
     }

@@ -5,6 +5,7 @@ pub mod claim;
 pub mod data;
 pub mod example;
 mod free_memory;
+pub mod loss;
 pub mod memory;
 pub mod objective;
 pub mod optimizer;
