@@ -154,8 +154,8 @@ def main():
         args.cases = args.cases or ["sft"]
     names = args.cases or [""]
     exact = {case.name for case in CASES}.intersection(names)
-    wanted = lambda case, name: case.name == name if name in exact else case.name.startswith(name)
-    chosen = [case for case in CASES if any(wanted(case, name) for name in names)]
+    beginnings = tuple(name for name in names if name not in exact)
+    chosen = [case for case in CASES if case.name in exact or case.name.startswith(beginnings)]
     if args.list or not chosen:
         print("\n".join(case.name for case in CASES))
         sys.exit(0 if args.list else f"no case is called {' or '.join(args.cases)}; these are all")

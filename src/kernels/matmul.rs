@@ -27,7 +27,7 @@ pub enum MatmulPrecision {
     Highest,
     /// `f32` sums of products whose operands keep sixteen bits: on machines with AMX each operand
     /// that bf16 does not hold is cut into two bf16 halves (error about 3e-6 of the largest result
-    /// with bf16 weights, 4e-6 with `f32` weights); on others the same as `Highest`.
+    /// with bf16 weights, up to 6e-6 with `f32` weights); on others the same as `Highest`.
     High,
     /// Both operands rounded to bf16, `f32` sums.
     Medium,

@@ -8,7 +8,7 @@ use super::parallel::{for_each, task_len};
 /// Room for the result of a kernel that writes all of it; the values in it mean nothing. Zeroing it
 /// would cost one thread as long as writing the result costs all of them.
 #[allow(clippy::uninit_vec)] // no kernel reads what it has not written
-pub fn room(len: usize) -> Vec<f32> {
+pub(crate) fn room(len: usize) -> Vec<f32> {
     let mut values = Vec::with_capacity(len);
     // SAFETY: every bit pattern is an f32, and the memory is written before it is read.
     unsafe { values.set_len(len) };

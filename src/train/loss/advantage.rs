@@ -9,7 +9,7 @@ pub enum ScaleRewards {
     /// The standard deviation of the group.
     #[default]
     Group,
-    /// The standard deviation of all centred rewards' originals in the step.
+    /// The standard deviation of all scores of the step.
     Batch,
     /// Nothing (Dr. GRPO, arXiv:2503.20783).
     None,
