@@ -1,6 +1,6 @@
 //! The fused head, its log-probs with and without the gradient, and the exponentials of one row.
 
-use steersman::kernels::logp::{self, LogpOptions, RowStats, Target};
+use steersman::kernels::logp::{self, LogpOptions, RowRule, RowStats, Target};
 use steersman::kernels::matmul::MatmulPrecision;
 use steersman::kernels::pack::PackedMatrix;
 
@@ -25,11 +25,11 @@ pub fn bench(benches: &mut Benches) {
             logp::forward(&h, &head, &targets, options);
         });
         measure(criterion, &format!("logp_grad/{name}/{rows}"), 2 * product, || {
-            logp::forward_backward(&h, &head, &targets, &weights, options, &mut dh);
+            logp::forward_backward(&h, &head, (&targets, &weights), None, options, &mut dh);
         });
     }
     let (mut logits, options) = (noise(V), LogpOptions::default());
     measure(&mut benches.bytes, "exp/row_stats", 4 * V, || {
-        RowStats::of(&mut logits, &options);
+        RowStats::of(&mut logits, &options, &RowRule::default());
     });
 }

@@ -1,12 +1,14 @@
 //! Log-probabilities of chosen tokens under a linear head, and their gradients, without ever
 //! holding the logits of more than a few rows.
 //!
-//! `l = inv_temperature cap(h W^T)`, `cap(z) = c tanh(z / c)`, `logp = l[token] - lse(l)`. Rows
-//! are batch-invariant: neither the chunks nor the threads change a bit.
+//! `l = inv_temperature cap(h W^T)`, `cap(z) = c tanh(z / c)`, `logp = l[token] - lse(l)`, where a
+//! row may have a rule of its own (`logp_rule`). Rows are batch-invariant: neither the chunks nor the
+//! threads change a bit.
 
 use super::dispatch::CpuLevel;
 pub use super::logp_row::RowStats;
 use super::logp_row::{Pull, gradient_row, squash};
+pub use super::logp_rule::{RowRule, penalise};
 use super::matmul::{MatmulPrecision, matmul, matmul_input_grad};
 use super::pack::PackedMatrix;
 use super::parallel::{for_each, map};
@@ -32,21 +34,31 @@ pub struct Target {
 
 /// How logits become a distribution.
 #[derive(Clone, Copy, Debug)]
-pub struct LogpOptions {
+pub struct LogpOptions<'a> {
     /// One over the sampling temperature; positive.
     pub inv_temperature: f32,
-    /// `c` of `c tanh(z / c)`, applied before the temperature.
+    /// `c` of `c tanh(z / c)`, applied before penalty and temperature.
     pub softcap: Option<f32>,
+    /// Divides positive and multiplies negative logits of the tokens that a row's rule names.
+    pub repetition_penalty: f32,
+    /// The rule of each row; empty = no row has one.
+    pub rules: &'a [RowRule],
     /// Whether the entropy of each row is wanted.
     pub entropy: bool,
     /// How the products with the head are computed.
     pub precision: MatmulPrecision,
 }
 
-impl Default for LogpOptions {
+impl Default for LogpOptions<'_> {
     fn default() -> Self {
-        let precision = MatmulPrecision::Highest;
-        Self { inv_temperature: 1.0, softcap: None, entropy: false, precision }
+        LogpOptions {
+            inv_temperature: 1.0,
+            softcap: None,
+            repetition_penalty: 1.0,
+            rules: &[],
+            entropy: false,
+            precision: MatmulPrecision::Highest,
+        }
     }
 }
 
@@ -73,27 +85,27 @@ pub fn forward(
 ) -> LogpForward {
     let job = Job::new(h, head, targets, options);
     let mut result = job.empty_result();
-    job.chunks(|job, chunk, logits| job.read_chunk(chunk, logits, &mut result));
+    job.chunks(|job, chunk, logits| drop(job.read_chunk(chunk, logits, &mut result)));
     result
 }
 
-/// [`forward`], and in the same pass `dh [N, D]`, the gradient of `sum of weights * logp`
-/// (overwritten): two products instead of three.
+/// [`forward`], and in the same pass `dh [N, D]`, the gradient of `sum of weights * logp`, and of
+/// `sum of dentropy * entropy` over rows if there is such (overwritten): two products instead of three.
 pub fn forward_backward(
     h: &[f32],
     head: &PackedMatrix,
-    targets: &[Target],
-    weights: &[f32],
+    (targets, weights): (&[Target], &[f32]),
+    dentropy: Option<&[f32]>,
     options: LogpOptions,
     dh: &mut [f32],
 ) -> LogpForward {
     assert!(weights.len() == targets.len() && dh.len() == h.len(), "log-prob lengths disagree");
     let job = Job::new(h, head, targets, options);
+    assert!(dentropy.is_none_or(|d| d.len() == job.rows), "entropy lengths disagree");
     let mut result = job.empty_result();
     job.chunks(|job, chunk, logits| {
-        job.read_chunk(chunk.clone(), logits, &mut result);
-        let entropy = vec![0.0; chunk.len()];
-        let pulls = Pulls { lse: &result.lse, weights, dentropy: None, entropy };
+        let entropy = job.read_chunk(chunk.clone(), logits, &mut result);
+        let pulls = Pulls { lse: &result.lse, weights, dentropy, entropy };
         job.pull_chunk(chunk, logits, &pulls, dh);
     });
     result
@@ -117,11 +129,14 @@ pub fn backward(
     let job = Job::new(h, head, targets, options);
     assert!(lse.len() == job.rows && dentropy.is_none_or(|d| d.len() == job.rows));
     job.chunks(|job, chunk, logits| {
-        let entropy = job.for_rows(logits, |_, row| match dentropy {
-            Some(_) => RowStats::of(row, &options).entropy as f32,
-            None => {
-                squash(CpuLevel::detect(), row, &options);
-                0.0
+        let entropy = job.for_rows(logits, |i, row| {
+            let rule = RowRule::of(options.rules, chunk.start + i);
+            match dentropy {
+                Some(_) => RowStats::of(row, &options, rule).entropy as f32,
+                None => {
+                    squash(CpuLevel::detect(), row, &options, rule);
+                    0.0
+                }
             }
         });
         let pulls = Pulls { lse, weights: dlogp, dentropy, entropy };
@@ -132,7 +147,8 @@ pub fn backward(
 /// Bounds raw logits `[N, V]` to `cap tanh(z / cap)` in place.
 pub fn cap(logits: &mut [f32], tokens: usize, cap: f32) {
     let options = LogpOptions { softcap: Some(cap), ..LogpOptions::default() };
-    for_each(logits.chunks_mut(tokens), |row| squash(CpuLevel::detect(), row, &options));
+    let none = RowRule::default();
+    for_each(logits.chunks_mut(tokens), |row| squash(CpuLevel::detect(), row, &options, &none));
 }
 
 /// A checked call.
@@ -140,7 +156,7 @@ struct Job<'a> {
     h: &'a [f32],
     head: &'a PackedMatrix,
     targets: &'a [Target],
-    options: LogpOptions,
+    options: LogpOptions<'a>,
     rows: usize,
 }
 
@@ -164,7 +180,7 @@ impl<'a> Job<'a> {
         h: &'a [f32],
         head: &'a PackedMatrix,
         targets: &'a [Target],
-        options: LogpOptions,
+        options: LogpOptions<'a>,
     ) -> Self {
         let rows = h.len() / head.in_features();
         assert!(h.len() == rows * head.in_features(), "hidden states are not [N, D]");
@@ -173,6 +189,7 @@ impl<'a> Job<'a> {
         let tokens = head.out_features();
         assert!(targets.iter().all(|t| (t.token as usize) < tokens), "target token too large");
         assert!(options.inv_temperature > 0.0, "temperature is not positive");
+        assert!([0, rows].contains(&options.rules.len()), "rules are not one a row");
         Self { h, head, targets, options, rows }
     }
 
@@ -205,10 +222,11 @@ impl<'a> Job<'a> {
         before(chunk.start)..before(chunk.end)
     }
 
-    /// Turns raw logits into `l` and fills in the chunk's part of `result`.
-    fn read_chunk(&self, chunk: Rows, logits: &mut [f32], result: &mut LogpForward) {
+    /// Turns raw logits into `l` and fills in the chunk's part of `result`; returns the entropies.
+    fn read_chunk(&self, chunk: Rows, logits: &mut [f32], result: &mut LogpForward) -> Vec<f32> {
         let v = self.head.out_features();
-        let stats = self.for_rows(logits, |_, row| RowStats::of(row, &self.options));
+        let rule = |i: usize| RowRule::of(self.options.rules, chunk.start + i);
+        let stats = self.for_rows(logits, |i, row| RowStats::of(row, &self.options, rule(i)));
         for (row, stats) in chunk.clone().zip(&stats) {
             result.lse[row] = stats.lse();
             result.argmax[row] = stats.argmax;
@@ -220,6 +238,7 @@ impl<'a> Job<'a> {
             let (row, token) = (self.targets[i].row as usize - chunk.start, self.targets[i].token);
             result.logp[i] = stats[row].logp(logits[row * v + token as usize]);
         }
+        stats.iter().map(|stats| stats.entropy as f32).collect()
     }
 
     /// Turns the chunk's `l` into the gradient of the raw logits, and that into rows of `dh`.
@@ -234,7 +253,8 @@ impl<'a> Job<'a> {
                 entropy: pulls.entropy[i],
             };
             let targets = of_row.map(|i| (self.targets[i].token as usize, pulls.weights[i]));
-            gradient_row(CpuLevel::detect(), row, &self.options, pull, targets);
+            let rule = RowRule::of(self.options.rules, at);
+            gradient_row(CpuLevel::detect(), row, &self.options, rule, pull, targets);
         });
         let d = self.head.in_features();
         let dh = &mut dh[chunk.start * d..chunk.end * d];

@@ -4,6 +4,7 @@ use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::lanes_math::{exp, tanh};
 use super::logp::LogpOptions;
+use super::logp_rule::{RowRule, factor, penalise};
 use super::slices::{Lanewise, map, max};
 
 /// Elements whose exponentials are summed in `f32` before they enter an `f64` total.
@@ -23,9 +24,27 @@ pub struct RowStats {
 }
 
 impl RowStats {
-    /// Turns raw logits into `l` in place (cap, then temperature), and summarises them.
-    pub fn of(logits: &mut [f32], options: &LogpOptions) -> Self {
-        stats_row(CpuLevel::detect(), logits, options)
+    /// Turns raw logits into `l` in place (cap, penalty, temperature), and summarises what is kept
+    /// of them.
+    pub fn of(logits: &mut [f32], options: &LogpOptions, rule: &RowRule) -> Self {
+        stats_row(CpuLevel::detect(), logits, options, rule)
+    }
+
+    /// Summarises the tokens `kept` of a row `l`; not empty.
+    pub fn of_kept(row: &[f32], kept: &[u32]) -> Self {
+        let at = |token: &u32| row[*token as usize];
+        let first = kept.first().copied().unwrap_or_default();
+        let larger = |best: u32, token: &u32| if at(token) > at(&best) { *token } else { best };
+        let argmax = kept.iter().fold(first, larger);
+        let max = at(&argmax);
+        let (mut sum, mut moment) = (0.0, 0.0);
+        for token in kept {
+            let below = f64::from(at(token)) - f64::from(max);
+            sum += below.exp();
+            moment += below.exp() * below;
+        }
+        let log_sum = sum.ln();
+        RowStats { max, argmax, log_sum, entropy: log_sum - moment / sum }
     }
 
     /// Log of the sum of the exponentials.
@@ -65,16 +84,25 @@ impl RowStats {
 }
 
 /// [`RowStats::of`] at a level.
-pub(crate) fn stats_row(level: CpuLevel, row: &mut [f32], options: &LogpOptions) -> RowStats {
-    squash(level, row, options);
-    summarise(level, row)
+pub(crate) fn stats_row(
+    level: CpuLevel,
+    row: &mut [f32],
+    options: &LogpOptions,
+    rule: &RowRule,
+) -> RowStats {
+    squash(level, row, options, rule);
+    match rule.kept.as_slice() {
+        [] => summarise(level, row),
+        kept => RowStats::of_kept(row, kept),
+    }
 }
 
-/// Cap, then temperature, in place.
-pub(crate) fn squash(level: CpuLevel, row: &mut [f32], options: &LogpOptions) {
+/// Cap, then penalty, then temperature, in place.
+pub(crate) fn squash(level: CpuLevel, row: &mut [f32], options: &LogpOptions, rule: &RowRule) {
     if let Some(cap) = options.softcap {
         map(level, row, Cap { inverse: 1.0 / cap, scale: cap });
     }
+    penalise(row, &rule.penalised, options.repetition_penalty);
     if options.inv_temperature != 1.0 {
         map(level, row, Scale(options.inv_temperature));
     }
@@ -111,13 +139,30 @@ pub(crate) fn gradient_row(
     level: CpuLevel,
     row: &mut [f32],
     options: &LogpOptions,
+    rule: &RowRule,
     pull: Pull,
     targets: impl Iterator<Item = (usize, f32)>,
 ) {
-    let slope = Slope::new(options);
+    let gradient = RowGradient { pull, slope: Slope::new(options) };
+    let slope = |token: usize, l: f32| match rule.penalised.contains(&(token as u32)) {
+        true => gradient.slope.at_penalised(l, options.repetition_penalty),
+        false => gradient.slope.at_one(l),
+    };
     let hits: Vec<(usize, f32)> =
-        targets.map(|(token, weight)| (token, weight * slope.at_one(row[token]))).collect();
-    map(level, row, RowGradient { pull, slope });
+        targets.map(|(token, weight)| (token, weight * slope(token, row[token]))).collect();
+    let own = |token: &u32| {
+        let (token, l) = (*token as usize, row[*token as usize]);
+        (token, gradient.inner(l) * slope(token, l))
+    };
+    if rule.kept.is_empty() {
+        let penalised: Vec<(usize, f32)> = rule.penalised.iter().map(own).collect();
+        map(level, row, gradient);
+        penalised.into_iter().for_each(|(token, pull)| row[token] = pull);
+    } else {
+        let kept: Vec<(usize, f32)> = rule.kept.iter().map(own).collect();
+        row.fill(0.0);
+        kept.into_iter().for_each(|(token, pull)| row[token] = pull);
+    }
     for (token, pull) in hits {
         row[token] += pull;
     }
@@ -166,6 +211,12 @@ impl Slope {
         let t = l * self.inverse;
         self.inv_temperature * (1.0 - t * t)
     }
+
+    /// The slope at a logit whose penalised value is `l`.
+    fn at_penalised(self, l: f32, penalty: f32) -> f32 {
+        let factor = factor(l, penalty);
+        factor * self.at_one(l / factor)
+    }
 }
 
 impl Lanewise for Slope {
@@ -181,6 +232,15 @@ impl Lanewise for Slope {
 struct RowGradient {
     pull: Pull,
     slope: Slope,
+}
+
+impl RowGradient {
+    /// The gradient of one `l`.
+    fn inner(self, l: f32) -> f32 {
+        let Pull { lse, weight, dentropy, entropy } = self.pull;
+        let logp = l - lse;
+        logp.exp() * (-dentropy * (logp + entropy) - weight)
+    }
 }
 
 impl Lanewise for RowGradient {

@@ -1,7 +1,7 @@
 //! The promises of the fused log-prob: right to f64 and to finite differences, same bits in any
 //! batch, both ways to the gradient equal.
 
-use super::logp::{LogpForward, LogpOptions, Target, backward, forward, forward_backward};
+use super::logp::{LogpForward, LogpOptions, RowRule, Target, backward, forward, forward_backward};
 use super::pack::PackedMatrix;
 use super::testing::{noise, relative_error, with_threads};
 
@@ -20,16 +20,22 @@ const TARGETS: [Target; 7] = [
 ];
 const ROWS: usize = 6;
 
-fn all_options() -> Vec<LogpOptions> {
+/// Row 0 has a penalty on its target and others, row 1 keeps few tokens, row 4 both.
+fn rules() -> Vec<RowRule> {
+    let mut rules = vec![RowRule::default(); ROWS];
+    rules[0].penalised = vec![5, 6, 900];
+    rules[1].kept = vec![0, 7, 8, 30, 2099];
+    rules[4] = RowRule { penalised: vec![3, 17], kept: vec![3, 4, 17, 2000] };
+    rules
+}
+
+fn all_options(rules: &[RowRule]) -> Vec<LogpOptions<'_>> {
     let mut list = Vec::new();
     for softcap in [None, Some(3.0)] {
         for inv_temperature in [1.0, 0.7] {
-            list.push(LogpOptions {
-                inv_temperature,
-                softcap,
-                entropy: true,
-                ..Default::default()
-            });
+            let plain =
+                LogpOptions { inv_temperature, softcap, entropy: true, ..Default::default() };
+            list.extend([plain, LogpOptions { repetition_penalty: 1.3, rules, ..plain }]);
         }
     }
     list
@@ -47,18 +53,28 @@ struct Exact {
     slope: Vec<f64>,
 }
 
-fn exact_row(h: &[f64], w: &[f32], options: &LogpOptions) -> Exact {
-    let inv = f64::from(options.inv_temperature);
+fn exact_row(h: &[f64], w: &[f32], options: &LogpOptions, row: usize) -> Exact {
+    let (inv, penalty) =
+        (f64::from(options.inv_temperature), f64::from(options.repetition_penalty));
+    let rule = RowRule::of(options.rules, row);
     let raw = w.chunks(D).map(|w| w.iter().zip(h).map(|(w, h)| f64::from(*w) * h).sum::<f64>());
     let (l, slope): (Vec<f64>, Vec<f64>) = raw
-        .map(|z| match options.softcap.map(f64::from) {
-            None => (z * inv, inv),
-            Some(c) => ((z / c).tanh() * c * inv, inv * (1.0 - (z / c).tanh().powi(2))),
+        .enumerate()
+        .map(|(token, z)| {
+            let (l, slope) = match options.softcap.map(f64::from) {
+                None => (z * inv, inv),
+                Some(c) => ((z / c).tanh() * c * inv, inv * (1.0 - (z / c).tanh().powi(2))),
+            };
+            let factor = if z < 0.0 { penalty } else { 1.0 / penalty };
+            let factor = if rule.penalised.contains(&(token as u32)) { factor } else { 1.0 };
+            let out = !rule.kept.is_empty() && !rule.kept.contains(&(token as u32));
+            (if out { f64::NEG_INFINITY } else { l * factor }, slope * factor)
         })
         .unzip();
     let lse = l.iter().map(|l| l.exp()).sum::<f64>().ln();
     let logp: Vec<f64> = l.iter().map(|l| l - lse).collect();
-    let entropy = -logp.iter().map(|p| p.exp() * p).sum::<f64>();
+    let some = logp.iter().filter(|p| p.is_finite());
+    let entropy = -some.map(|p| p.exp() * p).sum::<f64>();
     Exact { logp, entropy, lse, slope }
 }
 
@@ -68,11 +84,12 @@ fn exact_gradient(h: &[f32], weights: &[f32], dentropy: &[f32], options: &LogpOp
     let mut dh = Vec::new();
     for (row, h) in h.chunks(D).enumerate() {
         let h: Vec<f64> = h.iter().map(|&x| f64::from(x)).collect();
-        let exact = exact_row(&h, &w, options);
+        let exact = exact_row(&h, &w, options, row);
         let mut g = vec![0.0; V];
         for (v, g) in g.iter_mut().enumerate() {
             let p = exact.logp[v].exp();
-            *g = -f64::from(dentropy[row]) * p * (exact.logp[v] + exact.entropy);
+            let log = if p > 0.0 { exact.logp[v] } else { 0.0 };
+            *g = -f64::from(dentropy[row]) * p * (log + exact.entropy);
             for (target, weight) in TARGETS.iter().zip(weights) {
                 if target.row as usize == row {
                     let hit = if target.token as usize == v { 1.0 } else { 0.0 };
@@ -89,7 +106,8 @@ fn exact_gradient(h: &[f32], weights: &[f32], dentropy: &[f32], options: &LogpOp
 /// The loss whose gradient is [`exact_gradient`].
 fn exact_loss(h: &[f64], weights: &[f32], dentropy: &[f32], options: &LogpOptions) -> f64 {
     let w = head().unpack();
-    let rows: Vec<Exact> = h.chunks(D).map(|h| exact_row(h, &w, options)).collect();
+    let rows = h.chunks(D).enumerate();
+    let rows: Vec<Exact> = rows.map(|(i, h)| exact_row(h, &w, options, i)).collect();
     let of_targets = TARGETS.iter().zip(weights).map(|(target, weight)| {
         f64::from(*weight) * rows[target.row as usize].logp[target.token as usize]
     });
@@ -100,7 +118,7 @@ fn exact_loss(h: &[f64], weights: &[f32], dentropy: &[f32], options: &LogpOption
 #[test]
 fn the_reference_gradient_is_the_slope_of_the_reference_loss() {
     let (h, weights, dentropy) = (noise(2, ROWS * D), noise(3, TARGETS.len()), noise(4, ROWS));
-    for options in all_options() {
+    for options in all_options(&rules()) {
         let dh = exact_gradient(&h, &weights, &dentropy, &options);
         for at in [0, D + 3, 2 * D, 4 * D + 7] {
             let loss = |step: f64| {
@@ -118,10 +136,11 @@ fn the_reference_gradient_is_the_slope_of_the_reference_loss() {
 fn forward_agrees_with_f64() {
     let (head, h) = (head(), noise(2, ROWS * D));
     let w = head.unpack();
-    for options in all_options() {
+    for options in all_options(&rules()) {
         let got = forward(&h, &head, &TARGETS, options);
         let wide: Vec<f64> = h.iter().map(|&x| f64::from(x)).collect();
-        let rows: Vec<Exact> = wide.chunks(D).map(|h| exact_row(h, &w, &options)).collect();
+        let rows = wide.chunks(D).enumerate();
+        let rows: Vec<Exact> = rows.map(|(i, h)| exact_row(h, &w, &options, i)).collect();
         for (target, logp) in TARGETS.iter().zip(&got.logp) {
             let want = rows[target.row as usize].logp[target.token as usize];
             assert!((f64::from(*logp) - want).abs() < 2e-6, "{logp} {want}");
@@ -139,9 +158,9 @@ fn forward_agrees_with_f64() {
 fn gradients_agree_with_f64_both_ways() {
     let (head, h) = (head(), noise(2, ROWS * D));
     let (weights, dentropy) = (noise(3, TARGETS.len()), noise(4, ROWS));
-    for options in all_options() {
+    for options in all_options(&rules()) {
         let (mut once, mut later) = (vec![0.0; h.len()], vec![0.0; h.len()]);
-        let got = forward_backward(&h, &head, &TARGETS, &weights, options, &mut once);
+        let got = forward_backward(&h, &head, (&TARGETS, &weights), None, options, &mut once);
         assert_eq!(got, forward(&h, &head, &TARGETS, options));
         backward(&h, &head, &TARGETS, &got.lse, &weights, None, options, &mut later);
         assert_eq!(once, later);
@@ -152,6 +171,8 @@ fn gradients_agree_with_f64_both_ways() {
         backward(&h, &head, &TARGETS, &got.lse, &weights, pull, options, &mut later);
         let want = exact_gradient(&h, &weights, &dentropy, &options);
         assert!(relative_error(&later, &want) < 1e-5);
+        forward_backward(&h, &head, (&TARGETS, &weights), pull, options, &mut once);
+        assert_eq!(once, later);
     }
 }
 
@@ -165,7 +186,9 @@ fn rows_do_not_depend_on_the_batch_the_chunks_or_the_threads() {
     let options = LogpOptions { entropy: true, ..Default::default() };
     let weights = vec![1.0; n];
     let mut dh = vec![0.0; n * d];
-    let all = with_threads(1, || forward_backward(&h, &head, &targets, &weights, options, &mut dh));
+    let all = with_threads(1, || {
+        forward_backward(&h, &head, (&targets, &weights), None, options, &mut dh)
+    });
     for (first, last) in [(0, 1), (169, 172), (100, 300)] {
         let part: Vec<Target> = (first..last)
             .map(|row| Target { row: (row - first) as u32, ..target(row as u32) })
@@ -173,7 +196,7 @@ fn rows_do_not_depend_on_the_batch_the_chunks_or_the_threads() {
         let h = &h[first * d..last * d];
         let mut part_dh = vec![0.0; h.len()];
         let got: LogpForward = with_threads(2, || {
-            forward_backward(h, &head, &part, &weights[..part.len()], options, &mut part_dh)
+            forward_backward(h, &head, (&part, &weights[..part.len()]), None, options, &mut part_dh)
         });
         assert!(got.logp == all.logp[first..last] && got.lse == all.lse[first..last]);
         assert!(got.entropy.unwrap() == all.entropy.as_ref().unwrap()[first..last]);

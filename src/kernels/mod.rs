@@ -21,6 +21,7 @@ mod lanes_math;
 mod lanes_x86;
 pub mod logp;
 mod logp_row;
+mod logp_rule;
 pub mod low_rank;
 mod low_rank_activation;
 pub mod matmul;

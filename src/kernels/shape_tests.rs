@@ -89,7 +89,7 @@ fn log_probs_at_every_precision() {
                 let h = &h[first * d..last * d];
                 let mut dh = vec![0.0; h.len()];
                 let weights = vec![-1.0; targets.len()];
-                let said = forward_backward(h, w, &targets, &weights, options, &mut dh);
+                let said = forward_backward(h, w, (&targets, &weights), None, options, &mut dh);
                 vec![said.logp, said.lse, said.entropy.unwrap(), dh]
             });
         }

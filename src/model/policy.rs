@@ -12,8 +12,8 @@ use super::trace::Trace;
 use super::weights::Weights;
 use crate::Result;
 use crate::adapter::Adapter;
-use crate::ops::{self, Engine, Head, KvCache, Rotary, SlotId, Tape, Target, Value};
-use crate::ops::{Weight, WeightDtype};
+use crate::ops::{self, Distribution, Engine, Head, KvCache, Pull, Rotary, SlotId, Tape, Target};
+use crate::ops::{Value, Weight, WeightDtype};
 
 /// Tokens that go through the blocks at once: enough for products at full speed on the threads that
 /// there are, and few enough for what a block needs besides its input and output to be small.
@@ -181,8 +181,21 @@ impl Policy {
         targets: &[Target],
         weights: &[f32],
     ) -> Result<(Value, ops::Logps)> {
+        let pull = Pull { targets, weights, dentropy: None };
+        self.weighted_logps_under(tape, h, pull, Distribution::default())
+    }
+
+    /// A loss that is linear in log-probs and entropies of a distribution; otherwise as
+    /// [`Policy::weighted_logps`].
+    pub fn weighted_logps_under(
+        &self,
+        tape: &Tape,
+        h: &Value,
+        pull: Pull,
+        distribution: Distribution,
+    ) -> Result<(Value, ops::Logps)> {
         let _phase = debug_span!("head").entered();
-        self.head().weighted_logps(tape, h, (targets, weights))
+        self.head().weighted_logps(tape, h, pull, distribution)
     }
 
     /// log p(target) of each target; otherwise as [`Policy::weighted_logps`].

@@ -10,7 +10,7 @@ use super::rows::gather_rows;
 use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
-use crate::kernels::logp::{self, LogpForward, LogpOptions, Target};
+use crate::kernels::logp::{self, LogpForward, LogpOptions, RowRule, Target};
 use crate::kernels::matmul::matmul;
 use crate::kernels::norm;
 use crate::kernels::slices::room;
@@ -37,6 +37,34 @@ impl Logps {
         self.entropy.extend(other.entropy);
         self.argmax.extend(other.argmax);
     }
+}
+
+/// How the logits of rows become the distributions that tokens are drawn from.
+#[derive(Clone, Copy, Debug)]
+pub struct Distribution<'a> {
+    /// Divides the logits; above 0.
+    pub temperature: f64,
+    /// Divides positive and multiplies negative logits of the tokens that a rule names.
+    pub repetition_penalty: f64,
+    /// The rule of each distinct row of the targets, in order; empty = no row has one.
+    pub rules: &'a [RowRule],
+}
+
+impl Default for Distribution<'_> {
+    fn default() -> Self {
+        Distribution { temperature: 1.0, repetition_penalty: 1.0, rules: &[] }
+    }
+}
+
+/// What a loss, linear in log-probs and entropies, is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Pull<'a> {
+    /// The tokens whose log-probs it holds, sorted by their row of h.
+    pub targets: &'a [Target],
+    /// The factor of each log-prob.
+    pub weights: &'a [f32],
+    /// The factor of the entropy of each distinct row of the targets; none without entropies.
+    pub dentropy: Option<&'a [f32]>,
 }
 
 /// The frozen end of a policy: the last norm, and the head, whose logits may be capped.
@@ -85,37 +113,33 @@ impl Head<'_> {
         Ok(())
     }
 
-    /// sum over t of `weights[t]` * log p(targets`[t]`) as one number `[1]`, differentiable in
-    /// h [N, D], a target's row being a row of h.
+    /// sum over t of `weights[t]` * log p(targets`[t]`), and over rows of dentropy * entropy, as one
+    /// number `[1]`, differentiable in h [N, D], a target's row being a row of h.
     ///
-    /// The weights are known before the pass, so that it computes the gradient of h on its way: two
+    /// The factors are known before the pass, so that it computes the gradient of h on its way: two
     /// products with the head instead of three, and nothing is kept of norm and logits. Returns the
     /// sum and what the head said.
     pub fn weighted_logps(
         &self,
         tape: &Tape,
         h: &Value,
-        (targets, weights): (&[Target], &[f32]),
+        pull: Pull,
+        distribution: Distribution,
     ) -> Result<(Value, Logps)> {
         let Some(packed) = self.weight.packed().filter(|_| tape.engine().fused()) else {
-            let (logps, said) = self.token_logps(tape, h, targets)?;
-            let weights = Tensor::new(weights, tape.engine().device())?;
-            let sum = composed(tape, &[&logps], |xs| (&xs[0] * &weights)?.sum_all()?.reshape(1))?;
-            return Ok((sum, said));
+            return self.composed_weighted(tape, h, pull, distribution);
         };
         let tracked = tape.is_recording() && h.is_tracked();
-        let flops = || (1 + usize::from(tracked)) * self.weight.flops(targets.len());
+        let flops = || (1 + usize::from(tracked)) * self.weight.flops(pull.targets.len());
         let _span = trace_span!("weighted log-probs", flops = flops()).entered();
         let mut dh = vec![0f32; if tracked { h.tensor().elem_count() } else { 0 }];
-        let (mut said, mut done) = (Logps::default(), 0);
-        for rows in compact(targets, rows_at_once(packed.out_features())) {
-            let weights = &weights[done..done + rows.targets.len()];
-            done += weights.len();
+        let (mut said, mut rest) = (Logps::default(), (pull, distribution));
+        for rows in compact(pull.targets, rows_at_once(packed.out_features())) {
+            let part = take(&mut rest, &rows);
             let dh = tracked.then_some(&mut dh[..]);
-            said.extend(self.weigh(tape, h.tensor(), &rows, weights, dh)?);
+            said.extend(self.weigh(tape, h.tensor(), &rows, part, dh)?);
         }
-        let terms = said.logps.iter().zip(weights).map(|(l, w)| f64::from(*l) * f64::from(*w));
-        let sum = tape.engine().tensor(vec![terms.sum::<f64>() as f32], &[1])?;
+        let sum = tape.engine().tensor(vec![total(&pull, &said)], &[1])?;
         let value = tape.push(sum, &[h], || {
             let (engine, shape) = (tape.engine().clone(), h.tensor().dims().to_vec());
             move |dy: Tensor, sink: &mut Sink| {
@@ -129,18 +153,18 @@ impl Head<'_> {
         Ok((value, said))
     }
 
-    /// What the head says about some rows of h; the gradient of their weighted sum is added to `dh`.
+    /// What the head says about some rows of h; the gradient of their sum is added to `dh`.
     fn weigh(
         &self,
         tape: &Tape,
         h: &Tensor,
         Rows { rows, targets }: &Rows,
-        weights: &[f32],
+        (pull, distribution): (Pull, Distribution),
         dh: Option<&mut [f32]>,
     ) -> Result<Logps> {
         let Some(packed) = self.weight.packed() else { return Ok(Logps::default()) };
-        let (h, w, options, d) =
-            (host(h)?, host(self.norm)?, self.options(tape), packed.in_features());
+        let (h, w, d) = (host(h)?, host(self.norm)?, packed.in_features());
+        let options = self.options(tape, distribution);
         let (eps, plus_one) = (self.eps as f32, self.plus_one);
         let picked: Vec<f32> =
             rows.iter().flat_map(|r| &h[*r as usize * d..][..d]).copied().collect();
@@ -150,7 +174,8 @@ impl Head<'_> {
             return Ok(Logps::new(logp::forward(&x, packed, targets, options)));
         };
         let mut dx = room(x.len());
-        let forward = logp::forward_backward(&x, packed, targets, weights, options, &mut dx);
+        let weighted = (&targets[..], pull.weights);
+        let forward = logp::forward_backward(&x, packed, weighted, pull.dentropy, options, &mut dx);
         let mut dpicked = x;
         norm::rms_norm_backward(&picked, &w, eps, plus_one, &dx, &mut dpicked);
         for (r, dpicked) in rows.iter().zip(dpicked.chunks_exact(d)) {
@@ -171,10 +196,11 @@ impl Head<'_> {
         let Rows { rows, targets } = compact(targets, usize::MAX).next().unwrap_or_default();
         let h = &self.normed(tape, h, &rows)?;
         let Some(packed) = self.weight.packed().filter(|_| tape.engine().fused()) else {
-            return self.composed_logps(tape, h, &targets);
+            let z = linear(tape, h, self.weight, None)?;
+            return self.composed_logps(tape, &z, &targets, Distribution::default());
         };
-        let (options, rows, flops) =
-            (self.options(tape), rows.len(), self.weight.flops(rows.len()));
+        let options = self.options(tape, Distribution::default());
+        let (rows, flops) = (rows.len(), self.weight.flops(rows.len()));
         let _span = trace_span!("log-probs", rows, flops).entered();
         let forward = logp::forward(&host(h.tensor())?, packed, &targets, options);
         let logps = tape.engine().tensor(forward.logp.clone(), &[targets.len()])?;
@@ -200,33 +226,157 @@ impl Head<'_> {
         rms_norm(tape, &picked, self.norm, self.eps, self.plus_one)
     }
 
-    fn options(&self, tape: &Tape) -> LogpOptions {
+    fn options<'d>(&self, tape: &Tape, distribution: Distribution<'d>) -> LogpOptions<'d> {
         LogpOptions {
-            inv_temperature: 1.0,
+            inv_temperature: (1.0 / distribution.temperature) as f32,
             softcap: self.softcap.map(|cap| cap as f32),
+            repetition_penalty: distribution.repetition_penalty as f32,
+            rules: distribution.rules,
             entropy: true,
             precision: tape.engine().precision(),
         }
     }
 
-    fn composed_logps(&self, tape: &Tape, h: &Value, targets: &[Target]) -> Result<(Value, Logps)> {
-        let z = linear(tape, h, self.weight, None)?;
+    /// [`Head::weighted_logps`] of candle's operations.
+    fn composed_weighted(
+        &self,
+        tape: &Tape,
+        h: &Value,
+        pull: Pull,
+        distribution: Distribution,
+    ) -> Result<(Value, Logps)> {
+        let Rows { rows, targets } = compact(pull.targets, usize::MAX).next().unwrap_or_default();
+        let z = linear(tape, &self.normed(tape, h, &rows)?, self.weight, None)?;
+        let (logps, said) = self.composed_logps(tape, &z, &targets, distribution)?;
         let device = tape.engine().device();
-        let softcap = self.softcap.map(|cap| cap as f32);
+        let weights = Tensor::new(pull.weights, device)?;
+        let sum = composed(tape, &[&logps], |xs| (&xs[0] * &weights)?.sum_all()?.reshape(1))?;
+        let Some(dentropy) = pull.dentropy else { return Ok((sum, said)) };
+        let dentropy = Tensor::new(dentropy, device)?;
+        let masks = Masks::new(&z, distribution)?;
+        let bonus = composed(tape, &[&z], |xs| {
+            let all = log_softmax(&masks.apply(capped(xs[0].clone(), self.softcap32())?)?)?;
+            (entropies(&all)? * &dentropy)?.sum_all()?.reshape(1)
+        })?;
+        let sum = composed(tape, &[&sum, &bonus], |xs| &xs[0] + &xs[1])?;
+        Ok((sum, said))
+    }
+
+    fn softcap32(&self) -> Option<f32> {
+        self.softcap.map(|cap| cap as f32)
+    }
+
+    /// log p(target) of each target under the distributions of logits z [rows, V].
+    fn composed_logps(
+        &self,
+        tape: &Tape,
+        z: &Value,
+        targets: &[Target],
+        distribution: Distribution,
+    ) -> Result<(Value, Logps)> {
+        let device = tape.engine().device();
+        let masks = Masks::new(z, distribution)?;
         let rows = Tensor::new(targets.iter().map(|t| t.row).collect::<Vec<_>>(), device)?;
         let tokens = Tensor::new(targets.iter().map(|t| t.token).collect::<Vec<_>>(), device)?;
-        let logps = composed(tape, &[&z], |xs| {
-            let picked = log_softmax(&capped(xs[0].clone(), softcap)?)?.index_select(&rows, 0)?;
+        let all = |z: &Tensor| log_softmax(&masks.apply(capped(z.clone(), self.softcap32())?)?);
+        let logps = composed(tape, &[z], |xs| {
+            let picked = all(&xs[0])?.index_select(&rows, 0)?;
             picked.gather(&tokens.unsqueeze(1)?, 1)?.squeeze(1)
         })?;
-        let all = log_softmax(&capped(z.tensor().clone(), softcap)?)?;
+        let all = all(z.tensor())?;
         let said = Logps {
             logps: logps.tensor().to_vec1()?,
-            entropy: (all.exp()? * &all)?.sum(D::Minus1)?.neg()?.to_vec1()?,
+            entropy: entropies(&all)?.to_vec1()?,
             argmax: all.argmax(D::Minus1)?.to_dtype(DType::U32)?.to_vec1()?,
         };
         Ok((logps, said))
     }
+}
+
+/// A [`Distribution`] as tensors, for candle's operations.
+struct Masks {
+    inv_temperature: f64,
+    penalty: f64,
+    /// 1 where the penalty applies, 0 elsewhere [rows, V].
+    penalised: Option<Tensor>,
+    /// 0 at kept tokens, far below every logit elsewhere [rows, V].
+    left_out: Option<Tensor>,
+}
+
+/// Where a token cannot be drawn: its probability is 0, and 0 times its log is 0.
+const LEFT_OUT: f32 = -1e30;
+
+impl Masks {
+    fn new(z: &Value, distribution: Distribution) -> Result<Self> {
+        let (rows, vocabulary) = z.tensor().dims2()?;
+        let filled = |fill: &dyn Fn(&RowRule, &mut [f32])| -> Result<Option<Tensor>> {
+            if distribution.rules.is_empty() {
+                return Ok(None);
+            }
+            let mut values = vec![0f32; rows * vocabulary];
+            let of_rows = values.chunks_exact_mut(vocabulary).zip(distribution.rules);
+            of_rows.for_each(|(row, rule)| fill(rule, row));
+            Ok(Some(Tensor::from_vec(values, (rows, vocabulary), z.tensor().device())?))
+        };
+        Ok(Masks {
+            inv_temperature: 1.0 / distribution.temperature,
+            penalty: distribution.repetition_penalty,
+            penalised: filled(&|rule, row| {
+                rule.penalised.iter().for_each(|token| row[*token as usize] = 1.0)
+            })?,
+            left_out: filled(&|rule, row| {
+                if !rule.kept.is_empty() {
+                    row.fill(LEFT_OUT);
+                    rule.kept.iter().for_each(|token| row[*token as usize] = 0.0);
+                }
+            })?,
+        })
+    }
+
+    fn apply(&self, mut z: Tensor) -> candle_core::Result<Tensor> {
+        if let Some(penalised) = &self.penalised {
+            let negative = z.lt(0f64)?.to_dtype(DType::F32)?;
+            // z (1 + penalised (factor - 1)), the factor by the sign of z
+            let factor = negative.affine(self.penalty - 1.0 / self.penalty, 1.0 / self.penalty)?;
+            z = (&z + (&z * (penalised * (factor - 1.0)?)?)?)?;
+        }
+        z = (z * self.inv_temperature)?;
+        match &self.left_out {
+            None => Ok(z),
+            Some(left_out) => z + left_out,
+        }
+    }
+}
+
+/// Entropy in nats of each row of log-probs.
+fn entropies(all: &Tensor) -> candle_core::Result<Tensor> {
+    (all.exp()? * all)?.sum(D::Minus1)?.neg()
+}
+
+/// The part of a loss and of its distributions that belongs to `rows`, which come next.
+fn take<'a>(
+    (pull, distribution): &mut (Pull<'a>, Distribution<'a>),
+    rows: &Rows,
+) -> (Pull<'a>, Distribution<'a>) {
+    let (targets, rest) = pull.targets.split_at(rows.targets.len());
+    let (weights, other_weights) = pull.weights.split_at(rows.targets.len());
+    let dentropy = pull.dentropy.map(|all| all.split_at(rows.rows.len()));
+    let rules = distribution.rules.split_at(rows.rows.len().min(distribution.rules.len()));
+    let part = Pull { targets, weights, dentropy: dentropy.map(|(part, _)| part) };
+    *pull =
+        Pull { targets: rest, weights: other_weights, dentropy: dentropy.map(|(_, rest)| rest) };
+    let own = Distribution { rules: rules.0, ..*distribution };
+    distribution.rules = rules.1;
+    (part, own)
+}
+
+/// The value of a loss.
+fn total(pull: &Pull, said: &Logps) -> f32 {
+    let product = |(a, b): (&f32, &f32)| f64::from(*a) * f64::from(*b);
+    let logps: f64 = said.logps.iter().zip(pull.weights).map(product).sum();
+    let entropies = pull.dentropy.unwrap_or_default();
+    let entropies: f64 = said.entropy.iter().zip(entropies).map(product).sum();
+    (logps + entropies) as f32
 }
 
 /// Bytes that norm and head need besides their input and its gradient.

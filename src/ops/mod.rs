@@ -24,14 +24,14 @@ mod value;
 
 pub use crate::kernels::attention::{AttentionShape, Segment};
 pub use crate::kernels::glu::GluActivation;
-pub use crate::kernels::logp::{LogpOptions, RowStats, Target};
+pub use crate::kernels::logp::{LogpOptions, RowRule, RowStats, Target, penalise};
 pub use crate::kernels::low_rank::Activation;
 pub use crate::kernels::matmul::MatmulPrecision;
 pub(crate) use crate::kernels::parallel::map as parallel_map;
 pub use attention::{attention, attention_cached};
 pub use engine::{Engine, composed};
 pub use glu::glu;
-pub use head::{Head, Logps, head_scratch};
+pub use head::{Distribution, Head, Logps, Pull, head_scratch};
 pub use kv_cache::{KvCache, SlotId};
 pub use linear::{MatrixRows, Weight, WeightDtype, linear};
 pub use low_rank::{LowRank, low_rank_add};

@@ -9,7 +9,7 @@ use crate::model::{Batch, Policy};
 use crate::ops::{KvCache, SlotId, parallel_map};
 use crate::{Error, Result};
 
-use super::sampling::{RandomKey, Sampled, SamplingParams, sample};
+use super::sampling::{RandomKey, Sampled, SamplingParams, distinct, sample};
 
 /// A prompt that wants a completion.
 #[derive(Clone, Debug)]
@@ -51,6 +51,10 @@ pub struct Completion {
     pub tokens: Vec<u32>,
     /// Log-probability of each under the distribution that it was drawn from; 0 when greedy.
     pub logps: Vec<f32>,
+    /// Entropy of that distribution, in nats; 0 when greedy.
+    pub entropies: Vec<f32>,
+    /// The tokens that could be drawn in place of each; empty where no filter is on.
+    pub kept: Vec<Vec<u32>>,
     /// Why it ended.
     pub stop: StopReason,
 }
@@ -113,8 +117,32 @@ struct Active<'r> {
     index: usize,
     request: &'r Request,
     slot: SlotId,
+    drawn: Drawn,
+}
+
+/// What a sequence has so far.
+#[derive(Default)]
+struct Drawn {
     tokens: Vec<u32>,
     logps: Vec<f32>,
+    entropies: Vec<f32>,
+    kept: Vec<Vec<u32>>,
+}
+
+impl Drawn {
+    fn push(&mut self, sampled: Sampled, filters: bool) {
+        self.tokens.push(sampled.token);
+        self.logps.push(sampled.logp);
+        self.entropies.push(sampled.entropy);
+        if filters {
+            self.kept.push(sampled.kept);
+        }
+    }
+
+    fn completion(self, stop: StopReason) -> Completion {
+        let Drawn { tokens, logps, entropies, kept } = self;
+        Completion { tokens, logps, entropies, kept, stop }
+    }
 }
 
 /// A request whose prompt is taken up in this pass by another sequence, the `leader` of its place.
@@ -134,14 +162,14 @@ impl Active<'_> {
         step: u64,
     ) -> Result<Sampled> {
         let Request { prompt, prompt_id, sample: sample_id } = self.request;
-        let position = (prompt.len() + self.tokens.len()) as u64;
+        let position = (prompt.len() + self.drawn.tokens.len()) as u64;
         let (prompt_id, sample_id) = (*prompt_id, *sample_id);
         let key = RandomKey { seed, step, prompt: prompt_id, sample: sample_id, position };
         let seen = match sampling.repetition_penalty == 1.0 {
             true => Vec::new(),
-            false => [prompt.as_slice(), &self.tokens].concat(),
+            false => distinct(prompt.iter().chain(&self.drawn.tokens)),
         };
-        sample(logits, &seen, sampling, &key)
+        sample(logits, seen, sampling, &key)
     }
 }
 
@@ -196,16 +224,14 @@ impl<'a> Generator<'a> {
             let drawn = self.advance(&mut active, followers, &mut cache, &mut logits)?;
             let mut still = Vec::with_capacity(active.len());
             for (mut sequence, drawn) in active.into_iter().zip(drawn) {
-                sequence.tokens.push(drawn.token);
-                sequence.logps.push(drawn.logp);
                 on_event(Progress::Token(sequence.index, drawn.token));
+                sequence.drawn.push(drawn, self.options.sampling.filters());
                 match self.stopped(&sequence) {
                     None => still.push(sequence),
                     Some(stop) => {
                         cache.close(sequence.slot);
                         on_event(Progress::Done(sequence.index));
-                        let Active { index, tokens, logps, .. } = sequence;
-                        done[index] = Some(Completion { tokens, logps, stop });
+                        done[sequence.index] = Some(sequence.drawn.completion(stop));
                     }
                 }
             }
@@ -264,7 +290,7 @@ impl<'a> Generator<'a> {
                 }
             };
             waiting.pop_front();
-            active.push(Active { index, request, slot, tokens: Vec::new(), logps: Vec::new() });
+            active.push(Active { index, request, slot, drawn: Drawn::default() });
         }
         Ok(followers)
     }
@@ -281,7 +307,7 @@ impl<'a> Generator<'a> {
         let mut batch = Batch::new();
         for sequence in &*active {
             let (prompt, cached) = (&sequence.request.prompt, cache.len(sequence.slot));
-            let new = match sequence.tokens.last() {
+            let new = match sequence.drawn.tokens.last() {
                 Some(last) => std::slice::from_ref(last),
                 None => &prompt[cached..],
             };
@@ -298,7 +324,7 @@ impl<'a> Generator<'a> {
         for Follower { index, request, leader } in followers {
             let slot = cache.fork(active[leader].slot, request.prompt.len())?;
             rows.push(rows[leader]);
-            active.push(Active { index, request, slot, tokens: Vec::new(), logps: Vec::new() });
+            active.push(Active { index, request, slot, drawn: Drawn::default() });
         }
         self.policy.logits_into(&h, &rows, logits)?;
         let _phase = debug_span!("sample", tokens = active.len()).entered();
@@ -311,15 +337,16 @@ impl<'a> Generator<'a> {
     }
 
     fn stopped(&self, sequence: &Active) -> Option<StopReason> {
-        let last = sequence.tokens.last()?;
+        let tokens = &sequence.drawn.tokens;
+        let last = tokens.last()?;
         if self.options.eos_token_ids.contains(last) {
             return Some(StopReason::Eos);
         }
-        if self.stop_check.is_some_and(|check| check(&sequence.tokens)) {
+        if self.stop_check.is_some_and(|check| check(tokens)) {
             return Some(StopReason::StopString);
         }
-        let length = sequence.request.prompt.len() + sequence.tokens.len();
+        let length = sequence.request.prompt.len() + tokens.len();
         let full = length >= self.policy.config().max_position_embeddings;
-        (full || sequence.tokens.len() >= self.options.max_new_tokens).then_some(StopReason::Length)
+        (full || tokens.len() >= self.options.max_new_tokens).then_some(StopReason::Length)
     }
 }

@@ -3,7 +3,9 @@
 //! Order as in transformers: repetition penalty, temperature, top-k, top-p, min-p. Random numbers are
 //! a function of (seed, step, prompt, sample, position), never of call order.
 
-use crate::ops::{LogpOptions, RowStats};
+use std::collections::BTreeSet;
+
+use crate::ops::{Distribution, LogpOptions, RowRule, RowStats};
 use crate::random::Stream;
 use crate::{Error, Result};
 
@@ -29,8 +31,19 @@ impl SamplingParams {
     }
 
     /// Whether some tokens cannot be drawn.
-    fn filters(&self) -> bool {
+    pub fn filters(&self) -> bool {
         self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
+    }
+
+    /// Whether a token's distribution depends on more than its logits and the temperature.
+    pub fn has_rules(&self) -> bool {
+        self.filters() || self.repetition_penalty != 1.0
+    }
+
+    /// The distribution that tokens are drawn from, given the rule of each row.
+    pub fn distribution<'a>(&self, rules: &'a [RowRule]) -> Distribution<'a> {
+        let (temperature, repetition_penalty) = (self.temperature, self.repetition_penalty);
+        Distribution { temperature, repetition_penalty, rules }
     }
 
     /// Refuses values outside their range.
@@ -90,40 +103,49 @@ impl RandomKey {
 }
 
 /// A drawn token.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Sampled {
     /// Its id.
     pub token: u32,
     /// Its log-probability under the distribution that it was drawn from.
     pub logp: f32,
+    /// Entropy of that distribution, in nats.
+    pub entropy: f32,
+    /// The tokens that could be drawn, sorted; empty = all.
+    pub kept: Vec<u32>,
 }
 
 /// Draws the next token from logits `[V]`, which the processors change in place; `seen` are the tokens
-/// of the sequence so far.
+/// of the sequence so far, each once.
 ///
 /// # Errors
 /// If the logits hold a NaN or no finite number.
 pub fn sample(
     logits: &mut [f32],
-    seen: &[u32],
+    seen: Vec<u32>,
     params: &SamplingParams,
     key: &RandomKey,
 ) -> Result<Sampled> {
-    penalise(logits, seen, params.repetition_penalty as f32);
-    let inv_temperature = if params.temperature == 0.0 { 1.0 } else { 1.0 / params.temperature };
-    let inv_temperature = inv_temperature as f32;
-    let stats = RowStats::of(logits, &LogpOptions { inv_temperature, ..LogpOptions::default() });
+    let greedy = params.temperature == 0.0;
+    let options = LogpOptions {
+        inv_temperature: if greedy { 1.0 } else { (1.0 / params.temperature) as f32 },
+        repetition_penalty: params.repetition_penalty as f32,
+        ..LogpOptions::default()
+    };
+    let rule = RowRule { penalised: seen, kept: Vec::new() };
+    let stats = RowStats::of(logits, &options, &rule);
     let nan = logits.iter().fold(false, |nan, logit| nan | logit.is_nan());
     if nan || !stats.max.is_finite() {
         let place = format!("prompt {} sample {}", key.prompt, key.sample);
         return Err(Error::failure(format!("{place}: the model's logits are not finite")));
     }
-    if params.temperature == 0.0 {
-        return Ok(Sampled { token: stats.argmax, logp: 0.0 });
+    if greedy {
+        return Ok(Sampled { token: stats.argmax, logp: 0.0, entropy: 0.0, kept: Vec::new() });
     }
     if !params.filters() {
         let token = stats.draw(logits, key.uniform());
-        return Ok(Sampled { token, logp: stats.logp(logits[token as usize]) });
+        let (logp, entropy) = (stats.logp(logits[token as usize]), stats.entropy as f32);
+        return Ok(Sampled { token, logp, entropy, kept: Vec::new() });
     }
     Ok(sample_kept(logits, stats.max, params, key))
 }
@@ -132,31 +154,23 @@ pub fn sample(
 fn sample_kept(logits: &[f32], max: f32, params: &SamplingParams, key: &RandomKey) -> Sampled {
     let weight = |logit: f32| f64::from(logit - max).exp();
     let kept = keep(logits, params, weight);
-    let total: f64 = kept.iter().map(|token| weight(logits[*token as usize])).sum();
-    let mut left = key.uniform() * total;
-    let mut chosen = kept[kept.len() - 1];
-    for token in &kept {
-        left -= weight(logits[*token as usize]);
+    let stats = RowStats::of_kept(logits, &kept);
+    let mut left = key.uniform() * stats.log_sum.exp();
+    let mut token = kept[kept.len() - 1];
+    for other in &kept {
+        left -= weight(logits[*other as usize]);
         if left < 0.0 {
-            chosen = *token;
+            token = *other;
             break;
         }
     }
-    let logp = f64::from(logits[chosen as usize] - max) - total.ln();
-    Sampled { token: chosen, logp: logp as f32 }
+    let (logp, entropy) = (stats.logp(logits[token as usize]), stats.entropy as f32);
+    Sampled { token, logp, entropy, kept }
 }
 
-fn penalise(logits: &mut [f32], seen: &[u32], penalty: f32) {
-    if penalty == 1.0 {
-        return;
-    }
-    let mut tokens: Vec<u32> = seen.to_vec();
-    tokens.sort_unstable();
-    tokens.dedup();
-    for token in tokens {
-        let logit = &mut logits[token as usize];
-        *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
-    }
+/// The tokens of a sequence, each once, sorted.
+pub(super) fn distinct<'a>(tokens: impl Iterator<Item = &'a u32>) -> Vec<u32> {
+    tokens.copied().collect::<BTreeSet<u32>>().into_iter().collect()
 }
 
 /// The tokens that survive the filters, in order of their ids; never empty.
@@ -219,7 +233,7 @@ mod tests {
     #[test]
     fn repetition_penalty_divides_positive_and_multiplies_negative_logits_once() {
         let mut logits = [2.0, -2.0, 1.0];
-        penalise(&mut logits, &[0, 1, 0], 2.0);
+        crate::ops::penalise(&mut logits, &[0, 1], 2.0);
         assert_eq!(logits, [1.0, -4.0, 1.0]);
     }
 
@@ -229,7 +243,7 @@ mod tests {
         let mut counts = [0usize; 3];
         for position in 0..20_000 {
             let params = SamplingParams::default();
-            let drawn = sample(&mut logits.clone(), &[], &params, &key(position))?;
+            let drawn = sample(&mut logits.clone(), Vec::new(), &params, &key(position))?;
             assert!((drawn.logp - logits[drawn.token as usize]).abs() < 1e-6);
             counts[drawn.token as usize] += 1;
         }
@@ -242,7 +256,9 @@ mod tests {
     #[test]
     fn logits_that_are_not_finite_are_refused() {
         for bad in [f32::NAN, f32::INFINITY] {
-            assert!(sample(&mut [0.0, bad], &[], &SamplingParams::greedy(), &key(0)).is_err());
+            assert!(
+                sample(&mut [0.0, bad], Vec::new(), &SamplingParams::greedy(), &key(0)).is_err()
+            );
         }
     }
 }
