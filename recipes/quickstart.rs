@@ -16,10 +16,11 @@ use steersman::config::{RunConfig, SftConfig};
 use steersman::eval::{Tally, accuracy};
 use steersman::model::{LoadedModel, TextModel, fetch};
 use steersman::ops::Engine;
-use steersman::report::{Event, Sink, Terminal};
+use steersman::report::{Event, MetricLine, Sink, Terminal};
 use steersman::rollout::GenerateOptions;
 use steersman::train::data::SftData;
 use steersman::train::example::TokenExample;
+use steersman::train::run::{StepReport, Trainer};
 use steersman::train::sft::SftTrainer;
 use steersman::train::tokenize::Encoder;
 use steersman::{Error, Result, cli};
@@ -56,8 +57,9 @@ fn run(output_dir: &Path) -> Result<()> {
     let encoder = Encoder::new(&text)?;
 
     let recipe = recipe()?;
-    let data = SftData::load(&recipe.data, SEED)?;
-    let (train, _) = data.tokenise(&encoder, &recipe.data, config.max_position_embeddings)?;
+    let data = SftData::load(&recipe.data, &recipe.sequence, SEED)?;
+    let keys = (&recipe.data, &recipe.sequence);
+    let (train, _) = data.tokenise(&encoder, keys, config.max_position_embeddings)?;
     let steering = SteeringConfig::post_block(config);
     let steering = Steering::new(steering, config, SEED, model.policy.engine().device())?;
     let (trained, all) = (steering.parameter_count(), config.parameters());
@@ -81,7 +83,7 @@ fn recipe() -> Result<SftConfig> {
     recipe.data.max_train_samples = 1600;
     recipe.data.max_eval_samples = 300;
     recipe.optim.learning_rate = Some(2e-3);
-    recipe.optim.per_device_train_batch_size = 16;
+    recipe.batch.per_device_train_batch_size = 16;
     recipe.train.seed = SEED;
     recipe.validate()?;
     Ok(recipe)
@@ -96,14 +98,15 @@ fn fit(
 ) -> Result<Vec<Box<dyn Adapter>>> {
     let mut trainer = SftTrainer::new(recipe, &model.policy, vec![adapter], train)?;
     let mut bar = Terminal::stderr();
-    let (name, total_steps) = ("quickstart".to_string(), trainer.total_steps());
+    let (name, total_steps) = ("quickstart".to_string(), trainer.learner().total_steps());
     bar.take(&Event::RunStarted { name, done_steps: 0, total_steps })?;
-    loop {
+    while !trainer.learner().is_done() {
         let start = Instant::now();
-        let Some(report) = trainer.step()? else { break };
-        bar.take(&report.event(start.elapsed()))?;
-        if report.step % 20 == 0 {
-            bar.take(&Event::Logged(report.line(trainer.state(), start.elapsed())))?;
+        let StepReport { step, tokens, metrics } = trainer.step()?;
+        let (tokens, seconds) = (tokens as u64, start.elapsed().as_secs_f64());
+        bar.take(&Event::Step { step, tokens, seconds })?;
+        if step % 20 == 0 {
+            bar.take(&Event::Logged(MetricLine::new(step, metrics.metrics())))?;
         }
     }
     let message = "trained".to_string();

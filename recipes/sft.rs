@@ -16,7 +16,8 @@ use steersman::model::{LoadedModel, ModelConfig, ModelSource, TextModel};
 use steersman::rollout::GenerateOptions;
 use steersman::train::claim::{check_output_dir, claim_output_dir};
 use steersman::train::data::SftData;
-use steersman::train::run::{HeldOut, SftRun, check_rows};
+use steersman::train::held_out::{HeldOut, check_rows};
+use steersman::train::run::{Run, Trainer};
 use steersman::train::sft::SftTrainer;
 use steersman::train::tokenize::Encoder;
 use steersman::{Result, cli, profile};
@@ -37,11 +38,12 @@ fn run(config: &SftConfig) -> Result<()> {
     let template = config.model.chat_template_path.as_deref();
     let text = TextModel::load(&source, template, shape.vocab_size)?;
     let encoder = Encoder::new(&text)?;
-    let data = SftData::load(&config.data, config.train.seed)?;
+    let data = SftData::load(&config.data, &config.sequence, config.train.seed)?;
     if config.train.eval_accuracy != EvalAccuracy::No {
         data.graded()?;
     }
-    let (train, test) = data.tokenise(&encoder, &config.data, shape.max_position_embeddings)?;
+    let keys = (&config.data, &config.sequence);
+    let (train, test) = data.tokenise(&encoder, keys, shape.max_position_embeddings)?;
     check_rows(config, &train, &test)?;
     let engine = config.model.engine()?;
     let adapters = config.adapter.build(&shape, config.train.seed, engine.device())?;
@@ -64,22 +66,23 @@ fn run(config: &SftConfig) -> Result<()> {
         ..Default::default()
     };
     let measure = |trainer: &SftTrainer| -> Result<Tally> {
-        let (problems, adapters) = (data.graded()?, trainer.adapters());
+        let (problems, adapters) = (data.graded()?, trainer.learner().adapters());
         let answers = accuracy(&model, &text, adapters, problems, &options)?;
         Ok(answers.tally())
     };
-    let held_out = HeldOut { examples: &test, accuracy: Some(&measure) };
+    let held_out = HeldOut { examples: &test, accuracy: &measure };
 
     // ---- the run -----------------------------------------------------------------------------
-    let mut run = SftRun::start(config, base, claim, &mut trainer)?;
-    run.evaluate_before(&mut trainer, held_out)?;
-    while run.step(&mut trainer)?.is_some() {
+    let mut run = Run::start(config, base, claim, &mut trainer)?;
+    run.evaluate_before(&mut trainer, &held_out)?;
+    while run.goes_on(&trainer) {
+        run.step(&mut trainer, SftTrainer::step)?;
         if run.evaluates_now(&trainer) {
-            run.evaluate(&mut trainer, held_out)?;
+            run.evaluate(&mut trainer, &held_out)?;
         }
         if run.saves_now(&trainer) {
             run.save(&trainer)?;
         }
     }
-    run.finish(&mut trainer, held_out)
+    run.finish(&mut trainer, &held_out)
 }

@@ -15,7 +15,7 @@ use common::program::{
 };
 use common::shared;
 use serde_json::{Value, json};
-use steersman::config::DataArgs;
+use steersman::config::{DataArgs, SequenceArgs};
 use steersman::model::{ModelSource, TextModel};
 use steersman::train::data::SftData;
 use steersman::train::example::TokenExample;
@@ -487,17 +487,21 @@ fn rows_are_tokenised_in_order_and_the_first_bad_one_is_named() {
     let lines = stories.iter().map(|story| json!({"text": story}).to_string() + "\n");
     fs::write(&place.rows, lines.collect::<String>()).unwrap();
     let dataset_name = Some(place.rows.to_str().unwrap().to_string());
-    let args = DataArgs { dataset_name, max_length: 0, ..Default::default() };
-    let data = SftData::load(&args, 1).unwrap();
+    let args = DataArgs { dataset_name, ..Default::default() };
+    let sequence = SequenceArgs { max_length: 0, ..Default::default() };
+    let data = SftData::load(&args, &sequence, 1).unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
-    let (train, _) = pool.install(|| data.tokenise(&encoder, &args, 512)).unwrap();
+    let (train, _) = pool.install(|| data.tokenise(&encoder, (&args, &sequence), 512)).unwrap();
     assert_eq!(train.len(), stories.len());
     for (i, (example, story)) in train.iter().zip(&stories).enumerate() {
         let expected = TokenExample { row: i + 1, ..encoder.text(story).unwrap() };
         assert_eq!(*example, expected);
     }
     let short = train[0].input_ids.len();
-    let error = pool.install(|| data.tokenise(&encoder, &args, short)).unwrap_err().to_string();
+    let error = pool
+        .install(|| data.tokenise(&encoder, (&args, &sequence), short))
+        .unwrap_err()
+        .to_string();
     assert!(error.contains(": row 241 has "), "{error}");
 }
 

@@ -94,6 +94,8 @@ pub enum BestMetric {
     EvalMeanTokenAccuracy,
     /// Share of held-out problems answered rightly.
     EvalAccuracy,
+    /// Mean reward of greedy completions of held-out prompts.
+    EvalReward,
 }
 
 /// Where metrics go besides the terminal and `metrics.jsonl`.

@@ -1,4 +1,4 @@
-//! Keys of the data: which rows, how they become text, and which tokens have a loss.
+//! Keys of the data: which rows, and how they become prompts.
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -25,8 +25,6 @@ pub struct DataArgs {
     pub max_eval_samples: usize,
     /// Jinja template over a row's columns that makes the prompt.
     pub prompt_template: Option<String>,
-    /// Jinja template over a row's columns that makes the completion.
-    pub completion_template: Option<String>,
     /// System message put before the prompt; Jinja over the row's columns.
     pub system_prompt: Option<String>,
     /// Renamed columns, ours = the file's: prompt=question,completion=answer.
@@ -37,14 +35,6 @@ pub struct DataArgs {
     pub listops_min_args: usize,
     /// ListOps: most arguments of an operator.
     pub listops_max_args: usize,
-    /// Longest sequence in tokens, prompt and completion; 0 = the model's context.
-    pub max_length: usize,
-    /// Fill each sequence of a batch with several rows, up to max_length tokens.
-    pub packing: bool,
-    /// Loss on the completion only, where rows have a prompt.
-    pub completion_only_loss: bool,
-    /// Loss on the assistant's turns only, where rows are messages.
-    pub assistant_only_loss: bool,
 }
 
 impl Default for DataArgs {
@@ -56,16 +46,11 @@ impl Default for DataArgs {
             max_train_samples: 0,
             max_eval_samples: 0,
             prompt_template: None,
-            completion_template: None,
             system_prompt: None,
             columns: Columns::default(),
             listops_max_depth: 2,
             listops_min_args: 2,
             listops_max_args: 4,
-            max_length: 1024,
-            packing: false,
-            completion_only_loss: true,
-            assistant_only_loss: false,
         }
     }
 }
@@ -90,17 +75,6 @@ impl DataArgs {
         require(
             self.listops_min_args <= self.listops_max_args,
             "listops_min_args must not exceed listops_max_args",
-        )?;
-        require(self.max_length != 1, "max_length must be at least 2, or 0 for no limit")?;
-        require(
-            !self.packing || self.max_length > 0,
-            "packing fills sequences up to max_length: set max_length above 0",
-        )?;
-        require(
-            !self.assistant_only_loss
-                || (self.prompt_template.is_none() && self.completion_template.is_none()),
-            "assistant_only_loss is for rows of messages, which prompt_template and \
-             completion_template replace: use completion_only_loss",
         )
     }
 }

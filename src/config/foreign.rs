@@ -6,8 +6,14 @@ pub fn answer(key: &str) -> Option<&'static str> {
         "use_vllm" | "vllm_mode" | "vllm_gpu_memory_utilization" | "use_liger_kernel" => {
             "generation and kernels are built in: leave it out"
         }
-        "steps_per_generation" | "generation_batch_size" => {
-            "use prompts_per_step and num_generations"
+        "steps_per_generation"
+        | "generation_batch_size"
+        | "per_device_train_batch_size"
+        | "gradient_accumulation_steps" => {
+            "use prompts_per_step and num_generations; micro_batch_tokens sets the memory"
+        }
+        "prompts_per_step" | "num_generations" => {
+            "use per_device_train_batch_size and gradient_accumulation_steps"
         }
         "bf16" | "fp16" | "tf32" | "torch_dtype" | "load_in_4bit" | "load_in_8bit" => {
             "use dtype (auto, f32, bf16) and matmul_precision (highest, high, medium)"
@@ -30,7 +36,8 @@ pub fn answer(key: &str) -> Option<&'static str> {
         "save_safetensors" | "save_only_model" | "overwrite_output_dir" => {
             "checkpoints are whole and never overwrite: leave it out"
         }
-        "max_seq_length" | "max_prompt_length" => "use max_length",
+        "max_seq_length" => "use max_length",
+        "max_prompt_length" => "no prompt is cut: shorten or remove rows that are too long",
         "max_new_tokens" => "use max_completion_length",
         "dataset_text_field" => "use columns = {text = \"…\"}",
         "dataset_config" | "dataset_num_proc" | "dataloader_num_workers" => {
@@ -49,7 +56,7 @@ pub fn answer(key: &str) -> Option<&'static str> {
         "model" | "model_name" => "use model_name_or_path",
         "dataset" | "dataset_path" | "data_path" => "use dataset_name",
         "lr" => "use learning_rate",
-        "batch_size" => "use per_device_train_batch_size",
+        "batch_size" => "use per_device_train_batch_size (sft) or prompts_per_step (grpo)",
         "epochs" => "use num_train_epochs",
         _ => return None,
     })

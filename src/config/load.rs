@@ -271,7 +271,7 @@ mod tests {
         assert_eq!(config.optim.learning_rate, Some(1.0));
         assert_eq!(config.data.columns.0["prompt"], "question");
         assert_eq!(config.adapter.steering_layers.to_string(), "0-1");
-        assert!(config.data.packing);
+        assert!(config.sequence.packing);
         assert_eq!(config.train.logging_steps, TrainArgs::default().logging_steps);
     }
 
@@ -281,7 +281,7 @@ mod tests {
             flags("--max-steps -1 --packing --completion_only_loss False --seed=1 --seed 2");
         let config = config.unwrap();
         assert_eq!((config.train.max_steps, config.train.seed), (-1, 2));
-        assert!(config.data.packing && !config.data.completion_only_loss);
+        assert!(config.sequence.packing && !config.sequence.completion_only_loss);
         let config = flags("--dry_run --resume_from_checkpoint latest --adapter joint").unwrap();
         assert!(config.train.dry_run);
         assert_eq!(config.train.resume_from_checkpoint, Resume::Latest);
@@ -412,7 +412,7 @@ mod tests {
             (config.data.prompt_template, config.model.model_name_or_path) = (template, name);
             config.data.columns = Columns(columns);
             config.adapter.steering_layers = Layers::Some(layers);
-            (config.data.packing, config.train.greater_is_better) = (packing, greater);
+            (config.sequence.packing, config.train.greater_is_better) = (packing, greater);
             config
         }
     }

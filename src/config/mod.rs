@@ -13,6 +13,7 @@
 use std::path::Path;
 
 mod adapter;
+mod batch;
 mod build;
 mod check;
 mod choices;
@@ -27,11 +28,13 @@ mod model;
 mod optim;
 mod profile;
 mod run;
+mod sequence;
 mod sft;
 mod suggest;
 mod values;
 
 pub use adapter::{AdapterArgs, LearningRates};
+pub use batch::BatchArgs;
 pub use choices::{
     Adapter, BestMetric, Dtype, EvalAccuracy, LrSchedulerType, MatmulPrecision, ReportTo, word,
 };
@@ -45,6 +48,7 @@ pub use model::{GenerationArgs, ModelArgs};
 pub use optim::OptimArgs;
 pub use profile::{ProfileArgs, ProfileTo};
 pub use run::TrainArgs;
+pub use sequence::SequenceArgs;
 pub use sft::SftConfig;
 pub use suggest::{did_you_mean, nearest};
 pub use values::{Columns, LORA_MODULES, Layers, Repeated, Resume, TargetModules};
@@ -65,4 +69,16 @@ pub trait RunConfig:
     fn profile(&self) -> Option<&Path> {
         None
     }
+}
+
+/// The configuration of a training run.
+pub trait TrainConfig: RunConfig {
+    /// Length, folder, logging, evaluation, checkpoints.
+    fn train(&self) -> &TrainArgs;
+
+    /// How a step is made.
+    fn optim(&self) -> &OptimArgs;
+
+    /// How a step is made, to put in what was chosen for unset keys.
+    fn optim_mut(&mut self) -> &mut OptimArgs;
 }

@@ -1,4 +1,4 @@
-//! Keys of the optimisation: rates, schedule, AdamW, batch.
+//! Keys of the optimisation: rates, schedule, AdamW, memory.
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -31,10 +31,6 @@ pub struct OptimArgs {
     pub adam_epsilon: f64,
     /// Global gradient norm above which gradients are scaled down; 0 = off.
     pub max_grad_norm: f64,
-    /// Sequences of a batch.
-    pub per_device_train_batch_size: usize,
-    /// Batches of an optimizer step.
-    pub gradient_accumulation_steps: usize,
     /// Most tokens computed at once; changes memory, not results; 0 = a whole batch, unset = 512 for
     /// each thread (1024 to 8192), fewer where memory_budget asks for it.
     pub micro_batch_tokens: Option<usize>,
@@ -43,8 +39,6 @@ pub struct OptimArgs {
     pub gradient_checkpointing: Option<bool>,
     /// Memory that the run may take, such as 4GiB; auto = what is free here, less a tenth.
     pub memory_budget: MemoryBudget,
-    /// NEFTune noise on the embeddings in training (arXiv:2310.05914); 0 = off.
-    pub neftune_noise_alpha: f64,
 }
 
 impl Default for OptimArgs {
@@ -59,22 +53,14 @@ impl Default for OptimArgs {
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
-            per_device_train_batch_size: 8,
-            gradient_accumulation_steps: 1,
             micro_batch_tokens: None,
             gradient_checkpointing: None,
             memory_budget: MemoryBudget::Auto,
-            neftune_noise_alpha: 0.0,
         }
     }
 }
 
 impl OptimArgs {
-    /// Sequences of an optimizer step.
-    pub fn sequences_per_step(&self) -> usize {
-        self.per_device_train_batch_size * self.gradient_accumulation_steps
-    }
-
     /// Refuses values that cannot be meant.
     pub fn validate(&self) -> Result<()> {
         self.learning_rate.map_or(Ok(()), |rate| require_positive("learning_rate", rate))?;
@@ -84,20 +70,11 @@ impl OptimArgs {
             require(in_range, &format!("{key} must be at least 0 and below 1, not {beta}"))?;
         }
         require_positive("adam_epsilon", self.adam_epsilon)?;
-        for (key, value) in [
-            ("weight_decay", self.weight_decay),
-            ("max_grad_norm", self.max_grad_norm),
-            ("neftune_noise_alpha", self.neftune_noise_alpha),
-        ] {
+        for (key, value) in
+            [("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)]
+        {
             let at_least_0 = value.is_finite() && value >= 0.0;
             require(at_least_0, &format!("{key} must be at least 0, not {value}"))?;
-        }
-        for (key, count) in [
-            ("per_device_train_batch_size", self.per_device_train_batch_size),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps),
-        ] {
-            let in_range = (1..=1 << 20).contains(&count);
-            require(in_range, &format!("{key} must be from 1 to {}, not {count}", 1 << 20))?;
         }
         Ok(())
     }

@@ -5,13 +5,17 @@ use std::path::Path;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::RunConfig;
 use super::adapter::AdapterArgs;
+use super::batch::BatchArgs;
+use super::check::require;
+use super::choices::BestMetric;
 use super::data::DataArgs;
 use super::model::{GenerationArgs, ModelArgs};
 use super::optim::OptimArgs;
 use super::profile::ProfileArgs;
 use super::run::TrainArgs;
+use super::sequence::SequenceArgs;
+use super::{RunConfig, TrainConfig};
 use crate::Result;
 
 /// All keys of `sft`, flat in TOML and on the command line.
@@ -26,6 +30,10 @@ pub struct SftConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub data: DataArgs,
+    /// How rows become sequences.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub sequence: SequenceArgs,
     /// What is trained.
     #[command(flatten)]
     #[serde(flatten)]
@@ -34,6 +42,10 @@ pub struct SftConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub optim: OptimArgs,
+    /// What a step is made of.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub batch: BatchArgs,
     /// How answers are generated.
     #[command(flatten)]
     #[serde(flatten)]
@@ -55,13 +67,34 @@ impl RunConfig for SftConfig {
     fn validate(&self) -> Result<()> {
         self.model.validate()?;
         self.data.validate()?;
+        self.sequence.validate(&self.data)?;
         self.adapter.validate()?;
         self.optim.validate()?;
+        self.batch.validate()?;
         self.generation.validate()?;
-        self.train.validate()
+        self.train.validate()?;
+        require(
+            self.train.metric_for_best_model != BestMetric::EvalReward,
+            "metric_for_best_model = eval_reward is for reinforcement learning: use eval_loss, \
+             eval_mean_token_accuracy or eval_accuracy",
+        )
     }
 
     fn profile(&self) -> Option<&Path> {
         self.profile.path()
+    }
+}
+
+impl TrainConfig for SftConfig {
+    fn train(&self) -> &TrainArgs {
+        &self.train
+    }
+
+    fn optim(&self) -> &OptimArgs {
+        &self.optim
+    }
+
+    fn optim_mut(&mut self) -> &mut OptimArgs {
+        &mut self.optim
     }
 }

@@ -6,6 +6,7 @@ mod metrics_file;
 mod pace;
 mod progress;
 mod terminal;
+mod window;
 
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,7 @@ pub use metrics::{MetricLine, Metrics};
 pub use metrics_file::{METRICS_FILE, MetricsFile};
 pub use progress::Progress;
 pub use terminal::{Terminal, duration};
+pub use window::{Fold, StepMetrics, Window};
 
 use crate::Result;
 

@@ -9,9 +9,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::objective::Totals;
 use crate::files::{remove_folder_atomic, verify, write_atomic, write_folder_atomic};
-use crate::report::MetricLine;
+use crate::report::{MetricLine, Window};
 use crate::{Error, Result};
 
 /// The trainer's state in a checkpoint.
@@ -60,22 +59,6 @@ pub struct DataIdentity {
     pub steps_per_epoch: u64,
     /// Hash of the tokenised examples.
     pub sha256: String,
-}
-
-/// Sums over the steps that the next line of metrics will tell of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Window {
-    /// Sums over their targets.
-    pub totals: Totals,
-    /// Seconds that they took.
-    pub seconds: f64,
-    /// How many they are.
-    pub steps: u32,
-    /// Gradient norm of the last of them.
-    pub grad_norm: f64,
-    /// Learning rate of the last of them.
-    pub learning_rate: f64,
 }
 
 /// A place in the stream of training rows.
@@ -233,13 +216,7 @@ mod tests {
             best_step: Some(3),
             evaluations_without_best: 2,
             log_history: vec![MetricLine::new(7, metrics)],
-            window: Window {
-                totals: Totals::default(),
-                seconds: 0.1,
-                steps: 3,
-                grad_norm: 2.0,
-                learning_rate: 0.5,
-            },
+            window: Window::default(),
         };
         state.save(dir.path()).unwrap();
         assert_eq!(TrainerState::load(dir.path()).unwrap(), state);

@@ -11,7 +11,7 @@ use tracing::debug_span;
 
 use super::example::TokenExample;
 use super::tokenize::{Encoder, check_length};
-use crate::config::DataArgs;
+use crate::config::{DataArgs, SequenceArgs};
 use crate::model::hub;
 use crate::{Error, Result};
 
@@ -38,16 +38,17 @@ impl SftData {
     /// # Errors
     /// If nothing of that name exists, a row is malformed (file and line), or a gold answer does
     /// not grade right.
-    pub fn load(args: &DataArgs, seed: u64) -> Result<Self> {
+    pub fn load(args: &DataArgs, sequence: &SequenceArgs, seed: u64) -> Result<Self> {
         let _phase = debug_span!("read rows").entered();
         match Task::find(args.dataset()?) {
-            Some(task) => Self::of_task(task, args),
-            None => Self::of_rows(args, seed),
+            Some(task) => Self::of_task(task, args, sequence),
+            None => Self::of_rows(args, sequence, seed),
         }
     }
 
-    fn of_task(task: Task, args: &DataArgs) -> Result<Self> {
+    fn of_task(task: Task, args: &DataArgs, sequence: &SequenceArgs) -> Result<Self> {
         refuse_keys_of_rows(task, args)?;
+        refuse_key_of_rows(task, "completion_template", sequence.completion_template.is_some())?;
         let (train, test) = (&args.dataset_train_split, &args.dataset_test_split);
         if train == test {
             return Err(Error::usage(format!("split '{train}' is both trained and evaluated on")));
@@ -70,7 +71,7 @@ impl SftData {
         Ok(SftData { train, test, problems: Some((problems, grader)) })
     }
 
-    fn of_rows(args: &DataArgs, seed: u64) -> Result<Self> {
+    fn of_rows(args: &DataArgs, sequence: &SequenceArgs, seed: u64) -> Result<Self> {
         let path = locate(args.dataset()?)?;
         let (mut train, mut test) = if path.is_file() {
             let rows = numbered(read_rows(&path)?);
@@ -87,7 +88,7 @@ impl SftData {
         limit(&mut test, args.max_eval_samples);
         let template = Template {
             prompt_template: args.prompt_template.clone(),
-            completion_template: args.completion_template.clone(),
+            completion_template: sequence.completion_template.clone(),
             system_prompt: args.system_prompt.clone(),
             columns: args.columns.0.clone(),
         };
@@ -106,7 +107,7 @@ impl SftData {
     pub fn tokenise(
         &self,
         encoder: &Encoder,
-        args: &DataArgs,
+        (args, sequence): (&DataArgs, &SequenceArgs),
         context: usize,
     ) -> Result<(Vec<TokenExample>, Vec<TokenExample>)> {
         let _phase = debug_span!("tokenize").entered();
@@ -116,9 +117,14 @@ impl SftData {
                     Error::Usage(said) => Error::Usage(format!("{what}: row {number}: {said}")),
                     other => other,
                 };
-                let tokens = token_example(encoder, example, args).map_err(named)?;
+                let tokens = token_example(encoder, example, sequence).map_err(named)?;
                 let tokens = TokenExample { row: *number, ..tokens };
-                check_length(&tokens, args.max_length, context, &format!("{what}: row {number}"))?;
+                check_length(
+                    &tokens,
+                    sequence.max_length,
+                    context,
+                    &format!("{what}: row {number}"),
+                )?;
                 Ok(tokens)
             };
             let encoded: Vec<Result<_>> = examples.par_iter().map(encode).collect();
@@ -167,7 +173,7 @@ pub fn problems(args: &DataArgs) -> Result<(Vec<Problem>, Grader)> {
 pub fn token_example(
     encoder: &Encoder,
     example: &Example,
-    args: &DataArgs,
+    args: &SequenceArgs,
 ) -> Result<TokenExample> {
     let whole = !args.completion_only_loss;
     if args.assistant_only_loss && !matches!(example, Example::Messages(_)) {
@@ -186,17 +192,17 @@ pub fn token_example(
     }
 }
 
-/// Refuses keys that say how rows of any columns become examples.
+/// Refuses keys that say how rows of any columns become prompts.
 fn refuse_keys_of_rows(task: Task, args: &DataArgs) -> Result<()> {
-    let foreign = [
-        ("prompt_template", args.prompt_template.is_some()),
-        ("completion_template", args.completion_template.is_some()),
-        ("system_prompt", args.system_prompt.is_some()),
-        ("columns", !args.columns.0.is_empty()),
-    ];
-    match foreign.iter().find(|(_, given)| *given) {
-        None => Ok(()),
-        Some((key, _)) => {
+    refuse_key_of_rows(task, "prompt_template", args.prompt_template.is_some())?;
+    refuse_key_of_rows(task, "system_prompt", args.system_prompt.is_some())?;
+    refuse_key_of_rows(task, "columns", !args.columns.0.is_empty())
+}
+
+fn refuse_key_of_rows(task: Task, key: &str, given: bool) -> Result<()> {
+    match given {
+        false => Ok(()),
+        true => {
             let name = task.name();
             let what = format!("{key} is for your own rows: {name} brings its own prompts");
             Err(Error::usage(what))

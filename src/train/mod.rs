@@ -5,6 +5,8 @@ pub mod claim;
 pub mod data;
 pub mod example;
 mod free_memory;
+pub mod held_out;
+pub mod learner;
 pub mod loss;
 pub mod memory;
 pub mod objective;

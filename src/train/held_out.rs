@@ -1,0 +1,67 @@
+//! What a supervised run is evaluated on.
+
+use super::example::TokenExample;
+use super::run::Evaluation;
+use super::sft::SftTrainer;
+use crate::adapter::Positions;
+use crate::config::{Adapter, SftConfig};
+use crate::eval::Tally;
+use crate::report::Metrics;
+use crate::{Error, Result};
+
+/// Measures the accuracy of the current adapters, if the data can be graded.
+pub type AccuracyCheck<'a> = &'a dyn Fn(&SftTrainer) -> Result<Tally>;
+
+/// What is evaluated.
+#[derive(Clone, Copy)]
+pub struct HeldOut<'a> {
+    /// Examples whose loss is taken.
+    pub examples: &'a [TokenExample],
+    /// Greedy accuracy on the test problems.
+    pub accuracy: AccuracyCheck<'a>,
+}
+
+impl Evaluation<SftTrainer<'_>> for HeldOut<'_> {
+    fn measure(&self, trainer: &SftTrainer, accuracy: bool) -> Result<Metrics> {
+        let mut metrics = Metrics::new();
+        if !self.examples.is_empty() {
+            let totals = trainer.evaluate(self.examples)?;
+            metrics.set("eval_loss", totals.loss());
+            metrics.set("eval_mean_token_accuracy", totals.mean_token_accuracy());
+        }
+        if accuracy {
+            (self.accuracy)(trainer)?.write(&mut metrics);
+        }
+        Ok(metrics)
+    }
+}
+
+/// Refuses, before anything is trained, a run that its rows cannot serve: evaluations that are to
+/// decide something without a row to evaluate on, and steering of prompts that rows do not have.
+///
+/// # Errors
+/// Usage: names the key, and the row.
+pub fn check_rows(config: &SftConfig, train: &[TokenExample], test: &[TokenExample]) -> Result<()> {
+    let (run, adapter) = (&config.train, &config.adapter);
+    let evaluates =
+        run.eval_steps > 0 || run.load_best_model_at_end || run.early_stopping_patience > 0;
+    if evaluates && test.is_empty() {
+        return Err(Error::usage(
+            "eval_steps is above 0 and no row is held out to evaluate on: set max_eval_samples above \
+             0 to hold out rows of a file, name a split of the folder as dataset_test_split, or set \
+             eval_steps = 0",
+        ));
+    }
+    let steers = adapter.adapter != Adapter::Lora && adapter.adapter_name_or_path.is_none();
+    if steers && adapter.steering_positions != Positions::All {
+        let all = train.iter().chain(test);
+        if let Some(example) = all.into_iter().find(|example| example.prompt_length == 0) {
+            let (row, positions) = (example.row, adapter.steering_positions);
+            return Err(Error::usage(format!(
+                "row {row} has no prompt, and steering_positions = \"{positions}\" steers nothing \
+                 else: use rows with prompt and completion, or steering_positions = \"all\""
+            )));
+        }
+    }
+    Ok(())
+}
