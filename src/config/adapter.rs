@@ -100,12 +100,38 @@ impl LearningRates {
         };
         Self { steering, lora: 2e-4 }
     }
+
+    /// The default rates of policy-gradient training:
+    ///
+    /// | adapter | steering vector | other steering | LoRA |
+    /// |---|---|---|---|
+    /// | steering | 5e-3 | 1e-3 | |
+    /// | lora | | | 1e-4 |
+    /// | joint | 1e-3 | 2e-4 | 1e-4 |
+    pub fn rl_defaults(adapter: Adapter, kind: SteeringKind) -> Self {
+        let steering = match (adapter, kind) {
+            (Adapter::Joint, SteeringKind::Vector) => 1e-3,
+            (Adapter::Joint, _) => 2e-4,
+            (_, SteeringKind::Vector) => 5e-3,
+            _ => 1e-3,
+        };
+        Self { steering, lora: 1e-4 }
+    }
 }
 
 impl AdapterArgs {
     /// The rates in force: a part's own key, else `learning_rate`, else the default of its kind.
     pub fn learning_rates(&self, learning_rate: Option<f64>) -> LearningRates {
         let defaults = LearningRates::defaults(self.adapter, self.steering_kind);
+        self.learning_rates_or(learning_rate, defaults)
+    }
+
+    /// As [`AdapterArgs::learning_rates`], with other defaults.
+    pub fn learning_rates_or(
+        &self,
+        learning_rate: Option<f64>,
+        defaults: LearningRates,
+    ) -> LearningRates {
         LearningRates {
             steering: self.steering_learning_rate.or(learning_rate).unwrap_or(defaults.steering),
             lora: self.lora_learning_rate.or(learning_rate).unwrap_or(defaults.lora),

@@ -109,3 +109,87 @@ pub enum ReportTo {
     #[value(name = "none")]
     Nowhere,
 }
+
+/// How the losses of tokens become one number; the names are TRL's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum LossType {
+    /// The mean over completions of their mean over tokens.
+    Grpo,
+    /// The mean over all tokens of the step; `bnpo` is the same, since normalisers are over the step.
+    #[default]
+    #[serde(alias = "bnpo")]
+    #[value(alias = "bnpo")]
+    Dapo,
+    /// The sum over tokens by completions times `max_completion_length`.
+    DrGrpo,
+    /// As `dapo`, with the objective of CISPO.
+    Cispo,
+}
+
+/// Whose importance ratio a token's is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ImportanceSamplingLevel {
+    /// Its own.
+    #[default]
+    Token,
+    /// The geometric mean over the completion (GSPO).
+    Sequence,
+}
+
+/// By what a group's centred rewards are divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ScaleRewards {
+    /// The standard deviation of the group.
+    #[default]
+    Group,
+    /// The standard deviation of all scores of the step.
+    Batch,
+    /// Nothing (Dr. GRPO, arXiv:2503.20783).
+    None,
+}
+
+/// Estimator of the KL divergence from the policy to the reference at a sampled token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum KlEstimator {
+    /// `log p - log q`: unbiased in value, of no use in a loss, since its expected gradient is 0.
+    K1,
+    /// `(log p - log q)^2 / 2`.
+    K2,
+    /// `q / p - 1 - log (q / p)`: unbiased, never negative.
+    #[default]
+    K3,
+}
+
+/// What a completion's reward is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum AdvantageEstimator {
+    /// The mean of the group, scaled by `scale_rewards` (arXiv:2402.03300).
+    #[default]
+    Grpo,
+    /// The mean of the others of the group, not scaled (arXiv:2402.14740).
+    Rloo,
+    /// The mean of the group, whitened over the step (arXiv:2501.03262).
+    ReinforcePlusPlus,
+}
+
+/// Whose distribution the KL divergence is from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Reference {
+    /// The base model's, adapters off.
+    #[default]
+    Base,
+    /// That of the adapter which training starts from (`adapter_name_or_path`).
+    Adapter,
+}

@@ -21,13 +21,16 @@ mod command;
 mod data;
 mod device;
 mod foreign;
+mod grpo;
 mod help;
 mod load;
 mod memory;
 mod model;
 mod optim;
 mod profile;
+mod reward;
 mod run;
+mod sampling;
 mod sequence;
 mod sft;
 mod suggest;
@@ -36,22 +39,27 @@ mod values;
 pub use adapter::{AdapterArgs, LearningRates};
 pub use batch::BatchArgs;
 pub use choices::{
-    Adapter, BestMetric, Dtype, EvalAccuracy, LrSchedulerType, MatmulPrecision, ReportTo, word,
+    Adapter, AdvantageEstimator, BestMetric, Dtype, EvalAccuracy, ImportanceSamplingLevel,
+    KlEstimator, LossType, LrSchedulerType, MatmulPrecision, Reference, ReportTo, ScaleRewards,
+    word,
 };
 pub use command::to_toml;
 pub use data::DataArgs;
 pub use device::Device;
+pub use grpo::{GrpoArgs, GrpoConfig};
 pub use help::help;
 pub use load::{Request, arguments, load, read_toml};
 pub use memory::MemoryBudget;
 pub use model::{GenerationArgs, ModelArgs};
 pub use optim::OptimArgs;
 pub use profile::{ProfileArgs, ProfileTo};
+pub use reward::RewardArgs;
 pub use run::TrainArgs;
+pub use sampling::SamplingArgs;
 pub use sequence::SequenceArgs;
 pub use sft::SftConfig;
 pub use suggest::{did_you_mean, nearest};
-pub use values::{Columns, LORA_MODULES, Layers, Repeated, Resume, TargetModules};
+pub use values::{Columns, LORA_MODULES, Layers, Numbers, Repeated, Resume, TargetModules};
 
 /// The configuration of one recipe: a struct of flattened key groups.
 pub trait RunConfig:

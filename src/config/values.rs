@@ -238,6 +238,38 @@ impl FromStr for Repeated {
     }
 }
 
+/// Numbers: `1,0.5` as a flag, a number or a list of numbers in TOML.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(from = "NumberOrList")]
+pub struct Numbers(pub Vec<f64>);
+
+/// One number or several.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expects a number or a list of numbers")]
+enum NumberOrList {
+    One(f64),
+    Several(Vec<f64>),
+}
+
+impl From<NumberOrList> for Numbers {
+    fn from(numbers: NumberOrList) -> Self {
+        Numbers(match numbers {
+            NumberOrList::One(number) => vec![number],
+            NumberOrList::Several(numbers) => numbers,
+        })
+    }
+}
+
+impl FromStr for Numbers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers = text.split(',').map(|part| part.trim().parse::<f64>());
+        let numbers = numbers.collect::<Result<Vec<_>, _>>();
+        Ok(Numbers(numbers.map_err(|_| "expects numbers such as 1,0.5".to_string())?))
+    }
+}
+
 /// Whether the run continues an earlier one: `false`, `true` or `latest`, or a checkpoint's path.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub enum Resume {

@@ -22,16 +22,19 @@ pub struct HeldOut<'a> {
 }
 
 impl Evaluation<SftTrainer<'_>> for HeldOut<'_> {
-    fn measure(&self, trainer: &SftTrainer, accuracy: bool) -> Result<Metrics> {
+    fn loss(&self, trainer: &SftTrainer) -> Result<Metrics> {
+        if self.examples.is_empty() {
+            return Ok(Metrics::new());
+        }
+        let totals = trainer.evaluate(self.examples)?;
+        Ok(Metrics::new()
+            .with("eval_loss", totals.loss())
+            .with("eval_mean_token_accuracy", totals.mean_token_accuracy()))
+    }
+
+    fn answers(&self, trainer: &SftTrainer) -> Result<Metrics> {
         let mut metrics = Metrics::new();
-        if !self.examples.is_empty() {
-            let totals = trainer.evaluate(self.examples)?;
-            metrics.set("eval_loss", totals.loss());
-            metrics.set("eval_mean_token_accuracy", totals.mean_token_accuracy());
-        }
-        if accuracy {
-            (self.accuracy)(trainer)?.write(&mut metrics);
-        }
+        (self.accuracy)(trainer)?.write(&mut metrics);
         Ok(metrics)
     }
 }

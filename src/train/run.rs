@@ -58,13 +58,21 @@ pub trait Trainer<'a> {
     }
 }
 
-/// What a run evaluates its trainer on.
+/// What a run evaluates its trainer on; the names of metrics begin with `eval_`.
 pub trait Evaluation<T> {
-    /// Metrics whose names begin with `eval_`; what needs generated answers only if `accuracy`.
+    /// Metrics of the loss on held-out rows, if one is taken.
     ///
     /// # Errors
     /// If the evaluation fails.
-    fn measure(&self, trainer: &T, accuracy: bool) -> Result<Metrics>;
+    fn loss(&self, _trainer: &T) -> Result<Metrics> {
+        Ok(Metrics::new())
+    }
+
+    /// Metrics of generated answers to held-out prompts.
+    ///
+    /// # Errors
+    /// If the evaluation fails.
+    fn answers(&self, trainer: &T) -> Result<Metrics>;
 }
 
 /// A run and its folder.
@@ -180,7 +188,7 @@ impl Run {
         let last = learner.state().global_step == learner.total_steps();
         let final_adapter = last && !train.load_best_model_at_end;
         let wanted = train.eval_accuracy == EvalAccuracy::Steps || final_adapter;
-        let line = self.measure(trainer, held_out, wanted)?;
+        let line = self.measure(trainer, held_out, (true, wanted))?;
         let Some(value) = line.metrics.get(metric_name(train.metric_for_best_model)) else {
             return Ok(());
         };
@@ -203,17 +211,20 @@ impl Run {
         if trainer.learner().state().global_step > 0 {
             return Ok(());
         }
-        self.measure(trainer, held_out, true).map(drop)
+        self.measure(trainer, held_out, (true, true)).map(drop)
     }
 
     fn measure<'a, T: Trainer<'a>>(
         &mut self,
         trainer: &mut T,
         held_out: &impl Evaluation<T>,
-        accuracy: bool,
+        (loss, answers): (bool, bool),
     ) -> Result<MetricLine> {
-        let accuracy = accuracy && self.train.eval_accuracy != EvalAccuracy::No;
-        let mut metrics = held_out.measure(trainer, accuracy)?;
+        let mut metrics = if loss { held_out.loss(trainer)? } else { Metrics::new() };
+        if answers && self.train.eval_accuracy != EvalAccuracy::No {
+            let answers = held_out.answers(trainer)?;
+            answers.iter().for_each(|(name, value)| metrics.set(name, value));
+        }
         let state = trainer.learner_mut().state_mut();
         let step = state.global_step;
         if metrics.iter().next().is_none() {
@@ -301,7 +312,7 @@ impl Run {
         let of_kept = history.iter().rev().filter(|line| line.step == kept);
         let after = match of_kept.map(|line| &line.metrics).find_map(said_of_answers) {
             Some(after) => Some(after),
-            None => said_of_answers(&self.measure(trainer, held_out, true)?.metrics),
+            None => said_of_answers(&self.measure(trainer, held_out, (false, true))?.metrics),
         };
         Ok(match before.zip(after) {
             Some(((what, before), (_, after))) => {

@@ -3,17 +3,7 @@
 //! Completions without a score are left out of every mean and deviation and get no advantage; a group
 //! with fewer than two scores is dropped as a whole, since nothing can be said about it.
 
-/// By what a group's centred rewards are divided; the names are TRL's (`scale_rewards`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ScaleRewards {
-    /// The standard deviation of the group.
-    #[default]
-    Group,
-    /// The standard deviation of all scores of the step.
-    Batch,
-    /// Nothing (Dr. GRPO, arXiv:2503.20783).
-    None,
-}
+use crate::config::ScaleRewards;
 
 /// What is subtracted from a reward, and how the rest is scaled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,32 +10,8 @@
 //! arXiv:2503.20783, GSPO arXiv:2507.18071); CISPO (arXiv:2506.13585) has
 //! `- min(r, epsilon_high) A log p` instead, the ratio being a constant.
 
-use super::kl::KlEstimator;
-
-/// How the losses of tokens become one number; the names are TRL's (`loss_type`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LossType {
-    /// The mean over completions of their mean over tokens.
-    Grpo,
-    /// The mean over all tokens of the step. `bnpo` is the same here, since normalisers are over the
-    /// whole step.
-    #[default]
-    Dapo,
-    /// The sum over tokens by completions times `max_completion_length`.
-    DrGrpo,
-    /// As `Dapo`, with the objective of CISPO.
-    Cispo,
-}
-
-/// Whose ratio a token's is; the names are TRL's (`importance_sampling_level`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ImportanceLevel {
-    /// Its own.
-    #[default]
-    Token,
-    /// The geometric mean over the completion (GSPO).
-    Sequence,
-}
+use super::kl::kl;
+use crate::config::{ImportanceSamplingLevel, KlEstimator, LossType};
 
 /// The objective; defaults are TRL's.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -43,7 +19,7 @@ pub struct PolicyLoss {
     /// How the losses of tokens become one number.
     pub loss_type: LossType,
     /// Whose ratio a token's is.
-    pub level: ImportanceLevel,
+    pub level: ImportanceSamplingLevel,
     /// How far below 1 a ratio still counts.
     pub epsilon: f64,
     /// How far above 1; with CISPO the cap of the ratio itself.
@@ -60,7 +36,7 @@ impl Default for PolicyLoss {
     fn default() -> Self {
         PolicyLoss {
             loss_type: LossType::Dapo,
-            level: ImportanceLevel::Token,
+            level: ImportanceSamplingLevel::Token,
             epsilon: 0.2,
             epsilon_high: 0.2,
             delta: None,
@@ -149,14 +125,14 @@ impl PolicyLoss {
                 all.clipped_high += usize::from(r > self.highest() && advantage > 0.0);
             }
             let Some(reference) = reference.filter(|_| self.beta != 0.0) else { continue };
-            let (kl, dkl) = self.kl_estimator.at(logp, f64::from(reference[t]));
+            let (kl, dkl) = kl(self.kl_estimator, logp, f64::from(reference[t]));
             all.kl += kl;
             all.kl_loss += share * self.beta * r * kl;
             direct[t] += share * self.beta * r * dkl;
             through[t] += share * self.beta * kl * r;
         }
         all.loss += all.kl_loss;
-        if self.level == ImportanceLevel::Sequence {
+        if self.level == ImportanceSamplingLevel::Sequence {
             let mean = through.iter().sum::<f64>() / n.max(1) as f64;
             through.fill(mean);
         }
@@ -168,8 +144,8 @@ impl PolicyLoss {
     fn ratios(&self, logps: &[f32], sampled: &[f32]) -> Vec<f64> {
         let logs = logps.iter().zip(sampled).map(|(new, old)| f64::from(*new) - f64::from(*old));
         match self.level {
-            ImportanceLevel::Token => logs.map(f64::exp).collect(),
-            ImportanceLevel::Sequence => {
+            ImportanceSamplingLevel::Token => logs.map(f64::exp).collect(),
+            ImportanceSamplingLevel::Sequence => {
                 let mean = logs.sum::<f64>() / logps.len().max(1) as f64;
                 vec![mean.exp(); logps.len()]
             }
@@ -223,7 +199,7 @@ mod tests {
     fn on_policy_the_derivative_is_the_advantage() {
         let logps = [-0.5, -1.0, -2.0, -0.1];
         for (loss_type, share) in TYPES.into_iter().zip([1.0 / 12.0, 0.1, 1.0 / 24.0, 0.1]) {
-            for level in [ImportanceLevel::Token, ImportanceLevel::Sequence] {
+            for level in [ImportanceSamplingLevel::Token, ImportanceSamplingLevel::Sequence] {
                 let loss = PolicyLoss { loss_type, level, epsilon_high: 5.0, ..Default::default() };
                 let got = loss.of(&completion(&logps, &logps, 1.5), &STEP);
                 assert!(got.ratios.iter().all(|r| *r == 1.0));
@@ -275,7 +251,7 @@ mod tests {
         let logps = [-0.62f32, -0.4, -2.05, -0.9];
         let reference = [-0.7f32, -0.6, -1.0, -0.3];
         let kinds = [KlEstimator::K2, KlEstimator::K3];
-        let levels = [ImportanceLevel::Token, ImportanceLevel::Sequence];
+        let levels = [ImportanceSamplingLevel::Token, ImportanceSamplingLevel::Sequence];
         for loss_type in TYPES {
             for (kl_estimator, level) in kinds.into_iter().flat_map(|k| levels.map(|l| (k, l))) {
                 for (advantage, delta) in [(1.3, None), (-0.7, None), (-0.7, Some(1.1))] {
@@ -357,8 +333,8 @@ mod tests {
                     other => panic!("{other}"),
                 },
                 level: match self.level.as_str() {
-                    "token" => ImportanceLevel::Token,
-                    _ => ImportanceLevel::Sequence,
+                    "token" => ImportanceSamplingLevel::Token,
+                    _ => ImportanceSamplingLevel::Sequence,
                 },
                 epsilon: self.epsilon,
                 epsilon_high: self.epsilon_high,
