@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
 use tracing::debug_span;
 
 use crate::adapter::Adapter;
@@ -23,7 +24,8 @@ pub struct Request {
 }
 
 /// Why a completion ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum StopReason {
     /// An end-of-sequence token was drawn.
     Eos,
@@ -34,6 +36,9 @@ pub enum StopReason {
 }
 
 impl StopReason {
+    /// Every reason, in the order in which reports list them.
+    pub const ALL: [StopReason; 3] = [StopReason::Eos, StopReason::Length, StopReason::StopString];
+
     /// The reason's name in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -45,7 +50,7 @@ impl StopReason {
 }
 
 /// What was generated for a request.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Completion {
     /// The new tokens, an ending EOS included.
     pub tokens: Vec<u32>,

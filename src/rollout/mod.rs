@@ -3,7 +3,11 @@
 //! Token ids in, token ids and log-probs out; text is the caller's business.
 
 mod generate;
+mod group;
 mod sampling;
+mod stop;
 
 pub use generate::{Completion, GenerateOptions, Generator, Progress, Request, StopReason};
+pub use group::{Group, sample_groups};
 pub use sampling::{RandomKey, Sampled, SamplingParams, sample};
+pub use stop::StopStrings;

@@ -59,7 +59,7 @@ pub struct Normaliser {
 
 impl Normaliser {
     /// The factor of each of `tokens` losses of a completion.
-    fn share(&self, loss_type: LossType, tokens: usize) -> f64 {
+    pub fn share(&self, loss_type: LossType, tokens: usize) -> f64 {
         let parts = match loss_type {
             LossType::Grpo => self.completions * tokens,
             LossType::Dapo | LossType::Cispo => self.tokens,
@@ -78,6 +78,9 @@ pub struct Completion<'a> {
     pub sampled: &'a [f32],
     /// Log-probs under the reference; read if `beta` is not 0.
     pub reference: Option<&'a [f32]>,
+    /// Log-probs under the policy without filters, which the divergence from the reference is taken
+    /// of; `logps` where there are none.
+    pub unfiltered: Option<&'a [f32]>,
     /// Which tokens the policy objective counts (`top_entropy_quantile`); all without it.
     pub chosen: Option<&'a [bool]>,
     /// The completion's advantage.
@@ -93,6 +96,8 @@ pub struct CompletionLoss {
     pub kl_loss: f64,
     /// Derivative of the loss in each log-prob.
     pub dlogps: Vec<f32>,
+    /// Derivative of the loss in each log-prob without filters, if there are such.
+    pub dunfiltered: Vec<f32>,
     /// Sum over tokens of the KL estimate.
     pub kl: f64,
     /// Each token's ratio.
@@ -106,14 +111,16 @@ pub struct CompletionLoss {
 impl PolicyLoss {
     /// A completion's part of the loss of a step. Panics if the lengths disagree.
     pub fn of(&self, completion: &Completion, normaliser: &Normaliser) -> CompletionLoss {
-        let Completion { logps, sampled, reference, chosen, advantage } = *completion;
+        let Completion { logps, sampled, reference, unfiltered, chosen, advantage } = *completion;
         let n = logps.len();
         assert!(sampled.len() == n && reference.is_none_or(|r| r.len() == n));
         assert!(chosen.is_none_or(|chosen| chosen.len() == n));
+        assert!(unfiltered.is_none_or(|logps| logps.len() == n));
         let share = normaliser.share(self.loss_type, n);
         let mut all = CompletionLoss { ratios: self.ratios(logps, sampled), ..Default::default() };
         // derivatives in each log-prob itself, and in the logarithm of its ratio
         let (mut direct, mut through) = (vec![0.0; n], vec![0.0; n]);
+        let mut dkls = vec![0.0; n];
         for t in 0..n {
             let (logp, r) = (f64::from(logps[t]), all.ratios[t]);
             if chosen.is_none_or(|chosen| chosen[t]) {
@@ -125,16 +132,21 @@ impl PolicyLoss {
                 all.clipped_high += usize::from(r > self.highest() && advantage > 0.0);
             }
             let Some(reference) = reference.filter(|_| self.beta != 0.0) else { continue };
-            let (kl, dkl) = kl(self.kl_estimator, logp, f64::from(reference[t]));
+            let plain = unfiltered.map_or(logp, |logps| f64::from(logps[t]));
+            let (kl, dkl) = kl(self.kl_estimator, plain, f64::from(reference[t]));
             all.kl += kl;
             all.kl_loss += share * self.beta * r * kl;
-            direct[t] += share * self.beta * r * dkl;
+            dkls[t] = share * self.beta * r * dkl;
             through[t] += share * self.beta * kl * r;
         }
         all.loss += all.kl_loss;
         if self.level == ImportanceSamplingLevel::Sequence {
             let mean = through.iter().sum::<f64>() / n.max(1) as f64;
             through.fill(mean);
+        }
+        match unfiltered {
+            Some(_) => all.dunfiltered = dkls.iter().map(|d| *d as f32).collect(),
+            None => direct.iter_mut().zip(&dkls).for_each(|(direct, d)| *direct += d),
         }
         all.dlogps = direct.iter().zip(&through).map(|(a, b)| (a + b) as f32).collect();
         all
@@ -192,7 +204,7 @@ mod tests {
     const STEP: Normaliser = Normaliser { completions: 3, tokens: 10, max_completion_length: 8 };
 
     fn completion<'a>(logps: &'a [f32], sampled: &'a [f32], advantage: f64) -> Completion<'a> {
-        Completion { logps, sampled, reference: None, chosen: None, advantage }
+        Completion { logps, sampled, reference: None, unfiltered: None, chosen: None, advantage }
     }
 
     #[test]
@@ -365,6 +377,7 @@ mod tests {
                     logps: &case.logps[i],
                     sampled: &case.sampled[i],
                     reference: Some(&case.reference[i]),
+                    unfiltered: None,
                     chosen: Some(&case.chosen[i]),
                     advantage: case.advantages[i],
                 };
@@ -391,6 +404,34 @@ mod tests {
             got.dlogps.iter().zip(weights).all(|(d, w)| (f64::from(*d) + w / 10.0).abs() < 1e-6)
         );
         assert_eq!((got.clipped_low, got.clipped_high), (0, 1));
+    }
+
+    #[test]
+    fn the_divergence_without_filters_has_a_derivative_of_its_own() {
+        let (logps, plain, reference) = ([-0.5f32, -0.2], [-0.9f32, -0.7], [-1.0f32, -0.3]);
+        let loss = PolicyLoss { beta: 0.3, ..Default::default() };
+        let at = |logps: &[f32], unfiltered: Option<&[f32]>| {
+            let plain = completion(logps, &[-0.6, -0.2], 1.5);
+            loss.of(&Completion { reference: Some(&reference), unfiltered, ..plain }, &STEP)
+        };
+        assert_eq!(at(&logps, Some(&logps)).loss, at(&logps, None).loss);
+        let got = at(&logps, Some(&plain));
+        for t in 0..2 {
+            let slope = |which: bool| {
+                let moved = |by: f32| {
+                    let (mut logps, mut plain) = (logps, plain);
+                    if which {
+                        logps[t] += by
+                    } else {
+                        plain[t] += by
+                    }
+                    at(&logps, Some(&plain)).loss
+                };
+                (moved(1.0 / 256.0) - moved(-1.0 / 256.0)) * 128.0
+            };
+            assert!((f64::from(got.dlogps[t]) - slope(true)).abs() < 1e-5);
+            assert!((f64::from(got.dunfiltered[t]) - slope(false)).abs() < 1e-5);
+        }
     }
 
     #[test]

@@ -1,0 +1,326 @@
+//! The gradient of a policy-gradient step: groups through the model, their log-probs into the
+//! objective, its derivatives back.
+//!
+//! Where the adapters are those that sampled, the log-probs are known beforehand, and one pass over the
+//! head gives the gradient; that they are the same to the bit is checked. Otherwise the head is
+//! computed once more, before, for the log-probs.
+
+use candle_core::{DType, Tensor};
+
+use super::group_batch::{Chosen, GroupBatch, micro_batches};
+use super::loss::policy::{Completion, CompletionLoss, Normaliser, PolicyLoss};
+use crate::adapter::Adapter;
+use crate::model::Policy;
+use crate::ops::{Distribution, GradientSums, Gradients, Pull, Tape, Value, add};
+use crate::rollout::{Group, SamplingParams};
+use crate::{Error, Result};
+
+/// What a step learns from.
+pub struct Step<'a> {
+    /// The groups.
+    pub groups: &'a [Group],
+    /// Advantage of each completion, group after group; `None` where it takes no part.
+    pub advantages: &'a [Option<f64>],
+    /// Log-probs of each completion's tokens under the reference; empty without one.
+    pub reference: &'a [Vec<f32>],
+    /// Which tokens the policy objective counts; empty = all.
+    pub chosen: &'a [Vec<bool>],
+    /// What the whole step counts.
+    pub normaliser: Normaliser,
+    /// The adapters are those that sampled.
+    pub on_policy: bool,
+}
+
+/// What is minimised.
+#[derive(Clone, Copy, Debug)]
+pub struct Objective {
+    /// The clipped objective and the divergence from the reference.
+    pub loss: PolicyLoss,
+    /// Weight of the entropy bonus.
+    pub entropy_coef: f64,
+    /// How tokens were drawn.
+    pub sampling: SamplingParams,
+}
+
+/// How much is computed at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Cut {
+    /// Most tokens of a micro-batch; 0 = the whole step.
+    pub micro_batch_tokens: usize,
+    /// Compute blocks again in the backward pass instead of keeping their activations.
+    pub gradient_checkpointing: bool,
+}
+
+/// Sums over a step's tokens, from which metrics are made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sums {
+    /// The loss.
+    pub loss: f64,
+    /// Tokens of completions that went through the model.
+    pub tokens: usize,
+    /// All tokens that did, prompts included.
+    pub all_tokens: usize,
+    /// Sum of entropies, in nats.
+    pub entropy: f64,
+    /// Sum of KL estimates.
+    pub kl: f64,
+    /// Sum of importance ratios.
+    pub ratio: f64,
+    /// The smallest ratio.
+    pub ratio_min: f64,
+    /// The largest ratio.
+    pub ratio_max: f64,
+    /// Tokens clipped from below.
+    pub clipped_low: usize,
+    /// Tokens clipped from above.
+    pub clipped_high: usize,
+}
+
+impl Default for Sums {
+    fn default() -> Self {
+        Sums {
+            loss: 0.0,
+            tokens: 0,
+            all_tokens: 0,
+            entropy: 0.0,
+            kl: 0.0,
+            ratio: 0.0,
+            ratio_min: f64::INFINITY,
+            ratio_max: f64::NEG_INFINITY,
+            clipped_low: 0,
+            clipped_high: 0,
+        }
+    }
+}
+
+impl Sums {
+    fn add(&mut self, loss: &CompletionLoss) {
+        self.loss += loss.loss;
+        self.kl += loss.kl;
+        self.tokens += loss.ratios.len();
+        self.clipped_low += loss.clipped_low;
+        self.clipped_high += loss.clipped_high;
+        for ratio in &loss.ratios {
+            self.ratio += ratio;
+            self.ratio_min = self.ratio_min.min(*ratio);
+            self.ratio_max = self.ratio_max.max(*ratio);
+        }
+    }
+}
+
+/// The gradients of a step, and what it sums up to. A completion that the loss does not depend on is
+/// not computed.
+///
+/// # Errors
+/// If the loss is not finite, or on the CPU an on-policy log-prob is not the sampled one.
+pub fn gradients(
+    policy: &Policy,
+    adapters: &[Box<dyn Adapter>],
+    step: &Step,
+    objective: &Objective,
+    cut: Cut,
+) -> Result<(Sums, Gradients)> {
+    let starts = starts(step.groups);
+    let moves = |g: usize, c: usize| {
+        let others = objective.loss.beta != 0.0 || objective.entropy_coef != 0.0;
+        step.advantages[starts[g] + c].is_some_and(|advantage| others || advantage != 0.0)
+    };
+    let (mut sums, mut gradients) = (Sums::default(), GradientSums::new());
+    for chosen in micro_batches(step.groups, &moves, cut.micro_batch_tokens) {
+        let part = Part { policy, adapters, step, objective, starts: &starts };
+        part.accumulate(&chosen, cut.gradient_checkpointing, &mut sums, &mut gradients)?;
+    }
+    if !sums.loss.is_finite() {
+        return Err(Error::failure(format!("the loss became {}", sums.loss)));
+    }
+    Ok((sums, gradients.finish(policy.engine())?))
+}
+
+/// Log-probs of every completion's tokens, group after group, under other adapters or without the
+/// sampler's filters: at `temperature` alone.
+///
+/// # Errors
+/// If a tensor operation fails.
+pub fn plain_logps(
+    policy: &Policy,
+    adapters: &[Box<dyn Adapter>],
+    groups: &[Group],
+    temperature: f64,
+    micro_batch_tokens: usize,
+) -> Result<Vec<Vec<f32>>> {
+    let starts = starts(groups);
+    let count = groups.iter().map(|group| group.completions.len()).sum();
+    let mut all = vec![Vec::new(); count];
+    for chosen in micro_batches(groups, &|_, _| true, micro_batch_tokens) {
+        let packed = GroupBatch::new(groups, &chosen);
+        let h = Value::constant(policy.hidden(&packed.batch, adapters)?);
+        let plain = Distribution { temperature, ..Distribution::default() };
+        let logps = said(policy, &h, &packed, plain)?;
+        for ((g, c), logps) in packed.completions.iter().zip(packed.by_completion(&logps)) {
+            all[starts[*g] + c] = logps;
+        }
+    }
+    Ok(all)
+}
+
+/// The place of each group's first completion.
+fn starts(groups: &[Group]) -> Vec<usize> {
+    let lengths = groups.iter().map(|group| group.completions.len());
+    lengths.scan(0, |next, n| Some(std::mem::replace(next, *next + n))).collect()
+}
+
+/// Log-probs of a batch's targets, without a way back.
+fn said(
+    policy: &Policy,
+    h: &Value,
+    packed: &GroupBatch,
+    distribution: Distribution,
+) -> Result<Vec<f32>> {
+    let weights = vec![0.0; packed.targets.len()];
+    let pull = Pull { targets: &packed.targets, weights: &weights, dentropy: None };
+    let tape = Tape::off(policy.engine());
+    Ok(policy.weighted_logps_under(&tape, h, pull, distribution)?.1.logps)
+}
+
+/// One micro-batch of a step.
+struct Part<'a> {
+    policy: &'a Policy,
+    adapters: &'a [Box<dyn Adapter>],
+    step: &'a Step<'a>,
+    objective: &'a Objective,
+    starts: &'a [usize],
+}
+
+impl Part<'_> {
+    fn accumulate(
+        &self,
+        chosen: &Chosen,
+        checkpointing: bool,
+        sums: &mut Sums,
+        gradients: &mut GradientSums,
+    ) -> Result<()> {
+        let (policy, sampling) = (self.policy, &self.objective.sampling);
+        let packed = GroupBatch::new(self.step.groups, chosen);
+        let rules = match sampling.has_rules() {
+            true => packed.rules(self.step.groups, sampling.repetition_penalty != 1.0),
+            false => Vec::new(),
+        };
+        let distribution = sampling.distribution(&rules);
+        let embedded = policy.embed(&packed.batch.input_ids)?;
+        let trace = policy.trace(&packed.batch, embedded, self.adapters, checkpointing)?;
+        let constant = Value::constant(trace.output().clone());
+        let sampled = self.sampled(&packed);
+        // the sampler's bits are those of the kernels of the CPU
+        let known = self.step.on_policy && policy.engine().device().is_cpu();
+        let logps = match known {
+            true => sampled.clone(),
+            false => packed.by_completion(&said(policy, &constant, &packed, distribution)?),
+        };
+        let plain = Distribution { temperature: sampling.temperature, ..Distribution::default() };
+        let unfiltered = match sampling.has_rules() && self.objective.loss.beta != 0.0 {
+            true => Some(packed.by_completion(&said(policy, &constant, &packed, plain)?)),
+            false => None,
+        };
+        let losses = self.losses(&packed, &logps, unfiltered.as_deref());
+        losses.iter().for_each(|loss| sums.add(loss));
+        let bonus = self.bonus(&packed);
+        let tape = Tape::recording(policy.engine());
+        let h = tape.input(trace.output());
+        let of = |get: &dyn Fn(&CompletionLoss) -> Vec<f32>| -> Vec<f32> {
+            packed.by_target(&losses.iter().map(get).collect::<Vec<_>>())
+        };
+        let weights = of(&|loss| loss.dlogps.clone());
+        let pull = Pull { targets: &packed.targets, weights: &weights, dentropy: bonus.as_deref() };
+        let (mut loss, said) = policy.weighted_logps_under(&tape, &h, pull, distribution)?;
+        if known {
+            self.check_ratio(&packed, &said.logps)?;
+        }
+        sums.all_tokens += packed.batch.len();
+        let entropies = packed.of_rows(&said.entropy);
+        sums.entropy += entropies.iter().map(|entropy| f64::from(*entropy)).sum::<f64>();
+        if let Some(bonus) = &bonus {
+            let product = |(d, entropy): (&f32, &f32)| f64::from(*d) * f64::from(*entropy);
+            sums.loss += bonus.iter().zip(&said.entropy).map(product).sum::<f64>();
+        }
+        if unfiltered.is_some() {
+            let weights = of(&|loss| loss.dunfiltered.clone());
+            let pull = Pull { targets: &packed.targets, weights: &weights, dentropy: None };
+            let (kl, _) = policy.weighted_logps_under(&tape, &h, pull, plain)?;
+            loss = add(&tape, &loss, &kl)?;
+        }
+        let one = Tensor::ones(1, DType::F32, policy.engine().device())?;
+        let (dh, _) = tape.backward_to_input(&loss, one, &h)?;
+        drop((h, constant));
+        match dh {
+            Some(dh) => trace.backward_into(dh, gradients),
+            None => Ok(()),
+        }
+    }
+
+    /// The completion of each of the batch's places.
+    fn completions<'b>(
+        &'b self,
+        packed: &'b GroupBatch,
+    ) -> impl Iterator<Item = (usize, &'b crate::rollout::Completion)> {
+        packed
+            .completions
+            .iter()
+            .map(|(g, c)| (self.starts[*g] + c, &self.step.groups[*g].completions[*c]))
+    }
+
+    fn sampled(&self, packed: &GroupBatch) -> Vec<Vec<f32>> {
+        self.completions(packed).map(|(_, completion)| completion.logps.clone()).collect()
+    }
+
+    fn losses(
+        &self,
+        packed: &GroupBatch,
+        logps: &[Vec<f32>],
+        unfiltered: Option<&[Vec<f32>]>,
+    ) -> Vec<CompletionLoss> {
+        let step = self.step;
+        let of = |(i, (place, completion)): (usize, (usize, &crate::rollout::Completion))| {
+            let completion = Completion {
+                logps: &logps[i],
+                sampled: &completion.logps,
+                reference: step.reference.get(place).map(Vec::as_slice),
+                unfiltered: unfiltered.map(|all| all[i].as_slice()),
+                chosen: step.chosen.get(place).map(Vec::as_slice),
+                advantage: step.advantages[place].unwrap_or(0.0),
+            };
+            self.objective.loss.of(&completion, &step.normaliser)
+        };
+        self.completions(packed).enumerate().map(of).collect()
+    }
+
+    /// The factor of each distinct row's entropy, if there is an entropy bonus.
+    fn bonus(&self, packed: &GroupBatch) -> Option<Vec<f32>> {
+        let coef = self.objective.entropy_coef;
+        if coef == 0.0 {
+            return None;
+        }
+        let of = |(_, completion): (usize, &crate::rollout::Completion)| {
+            let n = completion.tokens.len();
+            let share = self.step.normaliser.share(self.objective.loss.loss_type, n);
+            vec![(-coef * share) as f32; n]
+        };
+        let factors: Vec<Vec<f32>> = self.completions(packed).map(of).collect();
+        Some(packed.by_row(&packed.by_target(&factors)))
+    }
+
+    /// Refuses to go on where the trainer's log-probs are not the sampler's.
+    fn check_ratio(&self, packed: &GroupBatch, logps: &[f32]) -> Result<()> {
+        let of_batch = self.completions(packed).zip(packed.by_completion(logps));
+        for ((_, completion), logps) in of_batch {
+            let pairs = completion.logps.iter().zip(&logps).enumerate();
+            let Some((t, (sampled, now))) = pairs.into_iter().find(|(_, (a, b))| a != b) else {
+                continue;
+            };
+            return Err(Error::failure(format!(
+                "the importance ratio is not 1 on-policy: token {t} of a completion was sampled with \
+                 log-prob {sampled} and has {now} in training, by the same adapters; this is a bug"
+            )));
+        }
+        Ok(())
+    }
+}
