@@ -1,0 +1,246 @@
+//! Policy-gradient steps: log-probs in training are those of sampling to the bit under every processor,
+//! and gradients are the same however a step is cut, ordered, or computed.
+
+mod common;
+
+use common::passes::{Adapters, adapter_sets, assert_same_bits, joint, lora, several, text};
+use common::{policy_stored_as, relative, shared};
+use steersman::config::{KlEstimator, LossType};
+use steersman::model::Policy;
+use steersman::ops::{Engine, Gradients, WeightDtype};
+use steersman::rollout::{GenerateOptions, Generator, Group, SamplingParams, sample_groups};
+use steersman::train::loss::policy::{Normaliser, PolicyLoss};
+use steersman::train::policy_gradient::{Cut, Objective, Step, Sums, gradients, plain_logps};
+
+const G: usize = 4;
+
+fn policy(family: &str) -> Option<Policy> {
+    let folder = shared(&format!("fixtures/{family}"))?;
+    Some(policy_stored_as(&folder, &Engine::cpu(), WeightDtype::Bf16))
+}
+
+/// Three groups of completions of up to nine tokens.
+fn sampled(policy: &Policy, adapters: &Adapters, sampling: SamplingParams) -> Vec<Group> {
+    let prompts = (0..3).map(|i| (i, i as usize, text(policy, i as usize, 5 + 3 * i as usize)));
+    let options = GenerateOptions { max_new_tokens: 9, sampling, ..Default::default() };
+    // some completions end early
+    let options = GenerateOptions { eos_token_ids: (0..40).collect(), ..options };
+    let generator = Generator::new(policy, adapters, &options, None);
+    sample_groups(&generator, prompts.collect(), (G, 0), &mut |_| {}).unwrap()
+}
+
+fn advantages() -> Vec<Option<f64>> {
+    (0..3 * G).map(|i| (i != 5).then(|| [1.5, -0.5, 0.25, -1.25][i % 4])).collect()
+}
+
+fn objective(loss: PolicyLoss, entropy_coef: f64, sampling: SamplingParams) -> Objective {
+    Objective { loss, entropy_coef, sampling }
+}
+
+/// A step on `groups`, with the reference's log-probs if there is a divergence in the loss.
+fn step(
+    (policy, adapters): (&Policy, &Adapters),
+    (groups, advantages): (&[Group], &[Option<f64>]),
+    objective: &Objective,
+    (micro_batch_tokens, gradient_checkpointing, on_policy): (usize, bool, bool),
+) -> (Sums, Gradients) {
+    let temperature = objective.sampling.temperature;
+    let reference = match objective.loss.beta != 0.0 {
+        true => plain_logps(policy, &[], groups, temperature, micro_batch_tokens).unwrap(),
+        false => Vec::new(),
+    };
+    let completions: Vec<_> = groups.iter().flat_map(|group| &group.completions).collect();
+    let counted = completions.iter().zip(advantages).filter(|(_, advantage)| advantage.is_some());
+    let normaliser = Normaliser {
+        completions: counted.clone().count(),
+        tokens: counted.map(|(completion, _)| completion.tokens.len()).sum(),
+        max_completion_length: 9,
+    };
+    let (reference, chosen) = (&reference[..], &[][..]);
+    let step = Step { groups, advantages, reference, chosen, normaliser, on_policy };
+    let cut = Cut { micro_batch_tokens, gradient_checkpointing };
+    gradients(policy, adapters, &step, objective, cut).unwrap()
+}
+
+fn all_sampling() -> Vec<SamplingParams> {
+    let plain = SamplingParams::default();
+    vec![
+        plain,
+        SamplingParams { temperature: 0.7, ..plain },
+        SamplingParams { top_p: 0.8, ..plain },
+        SamplingParams { top_k: 7, temperature: 1.3, ..plain },
+        SamplingParams { repetition_penalty: 1.4, ..plain },
+        SamplingParams {
+            temperature: 0.8,
+            top_p: 0.9,
+            top_k: 50,
+            min_p: 0.01,
+            repetition_penalty: 1.2,
+        },
+    ]
+}
+
+#[test]
+fn on_policy_the_ratio_is_one_to_the_bit_under_every_processor_and_adapter() {
+    for family in ["llama3-scaled-rope", "qwen3", "gemma3"] {
+        let Some(policy) = policy(family) else { return };
+        for (name, adapters) in adapter_sets(&policy) {
+            for sampling in all_sampling() {
+                let groups = sampled(&policy, &adapters, sampling);
+                let objective = objective(PolicyLoss::default(), 0.0, sampling);
+                // a log-prob that is not the sampled one is an error
+                let (sums, _) = step(
+                    (&policy, &adapters),
+                    (&groups, &advantages()),
+                    &objective,
+                    (0, false, true),
+                );
+                assert_eq!((sums.ratio_min, sums.ratio_max), (1.0, 1.0), "{family} {name}");
+                let (again, _) = step(
+                    (&policy, &adapters),
+                    (&groups, &advantages()),
+                    &objective,
+                    (0, false, false),
+                );
+                assert_eq!((again.ratio_min, again.ratio_max), (1.0, 1.0), "{family} {name}");
+                assert_eq!(sums.entropy, again.entropy);
+            }
+        }
+    }
+}
+
+#[test]
+fn recorded_entropies_are_those_of_training() {
+    let Some(policy) = policy("llama3-scaled-rope") else { return };
+    let adapters = several(&policy);
+    for sampling in all_sampling() {
+        let groups = sampled(&policy, &adapters, sampling);
+        let objective = objective(PolicyLoss::default(), 0.0, sampling);
+        let advantages = vec![Some(1.0); 3 * G];
+        let (sums, _) =
+            step((&policy, &adapters), (&groups, &advantages), &objective, (0, false, true));
+        let recorded = groups.iter().flat_map(|group| &group.completions);
+        let recorded: f64 =
+            recorded.flat_map(|c| &c.entropies).map(|entropy| f64::from(*entropy)).sum();
+        assert!((sums.entropy - recorded).abs() < 1e-9 * recorded, "{} {recorded}", sums.entropy);
+    }
+}
+
+#[test]
+fn a_log_prob_that_was_not_sampled_stops_the_step() {
+    let Some(policy) = policy("qwen2") else { return };
+    let adapters: Adapters = vec![lora(&policy)];
+    let mut groups = sampled(&policy, &adapters, SamplingParams::default());
+    groups[1].completions[2].logps[0] += 1e-6;
+    let (reference, chosen, advantages) = (&[][..], &[][..], advantages());
+    let normaliser = Normaliser { completions: 11, tokens: 60, max_completion_length: 9 };
+    let (groups, advantages) = (&groups[..], &advantages[..]);
+    let step = Step { groups, advantages, reference, chosen, normaliser, on_policy: true };
+    let cut = Cut { micro_batch_tokens: 0, gradient_checkpointing: false };
+    let objective = objective(PolicyLoss::default(), 0.0, SamplingParams::default());
+    let error = gradients(&policy, &adapters, &step, &objective, cut).err().unwrap().to_string();
+    assert!(error.contains("the importance ratio is not 1 on-policy"), "{error}");
+}
+
+#[test]
+fn gradients_do_not_depend_on_the_cut_the_order_or_the_way_they_are_computed() {
+    let Some(policy) = policy("llama3-scaled-rope") else { return };
+    let adapters = joint(&policy);
+    let filters = SamplingParams {
+        top_p: 0.9,
+        temperature: 0.9,
+        repetition_penalty: 1.1,
+        ..Default::default()
+    };
+    for sampling in [SamplingParams::default(), filters] {
+        let groups = sampled(&policy, &adapters, sampling);
+        for loss in [
+            PolicyLoss::default(),
+            PolicyLoss { loss_type: LossType::Grpo, beta: 0.1, ..Default::default() },
+            PolicyLoss { beta: 0.1, kl_estimator: KlEstimator::K2, ..Default::default() },
+        ] {
+            let objective = objective(loss, 0.01, sampling);
+            let both = (&policy, &adapters);
+            let of = |groups: &[Group], advantages: &[Option<f64>], way| {
+                step(both, (groups, advantages), &objective, way)
+            };
+            let (sums, whole) = of(&groups, &advantages(), (0, false, true));
+            let near = |other: &Gradients, what: &str| {
+                let off = whole.iter().map(|(key, g)| squares(&(g - &other[key]).unwrap()));
+                let error = (off.sum::<f64>() / whole.values().map(squares).sum::<f64>()).sqrt();
+                assert!(error < 1e-6, "{what}: {error}");
+            };
+            for tokens in [1, 12, 30] {
+                let (cut, gradients) = of(&groups, &advantages(), (tokens, false, true));
+                near(&gradients, &format!("micro-batches of {tokens}"));
+                assert!((cut.loss - sums.loss).abs() < 1e-9, "{} {}", cut.loss, sums.loss);
+            }
+            let (_, again) = of(&groups, &advantages(), (0, true, true));
+            assert_same_bits(&whole, &again, "checkpointing");
+            let (_, later) = of(&groups, &advantages(), (0, false, false));
+            assert_same_bits(&whole, &later, "log-probs taken first");
+            let mut turned = groups.clone();
+            turned.reverse();
+            turned.iter_mut().for_each(|group| group.completions.reverse());
+            let mut signs = advantages();
+            signs.reverse();
+            near(&of(&turned, &signs, (0, false, true)).1, "reversed");
+        }
+    }
+}
+
+#[test]
+fn fused_and_composed_paths_agree() {
+    let Some(fused) = policy("gemma3") else { return };
+    let Some(composed) = policy("gemma3").map(Policy::composed) else { return };
+    let adapters = joint(&fused);
+    for sampling in all_sampling() {
+        let groups = sampled(&fused, &adapters, sampling);
+        let loss = PolicyLoss { beta: 0.1, ..Default::default() };
+        let objective = objective(loss, 0.02, sampling);
+        let of = |policy: &Policy| {
+            step((policy, &adapters), (&groups, &advantages()), &objective, (0, false, false))
+        };
+        let ((a, fused), (b, composed)) = (of(&fused), of(&composed));
+        assert!((a.loss - b.loss).abs() < 1e-5, "{} {}", a.loss, b.loss);
+        assert!((a.entropy - b.entropy).abs() < 1e-4 * a.entropy, "{} {}", a.entropy, b.entropy);
+        for (key, gradient) in &fused {
+            let error = relative(&composed[key], gradient);
+            assert!(error < 2e-4, "{sampling:?} {key}: {error}");
+        }
+    }
+}
+
+#[test]
+fn gradients_are_the_slope_of_the_loss() {
+    let Some(policy) = policy("llama3-scaled-rope") else { return };
+    let mut adapters: Adapters = vec![lora(&policy)];
+    let filters = SamplingParams { top_p: 0.9, temperature: 0.9, ..Default::default() };
+    for sampling in [SamplingParams::default(), filters] {
+        let groups = sampled(&policy, &adapters, sampling);
+        let loss = PolicyLoss { beta: 0.2, ..Default::default() };
+        let objective = objective(loss, 0.05, sampling);
+        let way = (0, false, false);
+        let (_, gradients) = step((&policy, &adapters), (&groups, &advantages()), &objective, way);
+        // along the gradient the slope is its squared norm
+        let start = adapters[0].parameters().clone();
+        let norm: f64 = gradients.values().map(squares).sum();
+        let mut loss_at = |by: f64| {
+            let moved = start.iter().map(|(key, value)| match gradients.get(key) {
+                Some(g) => (key.clone(), (value + (g * by).unwrap()).unwrap()),
+                None => (key.clone(), value.clone()),
+            });
+            let moved = moved.collect();
+            adapters[0].set_parameters(moved);
+            step((&policy, &adapters), (&groups, &advantages()), &objective, way).0.loss
+        };
+        let by = 2e-3 / norm.sqrt();
+        let slope = (loss_at(by) - loss_at(-by)) / (2.0 * by);
+        loss_at(0.0);
+        assert!((slope / norm - 1.0).abs() < 2e-3, "{sampling:?}: {slope} {norm}");
+    }
+}
+
+fn squares(tensor: &candle_core::Tensor) -> f64 {
+    f64::from(tensor.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap())
+}
