@@ -15,6 +15,9 @@ pub enum Error {
     /// The request was well formed but the work failed: damaged file, bad row, NaN, full disk.
     /// Exit code 1.
     Failure(String),
+    /// The work cannot go on as it is, and what was done so far is sound: a run saves a checkpoint
+    /// and ends. Exit code 1.
+    Interrupted(String),
     /// A file could not be read or written. Exit code 1.
     Io {
         /// The file or folder.
@@ -58,7 +61,9 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Usage(message) | Error::Failure(message) => f.write_str(message),
+            Error::Usage(text) | Error::Failure(text) | Error::Interrupted(text) => {
+                f.write_str(text)
+            }
             Error::Io { path, source } => write!(f, "{}: {}", path.display(), lower(source)),
             Error::Tensor(source) => {
                 let text = source.to_string();

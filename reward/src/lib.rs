@@ -25,6 +25,8 @@ mod outcome;
 mod place;
 mod ratio;
 mod repetition;
+mod reward;
+pub use reward::{Judged, ParseOptions, Reward, RewardSet, Sample, Score, parse};
 mod tidy;
 
 pub use format::{is_think_format, tag_share};

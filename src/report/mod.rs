@@ -1,6 +1,7 @@
 //! What a run tells: the trainer emits [`Event`]s, and sinks make of them a progress bar or plain
 //! lines on the terminal and `metrics.jsonl` in the run's folder.
 
+mod completions;
 mod metrics;
 mod metrics_file;
 mod pace;
@@ -10,6 +11,7 @@ mod window;
 
 use std::path::{Path, PathBuf};
 
+pub use completions::{CompletionRow, CompletionsFolder};
 pub use metrics::{MetricLine, Metrics};
 pub use metrics_file::{METRICS_FILE, MetricsFile};
 pub use progress::Progress;
@@ -52,6 +54,15 @@ pub enum Event {
         /// Its folder.
         path: PathBuf,
     },
+    /// Completions that a step sampled.
+    Sampled {
+        /// All of them.
+        rows: Vec<CompletionRow>,
+        /// How many of them a person is shown.
+        shown: usize,
+    },
+    /// Something that explains what the user sees.
+    Note(String),
     /// Something that the user should know and that did not stop the run.
     Warning(String),
     /// Training ended.
@@ -81,11 +92,13 @@ impl Reporter {
         Self::default()
     }
 
-    /// The reporter of a training run: the terminal, and `metrics.jsonl` in `output_dir`, which is
-    /// begun with the lines of the checkpoint that is resumed.
+    /// The reporter of a training run: the terminal, and in `output_dir` tables of
+    /// completions and `metrics.jsonl`, which is begun with the lines of the checkpoint that is
+    /// resumed.
     pub fn for_run(output_dir: &Path, history: &[MetricLine]) -> Result<Self> {
         let metrics = MetricsFile::open(&output_dir.join(METRICS_FILE), history)?;
-        Ok(Self::new().with(Terminal::stderr()).with(metrics))
+        let completions = CompletionsFolder::new(output_dir);
+        Ok(Self::new().with(Terminal::stderr()).with(metrics).with(completions))
     }
 
     /// Adds a sink.

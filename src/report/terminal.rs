@@ -6,12 +6,25 @@ use std::io::{IsTerminal, Write};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::pace::Pace;
-use super::{Event, MetricLine, Sink};
+use super::{CompletionRow, Event, MetricLine, Sink};
 use crate::Result;
 
 /// Metrics shown at a logging step, in this order, where they are given.
-const LEADING: [&str; 6] =
-    ["reward", "loss", "grad_norm", "learning_rate", "mean_token_accuracy", "kl"];
+const LEADING: [&str; 13] = [
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "loss",
+    "grad_norm",
+    "clip_ratio/region_mean",
+    "learning_rate",
+    "mean_token_accuracy",
+    "kl",
+    "completions/mean_length",
+    "time/generate",
+    "time/reward",
+    "time/train",
+];
 
 enum Output {
     Bar(ProgressBar),
@@ -105,6 +118,18 @@ impl Terminal {
         }
     }
 
+    fn sampled(&mut self, rows: &[CompletionRow], shown: usize) {
+        // spread over the step, so that several prompts are seen
+        let every = (rows.len() / shown.max(1)).max(1);
+        for row in rows.iter().step_by(every).take(shown) {
+            let reward = row.reward.map_or("no reward".to_string(), |r| format!("reward {r}"));
+            let outcome = row.outcome.map(|outcome| format!(", {outcome}")).unwrap_or_default();
+            let text = row.completion.trim().replace('\n', "\n    ");
+            let head = format!("  row {}: {reward}{outcome}, {} tokens", row.row, row.tokens);
+            self.say(&format!("{head}\n    {text}"));
+        }
+    }
+
     fn stepped(&mut self, step: u64, tokens: u64, seconds: f64) {
         self.step = step;
         self.pace.push(tokens, seconds);
@@ -133,6 +158,8 @@ impl Sink for Terminal {
                 let text = format!("{}  saved {}", self.place(*step), path.display());
                 self.say(&text);
             }
+            Event::Sampled { rows, shown } => self.sampled(rows, *shown),
+            Event::Note(text) => self.say(text),
             Event::Warning(text) => self.say(&format!("warning: {text}")),
             Event::RunEnded { message, .. } => {
                 if let Output::Bar(bar) = &self.output {

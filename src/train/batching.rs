@@ -79,6 +79,13 @@ fn best_fit_decreasing(lengths: &[usize], width: usize) -> Vec<Vec<usize>> {
     bins
 }
 
+/// The numbers 0 to `count` - 1 in the order of an epoch, a function of (seed, epoch).
+pub fn order(count: usize, seed: u64, epoch: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    shuffle(&mut order, seed, epoch);
+    order
+}
+
 /// Fisher-Yates with a stream that belongs to (seed, epoch).
 fn shuffle<T>(items: &mut [T], seed: u64, epoch: u64) {
     let mut key = [0u8; 32];

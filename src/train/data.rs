@@ -26,7 +26,7 @@ pub struct SftData {
 const GSM8K_ON_HUB: &str = "openai/gsm8k";
 
 /// Something with the number of its row in the file or split, from 1.
-type Numbered<T> = (usize, T);
+pub(super) type Numbered<T> = (usize, T);
 
 impl SftData {
     /// Loads what `dataset_name` names: a task, a file, a folder or a hub id.
@@ -50,10 +50,7 @@ impl SftData {
         refuse_keys_of_rows(task, args)?;
         refuse_key_of_rows(task, "completion_template", sequence.completion_template.is_some())?;
         let (train, test) = (&args.dataset_train_split, &args.dataset_test_split);
-        if train == test {
-            return Err(Error::usage(format!("split '{train}' is both trained and evaluated on")));
-        }
-        let options = task_options(task, args, &[train, test])?;
+        let options = both_splits(task, args)?;
         let Some(grader) = task.grader() else {
             return Ok(SftData {
                 train: numbered(task.examples(train, options.max_train, &options)?),
@@ -72,20 +69,7 @@ impl SftData {
     }
 
     fn of_rows(args: &DataArgs, sequence: &SequenceArgs, seed: u64) -> Result<Self> {
-        let path = locate(args.dataset()?)?;
-        let (mut train, mut test) = if path.is_file() {
-            let rows = numbered(read_rows(&path)?);
-            if rows.is_empty() {
-                return Err(Error::usage(format!("{}: the file holds no row", path.display())));
-            }
-            let held_out = args.max_eval_samples.min(rows.len() / 2);
-            split_off(rows, held_out, seed)?
-        } else {
-            let train = read_split(&path, &args.dataset_train_split)?;
-            (numbered(train), numbered(test_split(&path, args)?))
-        };
-        limit(&mut train, args.max_train_samples);
-        limit(&mut test, args.max_eval_samples);
+        let OwnRows { path, train, test } = own_rows(args, seed)?;
         let template = Template {
             prompt_template: args.prompt_template.clone(),
             completion_template: sequence.completion_template.clone(),
@@ -151,6 +135,35 @@ impl SftData {
     }
 }
 
+/// Rows of a user's own data.
+pub(super) struct OwnRows {
+    /// The file or folder.
+    pub(super) path: PathBuf,
+    /// The rows to train on.
+    pub(super) train: Vec<Numbered<Row>>,
+    /// The rows to evaluate on.
+    pub(super) test: Vec<Numbered<Row>>,
+}
+
+/// Reads the rows of a file, a folder or a hub id.
+pub(super) fn own_rows(args: &DataArgs, seed: u64) -> Result<OwnRows> {
+    let path = locate(args.dataset()?)?;
+    let (mut train, mut test) = if path.is_file() {
+        let rows = numbered(read_rows(&path)?);
+        if rows.is_empty() {
+            return Err(Error::usage(format!("{}: the file holds no row", path.display())));
+        }
+        let held_out = args.max_eval_samples.min(rows.len() / 2);
+        split_off(rows, held_out, seed)?
+    } else {
+        let train = read_split(&path, &args.dataset_train_split)?;
+        (numbered(train), numbered(test_split(&path, args)?))
+    };
+    limit(&mut train, args.max_train_samples);
+    limit(&mut test, args.max_eval_samples);
+    Ok(OwnRows { path, train, test })
+}
+
 /// The problems of a task's split, whose gold answers have been checked.
 ///
 /// # Errors
@@ -193,7 +206,7 @@ pub fn token_example(
 }
 
 /// Refuses keys that say how rows of any columns become prompts.
-fn refuse_keys_of_rows(task: Task, args: &DataArgs) -> Result<()> {
+pub(super) fn refuse_keys_of_rows(task: Task, args: &DataArgs) -> Result<()> {
     refuse_key_of_rows(task, "prompt_template", args.prompt_template.is_some())?;
     refuse_key_of_rows(task, "system_prompt", args.system_prompt.is_some())?;
     refuse_key_of_rows(task, "columns", !args.columns.0.is_empty())
@@ -208,6 +221,15 @@ fn refuse_key_of_rows(task: Task, key: &str, given: bool) -> Result<()> {
             Err(Error::usage(what))
         }
     }
+}
+
+/// What is loaded of a task that is trained on one split and evaluated on another.
+pub(super) fn both_splits(task: Task, args: &DataArgs) -> Result<TaskOptions> {
+    let (train, test) = (&args.dataset_train_split, &args.dataset_test_split);
+    if train == test {
+        return Err(Error::usage(format!("split '{train}' is both trained and evaluated on")));
+    }
+    task_options(task, args, &[train, test])
 }
 
 /// What is loaded of a task, of which `splits` are used.
@@ -245,7 +267,8 @@ fn fetch_gsm8k(splits: &[&str]) -> Result<Option<PathBuf>> {
     Ok(Some(folder))
 }
 
-fn check<'a>(grader: Grader, problems: impl Iterator<Item = &'a Problem>) -> Result<()> {
+/// Demands that every problem's own answer grades right.
+pub(super) fn check<'a>(grader: Grader, problems: impl Iterator<Item = &'a Problem>) -> Result<()> {
     let rows = problems.map(|problem| (problem.id, &*problem.target, &*problem.gold));
     check_gold(grader, rows).map_err(|error| Error::failure(error.to_string()))
 }

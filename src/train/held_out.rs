@@ -1,7 +1,7 @@
 //! What a supervised run is evaluated on.
 
 use super::example::TokenExample;
-use super::run::Evaluation;
+use super::run::{Evaluation, check_evaluations};
 use super::sft::SftTrainer;
 use crate::adapter::Positions;
 use crate::config::{Adapter, SftConfig};
@@ -46,15 +46,7 @@ impl Evaluation<SftTrainer<'_>> for HeldOut<'_> {
 /// Usage: names the key, and the row.
 pub fn check_rows(config: &SftConfig, train: &[TokenExample], test: &[TokenExample]) -> Result<()> {
     let (run, adapter) = (&config.train, &config.adapter);
-    let evaluates =
-        run.eval_steps > 0 || run.load_best_model_at_end || run.early_stopping_patience > 0;
-    if evaluates && test.is_empty() {
-        return Err(Error::usage(
-            "eval_steps is above 0 and no row is held out to evaluate on: set max_eval_samples above \
-             0 to hold out rows of a file, name a split of the folder as dataset_test_split, or set \
-             eval_steps = 0",
-        ));
-    }
+    check_evaluations(run, test.len())?;
     let steers = adapter.adapter != Adapter::Lora && adapter.adapter_name_or_path.is_none();
     if steers && adapter.steering_positions != Positions::All {
         let all = train.iter().chain(test);

@@ -122,6 +122,16 @@ impl<'a> Learner<'a> {
         Plan::choose(&optim, case, &memory, budget)
     }
 
+    /// How many of `wanted` sequences of `tokens` tokens the cache of keys and values can hold in the
+    /// plan's memory; at least one.
+    pub fn sequences_that_fit(&self, tokens: usize, wanted: usize, plan: &Plan) -> usize {
+        let policy = self.policy;
+        let memory = MemoryModel::new(policy.config(), &self.adapters, policy.bytes());
+        let Some(budget) = plan.budget.bytes else { return wanted };
+        let room = budget.saturating_sub(memory.sampling());
+        wanted.min(room / memory.cached_sequence(tokens).max(1)).max(1)
+    }
+
     /// One optimizer step by `gradients`, in which `tokens` tokens went through the model.
     ///
     /// # Errors

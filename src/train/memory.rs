@@ -11,6 +11,8 @@ use crate::ops::head_scratch;
 const PROGRAM: usize = 22 << 20;
 /// Bytes for each trained parameter: its value, its gradient's sums, and the optimizer's two means.
 const PARAMETER_BYTES: usize = 20;
+/// Positions of a page of the cache.
+const PAGE: usize = 64;
 /// Share of the activations that lies unused between blocks of the heap, in hundredths.
 const HEAP_GAPS: usize = 4;
 
@@ -43,6 +45,19 @@ impl<'a> MemoryModel<'a> {
         let parameters: usize = self.adapters.iter().map(|a| a.parameter_count()).sum();
         let activations = self.activations(size) / 100 * (100 + HEAP_GAPS);
         PROGRAM + self.weights + PARAMETER_BYTES * parameters + activations
+    }
+
+    /// Bytes that a sequence of `tokens` tokens takes in the cache of keys and values.
+    pub fn cached_sequence(&self, tokens: usize) -> usize {
+        let out = |matrix: Matrix| self.config.linear_shape(matrix).1;
+        let of_token = self.config.layers.len() * (out(Matrix::K) + out(Matrix::V));
+        4 * of_token * tokens.next_multiple_of(PAGE)
+    }
+
+    /// Bytes that the process takes while it samples, besides the cache.
+    pub fn sampling(&self) -> usize {
+        let parameters: usize = self.adapters.iter().map(|a| a.parameter_count()).sum();
+        PROGRAM + self.weights + PARAMETER_BYTES * parameters
     }
 
     /// Bytes of a pass and its way back at their largest: while the head works, or while the topmost

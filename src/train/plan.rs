@@ -20,6 +20,9 @@ fn micro_batches() -> [usize; 3] {
 pub struct LongestCase {
     /// Tokens of the longest sequence.
     pub sequence: usize,
+    /// Tokens of the longest sequences that share a prompt, which are computed together where they
+    /// fit into a micro-batch; as `sequence` where none do.
+    pub family: usize,
     /// Tokens of an optimizer step at most.
     pub step: usize,
 }
@@ -89,7 +92,7 @@ impl Plan {
             for &micro_batch_tokens in &micro_batches {
                 let at_once = if micro_batch_tokens == 0 { case.step } else { micro_batch_tokens };
                 let tokens = at_once.min(case.step).max(case.sequence);
-                let longest = case.sequence;
+                let longest = case.family.min(tokens);
                 let size = PassSize { tokens, longest, gradient_checkpointing };
                 let bytes = memory.peak(size);
                 let plan = Plan { micro_batch_tokens, gradient_checkpointing, bytes, budget };
@@ -122,7 +125,7 @@ impl Plan {
         Error::usage(format!(
             "the run would take about {needed} {recompute}, its longest sequence being {} tokens and \
              micro_batch_tokens {}, and {budget} is {set}: {advice}lower max_length or \
-             micro_batch_tokens, or set a larger memory_budget",
+             max_completion_length or micro_batch_tokens, or set a larger memory_budget",
             case.sequence, self.micro_batch_tokens,
         ))
     }
@@ -168,7 +171,7 @@ mod tests {
         Plan::choose(optim, case, &memory, Budget { bytes, auto: false })
     }
 
-    const CASE: LongestCase = LongestCase { sequence: 100, step: 100_000 };
+    const CASE: LongestCase = LongestCase { sequence: 100, family: 100, step: 100_000 };
 
     fn cut(plan: &Plan) -> (usize, bool) {
         (plan.micro_batch_tokens, plan.gradient_checkpointing)
@@ -204,7 +207,7 @@ mod tests {
         };
         let plan = choose(&set, CASE, None).unwrap();
         assert_eq!(cut(&plan), (64, true));
-        let longer = LongestCase { sequence: 5000, ..CASE };
+        let longer = LongestCase { sequence: 5000, family: 5000, ..CASE };
         assert!(choose(&set, longer, None).unwrap().bytes > plan.bytes);
         let error = choose(&set, longer, Some(plan.bytes)).unwrap_err().to_string();
         assert!(error.contains("5000 tokens and micro_batch_tokens 64"), "{error}");

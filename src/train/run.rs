@@ -124,8 +124,8 @@ impl Run {
     ///
     /// # Errors
     /// If a sink cannot take it.
-    pub fn warn(&mut self, text: String) -> Result<()> {
-        self.reporter.emit(Event::Warning(text))
+    pub fn tell(&mut self, event: Event) -> Result<()> {
+        self.reporter.emit(event)
     }
 
     /// Whether there is another step to make: not all are made, and none of them was the last by
@@ -144,11 +144,20 @@ impl Run {
         &mut self,
         trainer: &mut T,
         step: impl FnOnce(&mut T) -> Result<StepReport>,
-    ) -> Result<()> {
+    ) -> Result<StepReport> {
         let start = Instant::now();
         let number = trainer.learner().state().global_step + 1;
         let report = match step(trainer) {
             Ok(report) => report,
+            Err(Error::Interrupted(reason)) => {
+                self.save(trainer)?;
+                let folder = checkpoint_dir(&self.train.output_dir, number - 1);
+                return Err(Error::failure(format!(
+                    "step {number}: {reason}; the run is saved in {}: mend the cause and go on with \
+                     --resume_from_checkpoint latest",
+                    folder.display()
+                )));
+            }
             Err(error) => return Err(self.dump(trainer, number, error)),
         };
         let (step, seconds) = (report.step, start.elapsed().as_secs_f64());
@@ -159,7 +168,14 @@ impl Run {
         if last || step.is_multiple_of(self.train.logging_steps as u64) {
             self.log(learner)?;
         }
-        Ok(())
+        Ok(report)
+    }
+
+    /// Whether the step that comes next writes a line of metrics.
+    pub fn logs_next<'a>(&self, trainer: &impl Trainer<'a>) -> bool {
+        let (step, all) =
+            (trainer.learner().state().global_step + 1, trainer.learner().total_steps());
+        step == all || step.is_multiple_of(self.train.logging_steps as u64)
     }
 
     /// Writes the line of metrics of the steps since the last one.
@@ -337,6 +353,23 @@ impl Run {
                 Error::failure(format!("{error}; the state could not be kept: {second}"))
             }
         }
+    }
+}
+
+/// Refuses evaluations that are to decide something without a row to evaluate on.
+///
+/// # Errors
+/// Usage: names the key.
+pub fn check_evaluations(run: &TrainArgs, rows: usize) -> Result<()> {
+    let evaluates =
+        run.eval_steps > 0 || run.load_best_model_at_end || run.early_stopping_patience > 0;
+    match evaluates && rows == 0 {
+        true => Err(Error::usage(
+            "eval_steps is above 0 and no row is held out to evaluate on: set max_eval_samples above \
+             0 to hold out rows of a file, name a split of the folder as dataset_test_split, or set \
+             eval_steps = 0",
+        )),
+        false => Ok(()),
     }
 }
 

@@ -173,7 +173,8 @@ impl<'a> Trainer<'a> for SftTrainer<'a> {
 
     fn fit(&mut self, before: Option<&OptimArgs>) -> Result<Plan> {
         let schedule = &self.schedule;
-        let case = LongestCase { sequence: schedule.longest(), step: schedule.largest_step() };
+        let (longest, step) = (schedule.longest(), schedule.largest_step());
+        let case = LongestCase { sequence: longest, family: longest, step };
         self.plan = self.learner.plan(case, before)?;
         Ok(self.plan)
     }

@@ -10,6 +10,8 @@
 //! arXiv:2503.20783, GSPO arXiv:2507.18071); CISPO (arXiv:2506.13585) has
 //! `- min(r, epsilon_high) A log p` instead, the ratio being a constant.
 
+use serde::{Deserialize, Serialize};
+
 use super::kl::kl;
 use crate::config::{ImportanceSamplingLevel, KlEstimator, LossType};
 
@@ -47,7 +49,7 @@ impl Default for PolicyLoss {
 }
 
 /// What the whole optimizer step counts, so that micro-batches change memory alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Normaliser {
     /// Completions that take part.
     pub completions: usize,

@@ -1,0 +1,443 @@
+//! The policy-gradient trainer (GRPO, DAPO, Dr. GRPO, CISPO, GSPO, RLOO, REINFORCE++): which prompts a
+//! step samples for, what their rewards make of the completions, and the update.
+
+use std::path::Path;
+use std::time::Instant;
+
+use reward::RewardSet;
+use tracing::debug_span;
+
+use super::batching::order;
+use super::checkpoint::{DataCursor, DataIdentity};
+use super::collection::{Collected, Collection};
+use super::health::Health;
+use super::learner::{Learner, Update};
+use super::loss::advantage::{Advantages, Baseline, advantages, mean};
+use super::loss::policy::PolicyLoss;
+use super::plan::{LongestCase, Plan};
+use super::policy_gradient::{Cut, Objective, Step, Sums, gradients, plain_logps};
+use super::prompts::{PromptTokens, digest};
+use super::rollouts::{Rollouts, normaliser, top_entropy};
+use super::run::{StepReport, Trainer};
+use super::scoring::{score, too_many_failures};
+use crate::adapter::Adapter;
+use crate::config::{AdvantageEstimator, GrpoConfig, OptimArgs, Reference};
+use crate::model::{Policy, TextModel};
+use crate::ops::Gradients;
+use crate::report::{CompletionRow, Fold, StepMetrics};
+use crate::rollout::{GenerateOptions, Generator, Group, StopReason, StopStrings, sample_groups};
+use crate::{Error, Result};
+
+/// Completions that rewards are tried on before a run.
+const REHEARSED: usize = 8;
+
+/// Policy-gradient training of adapters on a frozen policy.
+pub struct GrpoTrainer<'a> {
+    config: &'a GrpoConfig,
+    text: &'a TextModel,
+    prompts: &'a [PromptTokens],
+    learner: Learner<'a>,
+    /// The adapters that the divergence is from; none = the base.
+    reference: Vec<Box<dyn Adapter>>,
+    objective: Objective,
+    options: GenerateOptions,
+    plan: Plan,
+    /// What the next step learns from, if it was sampled before.
+    pending: Option<Rollouts>,
+    /// The order of the prompts of an epoch.
+    epoch: Option<(u64, Vec<usize>)>,
+    health: Health,
+}
+
+/// A prompt of a step: its number in the run, and its row.
+pub type Drawn = (u64, usize);
+
+impl<'a> GrpoTrainer<'a> {
+    /// A trainer at the start of its run.
+    ///
+    /// # Errors
+    /// If the reference cannot be loaded.
+    pub fn new(
+        config: &'a GrpoConfig,
+        (policy, text): (&'a Policy, &'a TextModel),
+        adapters: Vec<Box<dyn Adapter>>,
+        prompts: &'a [PromptTokens],
+    ) -> Result<Self> {
+        let (grpo, train, optim) = (&config.grpo, &config.train, &config.optim);
+        let data = DataIdentity {
+            examples: prompts.len() as u64,
+            steps_per_epoch: prompts.len().div_ceil(grpo.prompts_per_step) as u64,
+            sha256: digest(prompts),
+        };
+        let samplings =
+            train.num_train_epochs * prompts.len() as f64 / grpo.prompts_per_step as f64;
+        let by_epochs = samplings.ceil() as u64 * grpo.num_iterations as u64;
+        let total_steps = train.step_limit().unwrap_or(by_epochs);
+        let rates = config.learning_rates();
+        let learner =
+            Learner::new(policy, adapters, (optim, rates), total_steps, (train.seed, data));
+        let reference = match grpo.reference {
+            Reference::Base => Vec::new(),
+            Reference::Adapter => {
+                config.adapter.build(policy.config(), train.seed, policy.engine().device())?
+            }
+        };
+        let loss = PolicyLoss {
+            loss_type: grpo.loss_type,
+            level: grpo.importance_sampling_level,
+            epsilon: grpo.epsilon,
+            epsilon_high: grpo.epsilon_high(),
+            delta: grpo.delta,
+            beta: if grpo.kl_in_loss() { grpo.beta } else { 0.0 },
+            kl_estimator: grpo.kl_estimator,
+        };
+        let sampling = config.sampling.params();
+        Ok(GrpoTrainer {
+            objective: Objective { loss, entropy_coef: grpo.entropy_coef, sampling },
+            options: GenerateOptions {
+                max_new_tokens: config.sampling.longest_completion(config.data.dataset()?),
+                sampling,
+                eos_token_ids: text.stop_token_ids.clone(),
+                max_batch: config.sampling.max_num_seqs,
+                seed: train.seed,
+                ..GenerateOptions::default()
+            },
+            plan: Plan::unbounded(optim),
+            config,
+            text,
+            prompts,
+            learner,
+            reference,
+            pending: None,
+            epoch: None,
+            health: Health::default(),
+        })
+    }
+
+    /// How completions are sampled.
+    pub fn options(&self) -> &GenerateOptions {
+        &self.options
+    }
+
+    /// The completions of the last sampling, if `num_iterations` has them learnt from again.
+    pub fn take_up(&mut self) -> Option<Rollouts> {
+        self.pending.take()
+    }
+
+    /// Begins to collect the groups of a step.
+    pub fn collect(&self) -> Collection {
+        let grpo = &self.config.grpo;
+        let rounds = if grpo.dynamic_sampling { grpo.dynamic_sampling_rounds } else { 0 };
+        Collection::new(self.learner.state().cursor, grpo.prompts_per_step, rounds)
+    }
+
+    /// The next prompts that a collection wants; nothing when it is whole.
+    pub fn next_prompts(&mut self, collection: &mut Collection) -> Option<Vec<Drawn>> {
+        let (rows, wanted) = (self.prompts.len() as u64, collection.wanted());
+        let draw = |_| {
+            let DataCursor { epoch, row } = collection.cursor;
+            let known = self.epoch.take().filter(|(known, _)| *known == epoch);
+            let seed = self.learner.state().seed;
+            let (_, order) = self
+                .epoch
+                .insert(known.unwrap_or_else(|| (epoch, order(rows as usize, seed, epoch))));
+            let drawn = (epoch * rows + row, order[row as usize]);
+            collection.cursor = match row + 1 == rows {
+                true => DataCursor { epoch: epoch + 1, row: 0 },
+                false => DataCursor { epoch, row: row + 1 },
+            };
+            drawn
+        };
+        (wanted > 0).then(|| (0..wanted).map(draw).collect())
+    }
+
+    /// Samples `num_generations` completions of each prompt.
+    ///
+    /// # Errors
+    /// As [`Generator::run`].
+    pub fn sample(&self, drawn: &[Drawn]) -> Result<Vec<Group>> {
+        let state = self.learner.state();
+        let _phase = debug_span!("generate", prompts = drawn.len()).entered();
+        let options = GenerateOptions { step: state.global_step, ..self.options.clone() };
+        let stops = StopStrings::new(&self.text.tokenizer, &self.config.sampling.stop.0);
+        let found = |tokens: &[u32]| stops.found(tokens);
+        let (policy, adapters) = (self.learner.policy(), self.learner.adapters());
+        let generator = Generator::new(policy, adapters, &options, Some(&found));
+        let prompt = |(id, row): &Drawn| (*id, *row, self.prompts[*row].input_ids.clone());
+        let prompts = drawn.iter().map(prompt).collect();
+        let how = (self.config.grpo.num_generations, state.global_step);
+        sample_groups(&generator, prompts, how, &mut |_| {})
+    }
+
+    /// Rewards of the completions of groups.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] if more than `max_reward_failures` of the completions have none.
+    pub fn score(&self, groups: Vec<Group>, rewards: &mut RewardSet) -> Result<Vec<Collected>> {
+        let all: Vec<_> = groups
+            .iter()
+            .flat_map(|group| {
+                group.completions.iter().map(|completion| (&self.prompts[group.row], completion))
+            })
+            .collect();
+        let scored = score(&self.text.tokenizer, rewards, &all)?;
+        let judged: Vec<_> = scored.iter().map(|scored| &scored.judged).collect();
+        let most = self.config.reward.max_reward_failures;
+        if let Some(reason) = too_many_failures(&judged, &rewards.names(), most) {
+            return Err(Error::Interrupted(reason));
+        }
+        let mut scored = scored.into_iter();
+        let of_group = |group: Group| Collected {
+            scored: scored.by_ref().take(group.completions.len()).collect(),
+            group,
+        };
+        Ok(groups.into_iter().map(of_group).collect())
+    }
+
+    /// What optimizer steps learn from: advantages of the rewards, log-probs of the reference, the
+    /// tokens that count.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn prepare(&self, collection: Collection, names: &[&str]) -> Result<Rollouts> {
+        let grpo = &self.config.grpo;
+        let (cursor, mut metrics) = (collection.cursor, collection.metrics(names));
+        let mut scores = collection.rewards();
+        let groups: Vec<Group> = collection.into_groups();
+        let reference = match grpo.beta != 0.0 {
+            true => self.logps(&self.reference, &groups)?,
+            false => Vec::new(),
+        };
+        if grpo.kl_in_reward {
+            let kl = self.sampled_kl(&groups, &reference)?;
+            scores.iter_mut().zip(&kl).for_each(|(score, kl)| {
+                *score = score.map(|score| score - grpo.beta * kl);
+            });
+            metrics.push(Fold::Mean, "objective/kl", mean(&kl));
+        }
+        let baseline = match grpo.advantage_estimator {
+            AdvantageEstimator::Grpo => Baseline::Group(grpo.scale_rewards),
+            AdvantageEstimator::Rloo => Baseline::LeaveOneOut,
+            AdvantageEstimator::ReinforcePlusPlus => Baseline::Whitened,
+        };
+        let Advantages { mut values, dropped, groups: kept, without_spread } =
+            advantages(&scores, grpo.num_generations, baseline);
+        metrics.push(
+            Fold::Mean,
+            "frac_reward_zero_std",
+            without_spread as f64 / kept.max(1) as f64,
+        );
+        metrics.push(Fold::Sum, "groups_dropped", dropped as f64);
+        let (mask, longest) = (grpo.mask_truncated_completions, self.options.max_new_tokens);
+        let normaliser = normaliser(&groups, &values, mask, longest);
+        if mask {
+            let completions = groups.iter().flat_map(|group| &group.completions);
+            let cut = completions.map(|completion| completion.stop == StopReason::Length);
+            values.iter_mut().zip(cut).filter(|(_, cut)| *cut).for_each(|(value, _)| *value = None);
+        }
+        let chosen = top_entropy(&groups, &values, grpo.top_entropy_quantile);
+        let reference = if grpo.kl_in_loss() { reference } else { Vec::new() };
+        let advantages = values;
+        Ok(Rollouts { groups, advantages, reference, chosen, normaliser, used: 0, cursor, metrics })
+    }
+
+    /// Log-probs of completions without filters.
+    fn logps(&self, adapters: &[Box<dyn Adapter>], groups: &[Group]) -> Result<Vec<Vec<f32>>> {
+        let (policy, temperature) = (self.learner.policy(), self.objective.sampling.temperature);
+        plain_logps(policy, adapters, groups, temperature, self.plan.micro_batch_tokens)
+    }
+
+    /// Each completion's divergence from the reference, summed over its tokens (k1).
+    fn sampled_kl(&self, groups: &[Group], reference: &[Vec<f32>]) -> Result<Vec<f64>> {
+        let completions = groups.iter().flat_map(|group| &group.completions);
+        let logps: Vec<Vec<f32>> = match self.objective.sampling.has_rules() {
+            true => self.logps(self.learner.adapters(), groups)?,
+            false => completions.map(|completion| completion.logps.clone()).collect(),
+        };
+        let sum = |(logps, reference): (&Vec<f32>, &Vec<f32>)| {
+            logps.iter().zip(reference).map(|(p, q)| f64::from(*p) - f64::from(*q)).sum()
+        };
+        Ok(logps.iter().zip(reference).map(sum).collect())
+    }
+
+    /// The gradients of the next optimizer step.
+    ///
+    /// # Errors
+    /// If the completions are older than `num_iterations` allows, or a number is not finite.
+    pub fn gradients(&self, rollouts: &Rollouts) -> Result<(Sums, Gradients)> {
+        let now = self.learner.state().global_step;
+        let version = rollouts.groups.iter().map(|group| group.version).min().unwrap_or(now);
+        let age = now - version;
+        if age >= self.config.grpo.num_iterations as u64 {
+            return Err(Error::failure(format!(
+                "completions of the adapter of step {version} are {age} steps old: num_iterations \
+                 allows fewer than {}",
+                self.config.grpo.num_iterations
+            )));
+        }
+        let step = Step {
+            groups: &rollouts.groups,
+            advantages: &rollouts.advantages,
+            reference: &rollouts.reference,
+            chosen: &rollouts.chosen,
+            normaliser: rollouts.normaliser,
+            on_policy: age == 0,
+        };
+        let Plan { micro_batch_tokens, gradient_checkpointing, .. } = self.plan;
+        let cut = Cut { micro_batch_tokens, gradient_checkpointing };
+        let learner = &self.learner;
+        gradients(learner.policy(), learner.adapters(), &step, &self.objective, cut)
+    }
+
+    /// Makes the optimizer step, and tells of it.
+    ///
+    /// # Errors
+    /// If a gradient is not finite.
+    pub fn update(
+        &mut self,
+        mut rollouts: Rollouts,
+        (sums, gradients): (Sums, Gradients),
+        started: Instant,
+    ) -> Result<StepReport> {
+        let update = self.learner.update(gradients, sums.all_tokens)?;
+        let rows = self.prompts.len() as f64;
+        let state = self.learner.state_mut();
+        state.cursor = rollouts.cursor;
+        state.epoch = rollouts.cursor.epoch as f64 + rollouts.cursor.row as f64 / rows;
+        rollouts.used += 1;
+        let mut metrics = std::mem::take(&mut rollouts.metrics);
+        let seconds = started.elapsed().as_secs_f64();
+        metrics.extend(self.metrics(&sums, update).with(Fold::Mean, "time/train", seconds));
+        if rollouts.used < self.config.grpo.num_iterations {
+            self.pending = Some(rollouts);
+        }
+        let step = self.learner.state().global_step;
+        Ok(StepReport { step, tokens: sums.all_tokens, metrics })
+    }
+
+    /// A step's metrics of the loss, under TRL's names.
+    fn metrics(&self, sums: &Sums, update: Update) -> StepMetrics {
+        let (state, tokens) = (self.learner.state(), sums.tokens.max(1) as f64);
+        let (low, high) = (sums.clipped_low as f64 / tokens, sums.clipped_high as f64 / tokens);
+        let mut metrics = StepMetrics::new()
+            .with(Fold::Mean, "loss", sums.loss)
+            .with(Fold::Last, "grad_norm", update.grad_norm)
+            .with(Fold::Last, "learning_rate", update.learning_rate);
+        if sums.tokens > 0 {
+            let ratio = "sampling/importance_sampling_ratio";
+            metrics.push(Fold::Min, format!("{ratio}/min"), sums.ratio_min);
+            metrics.push(Fold::Mean, format!("{ratio}/mean"), sums.ratio / tokens);
+            metrics.push(Fold::Max, format!("{ratio}/max"), sums.ratio_max);
+            metrics.push(Fold::Mean, "clip_ratio/low_mean", low);
+            metrics.push(Fold::Mean, "clip_ratio/high_mean", high);
+            metrics.push(Fold::Mean, "clip_ratio/region_mean", low + high);
+        }
+        if self.config.grpo.kl_in_loss() {
+            metrics.push(Fold::Mean, "kl", sums.kl / tokens);
+        }
+        metrics.with(Fold::Last, "num_tokens", state.num_tokens as f64).with(
+            Fold::Last,
+            "epoch",
+            state.epoch,
+        )
+    }
+
+    /// Tries the rewards on eight completions before anything is trained; returns what the user
+    /// should know.
+    ///
+    /// # Errors
+    /// If no completion gets a reward because a reward fails.
+    pub fn rehearse(&self, rewards: &mut RewardSet) -> Result<Option<String>> {
+        let rows = self.prompts.len().min(REHEARSED);
+        let options = GenerateOptions { max_batch: REHEARSED, ..self.options.clone() };
+        let (policy, adapters) = (self.learner.policy(), self.learner.adapters());
+        let generator = Generator::new(policy, adapters, &options, None);
+        let prompts = (0..rows).map(|row| (row as u64, row, self.prompts[row].input_ids.clone()));
+        let each = REHEARSED.div_ceil(rows);
+        let groups = sample_groups(&generator, prompts.collect(), (each, 0), &mut |_| {})?;
+        let pairs: Vec<_> = groups
+            .iter()
+            .flat_map(|group| group.completions.iter().map(|c| (&self.prompts[group.row], c)))
+            .collect();
+        let scored = score(&self.text.tokenizer, rewards, &pairs)?;
+        let judged: Vec<_> = scored.iter().map(|scored| &scored.judged).collect();
+        let known: Vec<f64> = judged.iter().filter_map(|judged| judged.reward).collect();
+        if known.is_empty() {
+            let reason = too_many_failures(&judged, &rewards.names(), 0.0);
+            let reason = reason.unwrap_or_else(|| {
+                "no reward is applicable to any of the completions that it was tried on".to_string()
+            });
+            return Err(Error::failure(format!(
+                "{reason}; nothing was trained: `steer reward test` tries a reward on a file of \
+                 completions"
+            )));
+        }
+        let same = known.iter().all(|reward| *reward == known[0]);
+        Ok(same.then(|| {
+            format!(
+                "all of {} completions that the reward was tried on got {}: if that goes on there is \
+                 nothing to learn",
+                known.len(),
+                known[0]
+            )
+        }))
+    }
+
+    /// What the user should know of the run after a step.
+    pub fn warnings(&mut self, report: &StepReport) -> Vec<String> {
+        self.health.watch(report.step, &report.metrics.metrics())
+    }
+
+    /// The completions of a step as rows of a table.
+    ///
+    /// # Errors
+    /// If a prompt's tokens are no text.
+    pub fn rows(&self, collection: &Collection, names: &[&str]) -> Result<Vec<CompletionRow>> {
+        let step = self.learner.state().global_step + 1;
+        collection.rows(step, names, |group| {
+            self.text.tokenizer.decode(&self.prompts[group.row].input_ids, false)
+        })
+    }
+
+    /// Whether the loss is near 0 by construction, whatever is learnt.
+    pub fn loss_is_zero(&self) -> bool {
+        let grpo = &self.config.grpo;
+        grpo.num_iterations == 1 && !grpo.kl_in_loss() && grpo.entropy_coef == 0.0
+    }
+}
+
+impl<'a> Trainer<'a> for GrpoTrainer<'a> {
+    fn learner(&self) -> &Learner<'a> {
+        &self.learner
+    }
+
+    fn learner_mut(&mut self) -> &mut Learner<'a> {
+        &mut self.learner
+    }
+
+    fn fit(&mut self, before: Option<&OptimArgs>) -> Result<Plan> {
+        let grpo = &self.config.grpo;
+        let prompt = self.prompts.iter().map(|prompt| prompt.input_ids.len()).max().unwrap_or(0);
+        let context = self.learner.policy().config().max_position_embeddings;
+        let completion = self.options.max_new_tokens.min(context - prompt);
+        let group = prompt + grpo.num_generations * completion;
+        let case = LongestCase {
+            sequence: prompt + completion,
+            family: group,
+            step: grpo.prompts_per_step * group,
+        };
+        self.plan = self.learner.plan(case, before)?;
+        let wanted = self.options.max_batch.min(grpo.prompts_per_step * grpo.num_generations);
+        self.options.max_batch = self.learner.sequences_that_fit(case.sequence, wanted, &self.plan);
+        Ok(self.plan)
+    }
+
+    fn save_more(&self, folder: &Path) -> Result<()> {
+        self.pending.as_ref().map_or(Ok(()), |rollouts| rollouts.save(folder))
+    }
+
+    fn resume_more(&mut self, folder: &Path) -> Result<()> {
+        self.pending = Rollouts::load(folder)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,125 @@
+//! The prompts of a policy-gradient run: found, rendered, tokenised.
+
+use datasets::{Grader, Prompt, PromptRow, Row, Task, Template};
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use tracing::debug_span;
+
+use super::data::{Numbered, OwnRows, both_splits, check, own_rows, refuse_keys_of_rows};
+use crate::config::DataArgs;
+use crate::model::TextModel;
+use crate::{Error, Result};
+
+/// Rows to sample completions for.
+pub struct PromptData {
+    /// Those that are trained on.
+    pub train: Vec<PromptRow>,
+    /// Those that are evaluated on.
+    pub test: Vec<PromptRow>,
+    /// How answers are graded, if the data is a task's.
+    pub grader: Option<Grader>,
+}
+
+/// A row as tokens.
+pub struct PromptTokens {
+    /// The row.
+    pub row: PromptRow,
+    /// Token ids of its prompt.
+    pub input_ids: Vec<u32>,
+}
+
+impl PromptData {
+    /// Loads what `dataset_name` names: a task, whose gold answers must all grade right, or rows of a
+    /// file, a folder or a hub id. Of a single file, `max_eval_samples` rows that `seed` picks are
+    /// held out, at most half of them.
+    ///
+    /// # Errors
+    /// If nothing of that name exists, a row is malformed or has no prompt, or a gold answer does not
+    /// grade right.
+    pub fn load(args: &DataArgs, seed: u64) -> Result<Self> {
+        let _phase = debug_span!("read rows").entered();
+        let data = match Task::find(args.dataset()?) {
+            Some(task) => Self::of_task(task, args)?,
+            None => Self::of_rows(args, seed)?,
+        };
+        match data.train.is_empty() {
+            true => Err(Error::usage("the training split holds no row")),
+            false => Ok(data),
+        }
+    }
+
+    fn of_task(task: Task, args: &DataArgs) -> Result<Self> {
+        refuse_keys_of_rows(task, args)?;
+        let options = both_splits(task, args)?;
+        let train = task.problems(&args.dataset_train_split, options.max_train, &options)?;
+        let test = task.problems(&args.dataset_test_split, options.max_test, &options)?;
+        if let Some(grader) = task.grader() {
+            check(grader, train.iter().chain(&test))?;
+        }
+        let rows = |problems: &[datasets::Problem]| {
+            problems.iter().map(datasets::Problem::prompt_row).collect()
+        };
+        Ok(PromptData { train: rows(&train), test: rows(&test), grader: task.grader() })
+    }
+
+    fn of_rows(args: &DataArgs, seed: u64) -> Result<Self> {
+        let OwnRows { path, train, test } = own_rows(args, seed)?;
+        let template = Template {
+            prompt_template: args.prompt_template.clone(),
+            completion_template: None,
+            system_prompt: args.system_prompt.clone(),
+            columns: args.columns.0.clone(),
+        };
+        let row = |(number, row): &Numbered<Row>| -> Result<PromptRow> {
+            let named = |error| Error::usage(format!("{}: row {number}: {error}", path.display()));
+            template.prompt_row(*number as u64 - 1, row).map_err(named)
+        };
+        let rows = |rows: &[Numbered<Row>]| rows.iter().map(row).collect::<Result<_>>();
+        Ok(PromptData { train: rows(&train)?, test: rows(&test)?, grader: None })
+    }
+
+    /// Token ids of the prompts, training rows first.
+    ///
+    /// # Errors
+    /// If the chat template refuses a row, or a prompt leaves no room in the model's context.
+    pub fn tokenise(
+        self,
+        text: &TextModel,
+        context: usize,
+    ) -> Result<(Vec<PromptTokens>, Vec<PromptTokens>)> {
+        let _phase = debug_span!("tokenize").entered();
+        let encode = |row: PromptRow| -> Result<PromptTokens> {
+            let input_ids = match &row.prompt {
+                Prompt::Text(prompt) => text.tokenizer.encode(prompt, true)?,
+                Prompt::Messages(messages) => text.chat_prompt(messages)?,
+            };
+            let (number, len) = (row.id + 1, input_ids.len());
+            match len {
+                0 => Err(Error::failure(format!("row {number}: the prompt has no token"))),
+                _ if len >= context => Err(Error::failure(format!(
+                    "row {number}: the prompt has {len} tokens, and the model's context is \
+                     {context}: shorten or remove it"
+                ))),
+                _ => Ok(PromptTokens { row, input_ids }),
+            }
+        };
+        let all = |rows: Vec<PromptRow>| -> Result<Vec<PromptTokens>> {
+            let encoded: Vec<Result<_>> = rows.into_par_iter().map(encode).collect();
+            encoded.into_iter().collect()
+        };
+        Ok((all(self.train)?, all(self.test)?))
+    }
+}
+
+/// SHA-256 of prompts, in hex: equal for the same tokens and columns in the same order.
+pub fn digest(prompts: &[PromptTokens]) -> String {
+    let mut hash = Sha256::new();
+    for prompt in prompts {
+        hash.update((prompt.input_ids.len() as u64).to_le_bytes());
+        prompt.input_ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+        let columns = serde_json::to_vec(&prompt.row.columns).unwrap_or_default();
+        hash.update((columns.len() as u64).to_le_bytes());
+        hash.update(columns);
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
