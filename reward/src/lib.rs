@@ -1,4 +1,8 @@
-//! Graders with typed outcomes: what a completion comes to, compared with the gold answer.
+//! Rewards of completions, and graders with typed outcomes.
+//!
+//! A [`Reward`] scores completions; [`parse`] makes one of what a user writes: a built-in name, a
+//! Python file, a command. A [`RewardSet`] puts several together and hides no failure: what cannot be
+//! scored is left out and says why.
 //!
 //! [`grade`] never panics, never hangs and never turns a failure into a score of 0 unseen: a
 //! completion without an answer is [`Outcome::Unparsable`], and [`check_gold`] shows before any
@@ -13,6 +17,7 @@
 //! assert_eq!(grade(Grader::Digit, "I do not know", "7"), Outcome::Unparsable);
 //! ```
 
+mod builtin;
 mod digit;
 mod exact;
 mod format;
@@ -22,12 +27,17 @@ mod letter;
 mod number;
 mod numeric;
 mod outcome;
+mod parse;
 mod place;
+mod process;
+mod python;
 mod ratio;
 mod repetition;
 mod reward;
-pub use reward::{Judged, ParseOptions, Reward, RewardSet, Sample, Score, parse};
+mod set;
+mod spec;
 mod tidy;
+mod worker;
 
 pub use format::{is_think_format, tag_share};
 pub use grade::{BadGold, GoldError, check_gold, grade};
@@ -36,4 +46,7 @@ pub use letter::final_letter;
 pub use number::Number;
 pub use numeric::final_number;
 pub use outcome::Outcome;
+pub use parse::{ParseOptions, parse};
 pub use repetition::repetition;
+pub use reward::{Reward, Sample, Score};
+pub use set::{Judged, RewardSet};

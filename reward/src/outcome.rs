@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// The verdict on one completion. Every completion gets exactly one, and each is counted in the
+/// The verdict on one completion. Every graded completion gets exactly one, and each is counted in the
 /// metric `reward_outcome/{name}`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Outcome {
@@ -12,18 +12,25 @@ pub enum Outcome {
     Wrong,
     /// No answer was found in it.
     Unparsable,
+    /// The reward did not answer in time.
+    Timeout,
+    /// The reward failed.
+    Error,
 }
 
 impl Outcome {
-    /// Every outcome, in the order in which reports list them.
-    pub const ALL: [Outcome; 3] = [Outcome::Right, Outcome::Wrong, Outcome::Unparsable];
+    /// Every outcome, the best first: the order in which reports list them.
+    pub const ALL: [Outcome; 5] =
+        [Outcome::Right, Outcome::Wrong, Outcome::Unparsable, Outcome::Timeout, Outcome::Error];
 
-    /// The name in files and logs: `right`, `wrong`, `unparsable`.
+    /// The name in files and logs: `right`, `wrong`, `unparsable`, `timeout`, `error`.
     pub fn as_str(self) -> &'static str {
         match self {
             Outcome::Right => "right",
             Outcome::Wrong => "wrong",
             Outcome::Unparsable => "unparsable",
+            Outcome::Timeout => "timeout",
+            Outcome::Error => "error",
         }
     }
 
@@ -46,8 +53,8 @@ mod tests {
     #[test]
     fn metrics_have_the_promised_names() {
         let names: Vec<String> = Outcome::ALL.iter().map(|outcome| outcome.metric()).collect();
-        let promised =
-            ["right", "wrong", "unparsable"].map(|name| format!("reward_outcome/{name}"));
+        let promised = ["right", "wrong", "unparsable", "timeout", "error"]
+            .map(|name| format!("reward_outcome/{name}"));
         assert_eq!(names, promised);
     }
 }

@@ -1,125 +1,66 @@
-//! stub
-use crate::Outcome;
+//! What a reward is: a function of completions.
+
 use datasets::{Prompt, Row};
-/// s
+
+use crate::outcome::Outcome;
+
+/// One completion to be scored.
+#[derive(Clone, Copy, Debug)]
 pub struct Sample<'a> {
-    /// s
+    /// What it continues.
     pub prompt: &'a Prompt,
-    /// s
+    /// Its text.
     pub completion: &'a str,
-    /// s
+    /// Its tokens, the one that ended it included.
     pub completion_ids: &'a [u32],
-    /// s
+    /// Every further column of the prompt's row.
     pub columns: &'a Row,
 }
-/// s
+
+/// What a reward says of a completion.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Score {
-    /// s
+    /// A number.
     Value(f64),
-    /// s
+    /// A number with the verdict that it stands for.
     Graded(f64, Outcome),
-    /// s
+    /// Nothing: the reward is not for this completion (`None` in Python).
     NotApplicable,
-    /// s
+    /// The reward did not answer in time.
     Timeout,
-    /// s
+    /// The reward failed, and why.
     Error(String),
 }
-/// s
+
+/// A reward. A Rust recipe implements it for a type of its own:
+///
+/// ```
+/// use reward::{Reward, Sample, Score};
+///
+/// struct Short;
+///
+/// impl Reward for Short {
+///     fn name(&self) -> &str {
+///         "short"
+///     }
+///
+///     fn score(&mut self, samples: &[Sample]) -> Vec<Score> {
+///         samples.iter().map(|s| Score::Value(-(s.completion.len() as f64))).collect()
+///     }
+/// }
+/// ```
 pub trait Reward {
-    /// s
+    /// What metrics call it: `rewards/{name}/mean`.
     fn name(&self) -> &str;
-    /// s
+
+    /// Gets ready, so that what is wrong with it shows before training.
+    ///
+    /// # Errors
+    /// One sentence why it cannot.
     fn start(&mut self) -> Result<(), String> {
         Ok(())
     }
-    /// s
+
+    /// One score for each sample.
     fn score(&mut self, samples: &[Sample]) -> Vec<Score>;
-}
-/// s
-pub struct RewardSet {
-    rewards: Vec<Box<dyn Reward>>,
-    weights: Vec<f64>,
-}
-/// s
-#[derive(Clone, Debug, PartialEq)]
-pub struct Judged {
-    /// s
-    pub reward: Option<f64>,
-    /// s
-    pub scores: Vec<Score>,
-}
-impl Judged {
-    /// s
-    pub fn outcome(&self) -> Option<Outcome> {
-        self.scores.iter().find_map(|s| match s {
-            Score::Graded(_, o) => Some(*o),
-            _ => None,
-        })
-    }
-}
-impl RewardSet {
-    /// s
-    pub fn new(rewards: Vec<Box<dyn Reward>>, weights: Vec<f64>) -> Result<Self, String> {
-        let weights = if weights.is_empty() { vec![1.0; rewards.len()] } else { weights };
-        Ok(RewardSet { rewards, weights })
-    }
-    /// s
-    pub fn names(&self) -> Vec<&str> {
-        self.rewards.iter().map(|r| r.name()).collect()
-    }
-    /// s
-    pub fn start(&mut self) -> Result<(), String> {
-        self.rewards.iter_mut().try_for_each(|r| r.start())
-    }
-    /// s
-    pub fn score(&mut self, samples: &[Sample]) -> Vec<Judged> {
-        let all: Vec<Vec<Score>> = self.rewards.iter_mut().map(|r| r.score(samples)).collect();
-        (0..samples.len())
-            .map(|i| {
-                let scores: Vec<Score> = all.iter().map(|s| s[i].clone()).collect();
-                let mut reward = None;
-                for (s, w) in scores.iter().zip(&self.weights) {
-                    if let Score::Value(v) | Score::Graded(v, _) = s {
-                        *reward.get_or_insert(0.0) += v * w;
-                    }
-                }
-                Judged { reward, scores }
-            })
-            .collect()
-    }
-}
-/// s
-pub struct ParseOptions {
-    /// s
-    pub default_grader: Option<datasets::Grader>,
-    /// s
-    pub max_completion_length: usize,
-    /// s
-    pub timeout: std::time::Duration,
-    /// s
-    pub num_workers: usize,
-    /// s
-    pub stderr_dir: Option<std::path::PathBuf>,
-}
-struct Acc(datasets::Grader);
-impl Reward for Acc {
-    fn name(&self) -> &str {
-        "accuracy_reward"
-    }
-    fn score(&mut self, samples: &[Sample]) -> Vec<Score> {
-        samples
-            .iter()
-            .map(|s| {
-                let gold = s.columns.get("answer").and_then(|v| v.as_str()).unwrap_or_default();
-                let o = crate::grade(self.0, s.completion, gold);
-                Score::Graded(f64::from(u8::from(o == Outcome::Right)), o)
-            })
-            .collect()
-    }
-}
-/// s
-pub fn parse(_spec: &str, options: &ParseOptions) -> Result<Box<dyn Reward>, String> {
-    Ok(Box::new(Acc(options.default_grader.unwrap_or(datasets::Grader::Numeric))))
 }

@@ -48,7 +48,7 @@ impl Tally {
         metrics.set("eval_accuracy_low", accuracy.low);
         metrics.set("eval_accuracy_high", accuracy.high);
         metrics.set("eval_samples", accuracy.trials as f64);
-        for (outcome, count) in self.iter() {
+        for (outcome, count) in self.iter().filter(|(outcome, count)| is_shown(*outcome, *count)) {
             metrics.set(metric(outcome), count as f64);
         }
     }
@@ -58,10 +58,15 @@ impl Tally {
         metrics.get("eval_accuracy")?;
         let mut counts = [0; Outcome::ALL.len()];
         for (outcome, count) in Outcome::ALL.into_iter().zip(&mut counts) {
-            *count = metrics.get(&metric(outcome))? as usize;
+            *count = metrics.get(&metric(outcome)).unwrap_or(0.0) as usize;
         }
         Some(Tally { counts })
     }
+}
+
+/// Whether an outcome's count is told: failures where there are some only.
+fn is_shown(outcome: Outcome, count: usize) -> bool {
+    count > 0 || !matches!(outcome, Outcome::Timeout | Outcome::Error)
 }
 
 /// The name under which an evaluation counts an outcome.
@@ -74,7 +79,7 @@ impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let accuracy = self.proportion();
         let (right, of) = (accuracy.successes, accuracy.trials);
-        let others = self.iter().filter(|(outcome, _)| *outcome != Outcome::Right);
+        let others = self.iter().skip(1).filter(|(outcome, count)| is_shown(*outcome, *count));
         let others: Vec<_> = others.map(|(outcome, count)| format!("{count} {outcome}")).collect();
         write!(f, "{} ({right}/{of}; {})", accuracy.percent(), others.join(", "))
     }
@@ -85,7 +90,7 @@ mod tests {
     use super::*;
 
     fn tally(right: usize, wrong: usize, unparsable: usize) -> Tally {
-        let all = Outcome::ALL.into_iter().zip([right, wrong, unparsable]);
+        let all = Outcome::ALL.into_iter().zip([right, wrong, unparsable, 0, 0]);
         let all: Vec<_> = all.flat_map(|(outcome, n)| std::iter::repeat_n(outcome, n)).collect();
         Tally::new(all.into_iter().rev())
     }
@@ -95,6 +100,15 @@ mod tests {
         let text = tally(150, 140, 10).to_string();
         assert_eq!(text, "50.0 % [44.4, 55.6] (150/300; 140 wrong, 10 unparsable)");
         assert_eq!(tally(0, 0, 0).to_string(), "0.0 % [0.0, 100.0] (0/0; 0 wrong, 0 unparsable)");
+    }
+
+    #[test]
+    fn failures_are_told_where_there_are_some() {
+        let tally = Tally::new([Outcome::Right, Outcome::Timeout].into_iter());
+        assert!(tally.to_string().ends_with("(1/2; 0 wrong, 0 unparsable, 1 timeout)"), "{tally}");
+        let mut metrics = Metrics::new();
+        tally.write(&mut metrics);
+        assert_eq!(Tally::read(&metrics), Some(tally));
     }
 
     #[test]
