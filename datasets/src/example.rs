@@ -108,7 +108,7 @@ fn pair(prompt: &Value, completion: &Value) -> Result<Example> {
 }
 
 /// A list of messages, each an object with a role and either content or tool calls.
-fn conversation(name: &str, value: &Value) -> Result<Vec<Value>> {
+pub(crate) fn conversation(name: &str, value: &Value) -> Result<Vec<Value>> {
     let Value::Array(list) = value else {
         return Err(wrong(name, "a list of messages", value));
     };

@@ -4,6 +4,8 @@
 //! file becomes an [`Example`] by its columns or through a [`Template`]; a task also has
 //! [`Problem`]s, whose gold answers let a program grade what a model says.
 
+pub mod aqua;
+pub mod arithmetic;
 mod error;
 mod example;
 pub mod gsm8k;

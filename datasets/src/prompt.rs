@@ -45,18 +45,6 @@ impl Problem {
     }
 }
 
-impl crate::Template {
-    /// s
-    pub fn prompt_row(&self, id: u64, row: &Row) -> crate::Result<PromptRow> {
-        let mut columns = row.clone();
-        let prompt = columns
-            .remove("prompt")
-            .and_then(|v| v.as_str().map(str::to_string))
-            .unwrap_or_default();
-        Ok(PromptRow { id, prompt: Prompt::Text(prompt), columns })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use crate::{Error, Example, Message, Result, gsm8k, instruct, listops};
+use crate::{
+    Error, Example, Message, PromptRow, Result, aqua, arithmetic, gsm8k, instruct, listops,
+};
 
 /// How an answer is compared with the gold one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +105,16 @@ pub struct TaskData {
 pub enum Task {
     /// Grade-school maths word problems, see [`gsm8k`].
     Gsm8k,
+    /// Algebra word problems with five options, see [`aqua`].
+    Aqua,
+    /// Addition and subtraction word problems, see [`arithmetic`].
+    AddSub,
+    /// Word problems of several steps, see [`arithmetic`].
+    MultiArith,
+    /// Word problems of one equation, see [`arithmetic`].
+    SingleEq,
+    /// AddSub and MultiArith together, the rows of the former first.
+    Arithmetic,
     /// Nested operations on digits, see [`listops`].
     ListOps,
     /// Following instructions, see [`instruct`]; its answers cannot be graded.
@@ -110,7 +122,16 @@ pub enum Task {
 }
 
 impl Task {
-    const ALL: [Task; 3] = [Task::Gsm8k, Task::ListOps, Task::Instruct];
+    const ALL: [Task; 8] = [
+        Task::Gsm8k,
+        Task::Aqua,
+        Task::AddSub,
+        Task::MultiArith,
+        Task::SingleEq,
+        Task::Arithmetic,
+        Task::ListOps,
+        Task::Instruct,
+    ];
 
     /// The task of this name, or nothing: a data set's name may also be a path or a hub id.
     pub fn find(name: &str) -> Option<Self> {
@@ -149,6 +170,11 @@ impl Task {
     pub fn name(self) -> &'static str {
         match self {
             Task::Gsm8k => "gsm8k",
+            Task::Aqua => "aqua",
+            Task::AddSub => "addsub",
+            Task::MultiArith => "multiarith",
+            Task::SingleEq => "singleeq",
+            Task::Arithmetic => "arithmetic",
             Task::ListOps => "listops",
             Task::Instruct => "instruct",
         }
@@ -157,17 +183,18 @@ impl Task {
     /// The names of the task's splits.
     pub fn splits(self) -> &'static [&'static str] {
         match self {
-            Task::Gsm8k | Task::Instruct => &["train", "validation", "test"],
             Task::ListOps => &["train", "validation", "test", "official"],
+            _ => &["train", "validation", "test"],
         }
     }
 
     /// How answers are graded; none if they cannot be.
     pub fn grader(self) -> Option<Grader> {
         match self {
-            Task::Gsm8k => Some(Grader::Numeric),
+            Task::Aqua => Some(Grader::Letter),
             Task::ListOps => Some(Grader::Digit),
             Task::Instruct => None,
+            _ => Some(Grader::Numeric),
         }
     }
 
@@ -175,8 +202,9 @@ impl Task {
     pub fn max_completion_length(self) -> usize {
         match self {
             Task::Gsm8k => 320,
+            Task::AddSub | Task::MultiArith | Task::SingleEq | Task::Arithmetic => 128,
             Task::ListOps => 8,
-            Task::Instruct => 256,
+            Task::Aqua | Task::Instruct => 256,
         }
     }
 
@@ -192,6 +220,17 @@ impl Task {
         let path = options.path.as_deref();
         let mut problems = match self {
             Task::Gsm8k => gsm8k::load(path, split)?,
+            Task::Aqua => aqua::load(path, split)?,
+            Task::AddSub => arithmetic::load("AddSub", path, split)?,
+            Task::MultiArith => arithmetic::load("MultiArith", path, split)?,
+            Task::SingleEq => arithmetic::load("SingleEq", path, split)?,
+            Task::Arithmetic => {
+                let parts =
+                    ["AddSub", "MultiArith"].map(|name| arithmetic::load(name, path, split));
+                let [first, second] = parts;
+                let both = first?.into_iter().chain(second?);
+                (0..).zip(both).map(|(id, problem)| Problem { id, ..problem }).collect()
+            }
             Task::ListOps if split == "official" => listops::official(path)?,
             Task::ListOps => {
                 let left_out = options.left_out_of(split)?;
@@ -201,6 +240,19 @@ impl Task {
         };
         problems.truncate(most(max));
         Ok(problems)
+    }
+
+    /// At most `max` rows (0 = all) of a split to sample completions for.
+    ///
+    /// # Errors
+    /// As [`Task::problems`].
+    pub fn prompt_rows(
+        self,
+        split: &str,
+        max: usize,
+        options: &TaskOptions,
+    ) -> Result<Vec<PromptRow>> {
+        Ok(self.problems(split, max, options)?.iter().map(Problem::prompt_row).collect())
     }
 
     /// At most `max` examples (0 = all) of a split to train on, or to take a loss on.
@@ -238,7 +290,9 @@ impl Task {
 }
 
 fn ungraded() -> Error {
-    Error::usage("instruct has no gold answers to grade; the tasks with some are gsm8k and listops")
+    let graded = Task::ALL.into_iter().filter(|task| task.grader().is_some()).map(Task::name);
+    let graded = graded.collect::<Vec<_>>().join(", ");
+    Error::usage(format!("instruct has no gold answers to grade; the tasks with some are {graded}"))
 }
 
 fn most(max: usize) -> usize {
@@ -259,8 +313,8 @@ mod tests {
         assert_eq!(error.exit_code(), 2);
         assert_eq!(
             error.to_string(),
-            "no task is called listop; did you mean listops?; the tasks are gsm8k, listops, \
-             instruct"
+            "no task is called listop; did you mean listops?; the tasks are gsm8k, aqua, addsub, \
+             multiarith, singleeq, arithmetic, listops, instruct"
         );
         assert!(!Task::by_name("weather").unwrap_err().to_string().contains("mean"));
     }
@@ -307,6 +361,9 @@ mod tests {
         for task in Task::ALL {
             let folder = match task {
                 Task::Instruct => "instruction-data/instruction-data.json",
+                Task::AddSub | Task::MultiArith | Task::SingleEq | Task::Arithmetic => {
+                    "llm-adapters"
+                }
                 _ => task.name(),
             };
             let path = data.parent().map(|root| root.join(folder));

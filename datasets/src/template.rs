@@ -6,9 +6,9 @@ use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, escape_formatter};
 use serde_json::Value;
 
-use crate::example::{completion_text, filled, message};
+use crate::example::{completion_text, conversation, filled, message};
 use crate::rows::columns;
-use crate::{Error, Example, Result, Row};
+use crate::{Error, Example, Prompt, PromptRow, Result, Row};
 
 /// How a row of a user's own data becomes an example.
 ///
@@ -51,6 +51,33 @@ impl Template {
         }
     }
 
+    /// The row as something to sample completions for: a `prompt` of text or messages, `messages` that
+    /// end with the user's (an answer of the assistant behind it becomes the column `completion`), or
+    /// what the `prompt_template` makes, which is a conversation. Every further column is kept.
+    ///
+    /// # Errors
+    /// If the row has no prompt (its columns are listed), or a template is not Jinja.
+    pub fn prompt_row(&self, id: u64, row: &Row) -> Result<PromptRow> {
+        let mut columns = self.renamed(row)?;
+        let system = self.system_prompt.as_deref();
+        let system = system.map(|text| render("system_prompt", text, &columns)).transpose()?;
+        let prompt = match &self.prompt_template {
+            Some(template) => {
+                let text = render("prompt_template", template, &columns)?;
+                Prompt::Messages(vec![message("user", &text)])
+            }
+            None => given_prompt(&mut columns)?,
+        };
+        let prompt = match (prompt, system) {
+            (prompt, None) => prompt,
+            (Prompt::Messages(messages), Some(system)) => {
+                Prompt::Messages(with_system_message(messages, &system))
+            }
+            (Prompt::Text(_), Some(_)) => return Err(plain_text()),
+        };
+        Ok(PromptRow { id, prompt, columns })
+    }
+
     /// The row with its new column names, those that did not change in their old order.
     fn renamed(&self, row: &Row) -> Result<Row> {
         let mut renamed = row.clone();
@@ -91,22 +118,56 @@ impl Template {
     }
 }
 
-fn with_system(example: Example, system: &str) -> Result<Example> {
-    let before = |mut messages: Vec<Value>| {
-        if messages.first().is_none_or(|first| first["role"] != "system") {
-            messages.insert(0, message("system", system));
-        }
-        messages
+/// Takes the prompt out of a row's columns.
+fn given_prompt(row: &mut Row) -> Result<Prompt> {
+    let taken = |row: &mut Row, name: &str| {
+        row.get(name)
+            .is_some_and(|value| !value.is_null())
+            .then(|| row.shift_remove(name))
+            .flatten()
     };
-    match example {
-        Example::Messages(messages) => Ok(Example::Messages(before(messages))),
-        Example::Chat { prompt, completion } => {
-            Ok(Example::Chat { prompt: before(prompt), completion })
+    match (taken(row, "prompt"), taken(row, "messages")) {
+        (Some(Value::String(text)), None) => Ok(Prompt::Text(text)),
+        (Some(list), None) => Ok(Prompt::Messages(conversation("prompt", &list)?)),
+        (None, Some(list)) => {
+            let mut messages = conversation("messages", &list)?;
+            if messages.len() > 1 && messages.last().is_some_and(|m| m["role"] == "assistant") {
+                let answer = messages.pop().map(|mut message| message["content"].take());
+                row.entry("completion").or_insert(answer.unwrap_or_default());
+            }
+            Ok(Prompt::Messages(messages))
         }
-        Example::Text(_) | Example::PromptCompletion { .. } => Err(Error::usage(
-            "system_prompt is for conversations, and the rows are plain text: set prompt_template \
-             as well, for instance \"{{ prompt }}\"",
-        )),
+        (Some(_), Some(_)) => Err(Error::usage("the row has both prompt and messages; keep one")),
+        (None, None) => Err(Error::usage(format!(
+            "no prompt; the row has {}; wanted prompt or messages (rename with columns, or make it \
+             with prompt_template)",
+            columns(row)
+        ))),
+    }
+}
+
+/// Messages behind a system message, unless they begin with one.
+fn with_system_message(mut messages: Vec<Value>, system: &str) -> Vec<Value> {
+    if messages.first().is_none_or(|first| first["role"] != "system") {
+        messages.insert(0, message("system", system));
+    }
+    messages
+}
+
+fn plain_text() -> Error {
+    Error::usage(
+        "system_prompt is for conversations, and the rows are plain text: set prompt_template \
+         as well, for instance \"{{ prompt }}\"",
+    )
+}
+
+fn with_system(example: Example, system: &str) -> Result<Example> {
+    match example {
+        Example::Messages(messages) => Ok(Example::Messages(with_system_message(messages, system))),
+        Example::Chat { prompt, completion } => {
+            Ok(Example::Chat { prompt: with_system_message(prompt, system), completion })
+        }
+        Example::Text(_) | Example::PromptCompletion { .. } => Err(plain_text()),
     }
 }
 
@@ -211,6 +272,51 @@ mod tests {
         assert_eq!(template.apply(&own).unwrap(), chat(vec![message("system", "o"), user], "b"));
         let error = template.apply(&row(json!({"text": "a"}))).unwrap_err().to_string();
         assert!(error.contains("set prompt_template as well"), "{error}");
+    }
+
+    #[test]
+    fn prompts_are_recognised_and_every_other_column_is_kept() {
+        let prompt = |template: &Template, columns: Value| {
+            let PromptRow { id, prompt, columns } = template.prompt_row(5, &row(columns)).unwrap();
+            assert_eq!(id, 5);
+            (prompt, Value::Object(columns))
+        };
+        let (user, said) = (message("user", "a"), message("assistant", "b"));
+        let plain = Template::default();
+        let given = prompt(&plain, json!({"level": 2, "prompt": "a", "completion": "b"}));
+        assert_eq!(given, (Prompt::Text("a".into()), json!({"level": 2, "completion": "b"})));
+        let chat = Prompt::Messages(vec![user.clone()]);
+        assert_eq!(prompt(&plain, json!({"prompt": [user]})), (chat.clone(), json!({})));
+        let given = prompt(&plain, json!({"messages": [user, said], "x": null}));
+        assert_eq!(given, (chat.clone(), json!({"x": null, "completion": "b"})));
+        let made = Template {
+            prompt_template: Some("{{ q }}".into()),
+            system_prompt: Some("s".into()),
+            columns: [("q".to_string(), "question".to_string())].into(),
+            ..Template::default()
+        };
+        let given = prompt(&made, json!({"question": "a", "answer": 3}));
+        let chat = Prompt::Messages(vec![message("system", "s"), user.clone()]);
+        assert_eq!(given, (chat, json!({"answer": 3, "q": "a"})));
+    }
+
+    #[test]
+    fn rows_without_a_prompt_are_refused() {
+        let system = Template { system_prompt: Some("s".into()), ..Template::default() };
+        for (template, columns, wanted) in [
+            (Template::default(), json!({"question": "a"}), "no prompt; the row has question"),
+            (Template::default(), json!({"prompt": 3}), "column prompt is a number"),
+            (
+                Template::default(),
+                json!({"prompt": "a", "messages": []}),
+                "both prompt and messages",
+            ),
+            (system, json!({"prompt": "a"}), "the rows are plain text"),
+        ] {
+            let error = template.prompt_row(0, &row(columns)).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(wanted), "{error}");
+        }
     }
 
     #[test]

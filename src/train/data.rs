@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use datasets::{Example, Grader, Problem, Row, Task, TaskOptions, Template};
-use datasets::{gsm8k, locate};
+use datasets::{aqua, gsm8k, locate};
 use datasets::{has_split, read_rows, read_split, split_off};
 use rayon::prelude::*;
 use reward::check_gold;
@@ -21,9 +21,6 @@ pub struct SftData {
     test: Vec<Numbered<Example>>,
     problems: Option<(Vec<Problem>, Grader)>,
 }
-
-/// The hub's copy of GSM8K.
-const GSM8K_ON_HUB: &str = "openai/gsm8k";
 
 /// Something with the number of its row in the file or split, from 1.
 pub(super) type Numbered<T> = (usize, T);
@@ -235,7 +232,7 @@ pub(super) fn both_splits(task: Task, args: &DataArgs) -> Result<TaskOptions> {
 /// What is loaded of a task, of which `splits` are used.
 fn task_options(task: Task, args: &DataArgs, splits: &[&str]) -> Result<TaskOptions> {
     Ok(TaskOptions {
-        path: if task == Task::Gsm8k { fetch_gsm8k(splits)? } else { None },
+        path: fetch(task, splits)?,
         train_split: args.dataset_train_split.clone(),
         test_split: args.dataset_test_split.clone(),
         max_train: args.max_train_samples,
@@ -250,20 +247,38 @@ fn task_options(task: Task, args: &DataArgs, splits: &[&str]) -> Result<TaskOpti
     })
 }
 
-/// The folder of the hub's copy of GSM8K, unless the files of all `splits` are on this machine; a
+/// A task's copy on the hub: its id and the folder of its configuration.
+fn on_hub(task: Task) -> Option<(&'static str, &'static str)> {
+    match task {
+        Task::Gsm8k => Some(("openai/gsm8k", "main")),
+        Task::Aqua => Some(("deepmind/aqua_rat", "raw")),
+        _ => None,
+    }
+}
+
+/// The folder and the file that hold a split of a task that is on the hub.
+fn file_of(task: Task, split: &str) -> datasets::Result<(&'static str, String)> {
+    match task {
+        Task::Aqua => aqua::file_of(split).map(|(folder, file)| (folder, file.to_string())),
+        _ => gsm8k::file_of(split).map(|file| (gsm8k::FOLDER, file)),
+    }
+}
+
+/// The folder of the hub's copy of a task, unless the files of all `splits` are on this machine; a
 /// line on stderr says that it is used.
-fn fetch_gsm8k(splits: &[&str]) -> Result<Option<PathBuf>> {
-    let files = splits.iter().map(|split| gsm8k::file_of(split));
+fn fetch(task: Task, splits: &[&str]) -> Result<Option<PathBuf>> {
+    let Some((id, configuration)) = on_hub(task) else { return Ok(None) };
+    let files = splits.iter().map(|split| file_of(task, split));
     let files = files.collect::<datasets::Result<Vec<_>>>()?;
-    let missing = files.iter().find(|file| locate::find(gsm8k::FOLDER, file).is_err());
-    let Some(missing) = missing else { return Ok(None) };
-    let fetched = hub::fetch_dataset(GSM8K_ON_HUB).map_err(|error| {
-        let besides = format!(", and {GSM8K_ON_HUB} could not be fetched: {error}");
-        Error::failure(locate::missing(gsm8k::FOLDER, missing, &besides).to_string())
+    let missing = files.iter().find(|(folder, file)| locate::find(folder, file).is_err());
+    let Some((wanted, missing)) = missing else { return Ok(None) };
+    let fetched = hub::fetch_dataset(id).map_err(|error| {
+        let besides = format!(", and {id} could not be fetched: {error}");
+        Error::failure(locate::missing(wanted, missing, &besides).to_string())
     })?;
-    let folder = fetched.join("main");
-    let (wanted, place) = (gsm8k::FOLDER, folder.display());
-    eprintln!("{wanted}/{missing} was not found: {GSM8K_ON_HUB} of the hub is used, in {place}");
+    let folder = fetched.join(configuration);
+    let place = folder.display();
+    eprintln!("{wanted}/{missing} was not found: {id} of the hub is used, in {place}");
     Ok(Some(folder))
 }
 
