@@ -9,6 +9,7 @@ use super::RunConfig;
 use super::command::{Kind, command, to_table, words};
 use super::foreign;
 use super::help::help;
+use super::repeated::join_repeated;
 use super::suggest::{did_you_mean, nearest};
 use crate::{Error, Result};
 
@@ -33,12 +34,13 @@ pub fn arguments() -> Result<Vec<String>> {
 
 /// Reads `[FILE.toml] [--key value]...`, the arguments after the program's name. A flag may be
 /// spelled with `-` for `_`, take its value after `=`, and leave out `true`; the last of several
-/// wins. Errors name the key, the file and its line, and suggest known keys.
+/// wins, but for lists, whose values are put together. Errors name the key, the file and its line, and suggest known keys.
 pub fn load<C: RunConfig>(args: impl IntoIterator<Item = String>) -> Result<Request<C>> {
     let command = command::<C>();
     let mut file = None;
     let mut flags = Vec::new();
-    let mut args = args.into_iter().peekable();
+    let args: Vec<String> = args.into_iter().collect();
+    let mut args = join_repeated(&command, &args).into_iter().peekable();
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "-h" | "--help" => return Ok(Request::Print(help::<C>()?)),

@@ -28,6 +28,7 @@ mod memory;
 mod model;
 mod optim;
 mod profile;
+mod repeated;
 mod reward;
 mod run;
 mod sampling;

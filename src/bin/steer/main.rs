@@ -5,8 +5,9 @@ mod forward;
 mod forward_input;
 mod generate;
 mod inspect;
+mod reward;
 
-use steersman::config::{self, Repeated, Request, RunConfig, did_you_mean};
+use steersman::config::{self, Request, RunConfig, did_you_mean};
 use steersman::model::fetch;
 use steersman::{Error, Result, cli, profile};
 
@@ -18,10 +19,11 @@ usage: steer COMMAND [FILE.toml] [--key value]...
   steer generate        answer one prompt, or chat
   steer eval            accuracy on a task's held-out problems, with its interval
   steer forward         logits, log-probs, loss and gradients of given token ids, as a file
+  steer reward test     what rewards say of a file of completions
   steer model inspect   family, sizes, sites, trainable parameters per adapter, memory estimate
   steer model fetch     download smollm2-135m-instruct into the user's cache
 
-steer COMMAND --help lists the keys of a command. Training: the programs sft and quickstart.
+steer COMMAND --help lists the keys of a command. Training: the programs sft, grpo and quickstart.
 ";
 
 const FETCH_HELP: &str = "\
@@ -31,22 +33,20 @@ Downloads a model into the user's cache, unless it is there, and prints its path
 smollm2-135m-instruct.
 ";
 
-/// Flags that may be repeated.
-const REPEATED: [&str; 2] = ["--adapter", "--stop"];
-
 fn main() -> std::process::ExitCode {
     cli::main(|args| {
         let words: Vec<&str> = args.iter().map(String::as_str).collect();
         match words.as_slice() {
-            [] | ["--help" | "-h" | "help", ..] | ["model", "--help" | "-h" | "help", ..] => {
-                cli::print(HELP)
-            }
+            [] | ["--help" | "-h" | "help", ..] => cli::print(HELP),
+            ["model" | "reward", "--help" | "-h" | "help", ..] => cli::print(HELP),
             ["--version" | "-V", ..] => {
                 cli::print(concat!("steersman ", env!("CARGO_PKG_VERSION"), "\n"))
             }
             ["generate", ..] => with_config(&args[1..], generate::run),
             ["eval", ..] => with_config(&args[1..], eval::run),
             ["forward", ..] => with_config(&args[1..], forward::run),
+            ["reward", "test", ..] => with_config(&args[2..], reward::run),
+            ["reward", ..] => Err(unknown(&args[1..], "steer reward", &["test"])),
             ["model", "inspect", path, ..]
                 if !path.starts_with('-') && !path.ends_with(".toml") =>
             {
@@ -58,7 +58,7 @@ fn main() -> std::process::ExitCode {
             ["model", "inspect", ..] => with_config(&args[2..], inspect::run),
             ["model", "fetch", rest @ ..] => fetch_model(rest),
             ["model", ..] => Err(unknown(&args[1..], "steer model", &["inspect", "fetch"])),
-            _ => Err(unknown(&args, "steer", &["generate", "eval", "forward", "model"])),
+            _ => Err(unknown(&args, "steer", &["generate", "eval", "forward", "model", "reward"])),
         }
     })
 }
@@ -76,7 +76,7 @@ fn unknown(args: &[String], program: &str, commands: &[&str]) -> Error {
 }
 
 fn with_config<C: RunConfig>(args: &[String], run: impl FnOnce(&C) -> Result<()>) -> Result<()> {
-    match config::load::<C>(join_repeated(args))? {
+    match config::load::<C>(args.to_vec())? {
         Request::Run(config) => profile::during(config.profile(), || run(&config)),
         Request::Print(text) => cli::print(&text),
     }
@@ -93,62 +93,5 @@ fn fetch_model(names: &[&str]) -> Result<()> {
             let near = did_you_mean(name, [fetch::SMOLLM2]);
             Err(Error::usage(format!("'{name}' is no model that steer can fetch{near}")))
         }
-    }
-}
-
-/// Gathers the values of a flag that is given several times, or with several values, into one. What
-/// ends in `.toml` is no value but the configuration file.
-fn join_repeated(args: &[String]) -> Vec<String> {
-    let mut joined: Vec<String> = Vec::new();
-    let mut values: Vec<(&str, Vec<String>)> = Vec::new();
-    let mut open = None;
-    for arg in args {
-        let (name, value) = arg.split_once('=').unwrap_or((arg, ""));
-        let repeated = REPEATED.iter().find(|flag| **flag == name).copied();
-        match (repeated, open) {
-            (Some(flag), _) => {
-                if !values.iter().any(|(known, _)| *known == flag) {
-                    values.push((flag, Vec::new()));
-                }
-                open = Some(flag);
-                if arg.contains('=') {
-                    values.iter_mut().filter(|v| v.0 == flag).for_each(|v| v.1.push(value.into()));
-                    open = None;
-                }
-            }
-            (None, Some(flag)) if !arg.starts_with("--") && !arg.ends_with(".toml") => {
-                values.iter_mut().filter(|v| v.0 == flag).for_each(|v| v.1.push(arg.clone()));
-            }
-            _ => {
-                open = None;
-                joined.push(arg.clone());
-            }
-        }
-    }
-    let separator = Repeated::SEPARATOR.to_string();
-    for (flag, values) in values {
-        joined.push(match values.is_empty() {
-            true => flag.to_string(),
-            false => format!("{flag}={}", values.join(&separator)),
-        });
-    }
-    joined
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_flag_given_several_times_or_with_several_values_becomes_one() {
-        let args = ["--adapter", "a", "b", "--input", "x", "--adapter=c", "--gradients"];
-        let joined = join_repeated(&args.map(String::from));
-        assert_eq!(joined, ["--input", "x", "--gradients", "--adapter=a\u{1f}b\u{1f}c"]);
-    }
-
-    #[test]
-    fn a_configuration_file_behind_a_repeated_flag_is_no_value_of_it() {
-        let joined = join_repeated(&["--adapter", "a", "recipe.toml", "b"].map(String::from));
-        assert_eq!(joined, ["recipe.toml", "b", "--adapter=a"]);
     }
 }
