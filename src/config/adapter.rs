@@ -105,15 +105,15 @@ impl LearningRates {
     ///
     /// | adapter | steering vector | other steering | LoRA |
     /// |---|---|---|---|
-    /// | steering | 5e-3 | 1e-3 | |
+    /// | steering | 2e-3 | 3e-4 | |
     /// | lora | | | 1e-4 |
     /// | joint | 1e-3 | 2e-4 | 1e-4 |
     pub fn rl_defaults(adapter: Adapter, kind: SteeringKind) -> Self {
         let steering = match (adapter, kind) {
             (Adapter::Joint, SteeringKind::Vector) => 1e-3,
             (Adapter::Joint, _) => 2e-4,
-            (_, SteeringKind::Vector) => 5e-3,
-            _ => 1e-3,
+            (_, SteeringKind::Vector) => 2e-3,
+            _ => 3e-4,
         };
         Self { steering, lora: 1e-4 }
     }

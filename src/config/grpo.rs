@@ -212,7 +212,8 @@ impl Default for GrpoConfig {
             reward: RewardArgs::default(),
             adapter: AdapterArgs::default(),
             grpo: GrpoArgs::default(),
-            optim: OptimArgs::default(),
+            // a warm-up begins with a step at a rate of 0, whose completions would be wasted
+            optim: OptimArgs { warmup_steps: 0.0, ..OptimArgs::default() },
             sampling: SamplingArgs::default(),
             train: TrainArgs {
                 output_dir: "runs/grpo".into(),

@@ -1,0 +1,302 @@
+//! Policy-gradient runs of the real program on a tiny model: ratios of 1 through whole runs, killed runs
+//! that end as unbroken ones, rewards that fail, and what is left behind.
+
+mod common;
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::program::{
+    Ran, adapter_files, checkpoints, command, metrics, names, run, series, text, toy_rows,
+};
+use common::shared;
+use serde_json::Value;
+
+const GRPO: &str = env!("CARGO_BIN_EXE_grpo");
+/// Dense enough for the completions of a group to differ.
+const REWARDS: &str =
+    "--reward_funcs repetition_penalty_reward(ngram=1) regex_reward(pattern=a.*a)";
+
+/// A tiny model, prompts, and a folder for runs.
+struct Place {
+    folder: tempfile::TempDir,
+    model: PathBuf,
+    rows: PathBuf,
+}
+
+impl Place {
+    fn new() -> Option<Self> {
+        let model = shared("models/stories260k")?;
+        let folder = tempfile::tempdir().unwrap();
+        let rows = toy_rows(folder.path(), 24);
+        Some(Place { folder, model, rows })
+    }
+
+    fn dir(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The arguments of a run of 12 steps into the folder `name`.
+    fn args(&self, name: &str, extra: &str) -> Vec<String> {
+        let fixed = "--max_steps 12 --prompts_per_step 3 --num_generations 4 --save_steps 2 \
+                     --max_completion_length 12 --max_eval_samples 4 --learning_rate 1e-2";
+        let dir = self.dir(name);
+        let paths = [
+            ("--model_name_or_path", text(&self.model)),
+            ("--dataset_name", text(&self.rows)),
+            ("--output_dir", text(&dir)),
+        ];
+        let paths = paths.into_iter().flat_map(|(flag, path)| [flag, path]);
+        let words = fixed.split_whitespace().chain(extra.split_whitespace());
+        paths.chain(words).map(String::from).collect()
+    }
+
+    fn run(&self, name: &str, extra: &str) -> Ran {
+        let args = self.args(name, extra);
+        run(GRPO, &args.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// Starts a run and kills it, as kill -9 does, `after` it has written so many lines of metrics.
+    fn kill(&self, name: &str, extra: &str, (lines, after): (usize, Duration)) {
+        let args = self.args(name, extra);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let mut child =
+            command(GRPO, &args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let (file, start) = (self.dir(name).join("metrics.jsonl"), Instant::now());
+        while fs::read_to_string(&file).map_or(0, |text| text.lines().count()) < lines {
+            assert!(start.elapsed() < Duration::from_secs(30), "the moment never came");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        std::thread::sleep(after);
+        child.kill().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(9), "the run was over too soon");
+    }
+}
+
+/// The metrics without the times, which no two runs share.
+fn timeless(output_dir: &Path) -> Vec<Value> {
+    let mut lines = metrics(output_dir);
+    for line in &mut lines {
+        let line = line.as_object_mut().unwrap();
+        line.retain(|name, _| name != "step_time" && !name.starts_with("time/"));
+    }
+    lines
+}
+
+fn assert_same_run(found: &Path, wanted: &Path, what: &str) {
+    assert_eq!(timeless(found), timeless(wanted), "{what}: metrics");
+    assert!(adapter_files(found).len() >= 2, "{what}: no adapter");
+    assert!(adapter_files(found) == adapter_files(wanted), "{what}: the adapter differs");
+    assert_eq!(checkpoints(found), checkpoints(wanted), "{what}");
+}
+
+#[test]
+fn the_ratio_is_one_through_whole_runs_of_every_adapter_and_loss() {
+    let Some(place) = Place::new() else { return };
+    let filters = "--top_p 0.9 --top_k 40 --temperature 0.8 --repetition_penalty 1.2";
+    for (i, keys) in [
+        "--adapter steering --steering_kind vector",
+        "--adapter steering --steering_kind linear --steering_positions first=2,last=3",
+        "--adapter steering --steering_kind silu --steering_site post_mlp --beta 0.04",
+        "--adapter lora --loss_type dr_grpo --scale_rewards none",
+        "--adapter joint --advantage_estimator rloo --matmul_precision medium",
+        "--loss_type grpo --importance_sampling_level sequence --dtype bf16",
+        "--loss_type cispo --entropy_coef 0.01 --top_entropy_quantile 0.5 --matmul_precision high",
+        "--advantage_estimator reinforce_plus_plus --beta 0.1 --kl_estimator k1 --kl_in_reward",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("run-{i}");
+        let filters = if i % 2 == 0 { filters } else { "--min_p 0.02" };
+        place.run(&name, &format!("{REWARDS} {keys} {filters} --max_steps 4")).ok();
+        let dir = place.dir(&name);
+        for end in ["min", "mean", "max"] {
+            let ratios = series(&dir, &format!("sampling/importance_sampling_ratio/{end}"));
+            // a step whose groups are all without spread computes nothing
+            assert!(
+                ratios.len() >= 2 && ratios.iter().all(|r| *r == 1.0),
+                "{keys} {end} {ratios:?}"
+            );
+        }
+        assert!(
+            series(&dir, "grad_norm").iter().filter(|norm| **norm > 0.0).count() >= 2,
+            "{keys}"
+        );
+        assert_eq!(series(&dir, "reward").len(), 4);
+    }
+}
+
+#[test]
+fn killed_runs_end_as_unbroken_ones() {
+    let Some(place) = Place::new() else { return };
+    // kills in sampling, reward and update alike: a step takes some hundredths of a second
+    let reward = place.dir("slow.py");
+    fs::write(&reward, SLOW_REWARD).unwrap();
+    let slow = format!("--reward_funcs repetition_penalty_reward(ngram=1) {}", text(&reward));
+    if Command::new("python3").arg("--version").output().is_err() {
+        return eprintln!("SKIPPED: python3 is missing");
+    }
+    for (i, keys) in [
+        format!("{slow} --adapter steering --eval_steps 4"),
+        format!("{slow} --adapter lora --num_iterations 2 --save_steps 1"),
+        format!("{slow} --adapter joint --dynamic_sampling --beta 0.1 --eval_steps 3"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let unbroken = format!("unbroken-{i}");
+        place.run(&unbroken, &keys).ok();
+        let resume = format!("{keys} --resume_from_checkpoint latest");
+        for (j, (lines, after)) in
+            [(1, 1), (3, 0), (3, 7), (5, 15), (6, 30)].into_iter().enumerate()
+        {
+            let name = format!("killed-{i}-{j}");
+            place.kill(&name, &keys, (lines, Duration::from_millis(after)));
+            place.run(&name, &resume).ok();
+            assert_same_run(&place.dir(&name), &place.dir(&unbroken), &format!("{keys}, kill {j}"));
+        }
+    }
+}
+
+/// Takes a while.
+const SLOW_REWARD: &str = "import time\ndef slow(completions, **kwargs):\n    time.sleep(0.02)\n    \
+    return [float(len(c) % 3) for c in completions]\n";
+
+#[test]
+fn completions_of_num_iterations_are_learnt_from_again_and_no_longer() {
+    let Some(place) = Place::new() else { return };
+    place.run("run", &format!("{REWARDS} --num_iterations 3 --max_steps 6")).ok();
+    let dir = place.dir("run");
+    let (lows, highs) = (
+        series(&dir, "sampling/importance_sampling_ratio/min"),
+        series(&dir, "sampling/importance_sampling_ratio/max"),
+    );
+    for (i, (low, high)) in lows.iter().zip(&highs).enumerate() {
+        assert_eq!(*low == 1.0 && *high == 1.0, i % 3 == 0, "step {}: {low} {high}", i + 1);
+    }
+    assert_eq!(series(&dir, "reward").len(), 2, "sampled every third step");
+}
+
+#[test]
+fn a_reward_that_fails_too_often_stops_the_run_with_a_checkpoint_to_go_on_from() {
+    let Some(place) = Place::new() else { return };
+    let file = place.dir("mine.py");
+    let good =
+        "def mine(completions, **kwargs):\n    return [float(len(c) % 3) for c in completions]\n";
+    // the reward is tried once before the run; evaluations come before step 1, then one call a step
+    let bad = "import os\ncalls = 0\ndef mine(completions, **kwargs):\n    global calls\n    \
+               calls += 1\n    if calls > 5:\n        raise ValueError('no more')\n    \
+               return [float(len(c) % 3) for c in completions]\n";
+    fs::write(&file, bad).unwrap();
+    let keys = format!("--reward_funcs {} --save_steps 100", text(&file));
+    let failed = place.run("broken", &keys);
+    if failed.stderr.contains("python3 cannot be started") {
+        return eprintln!("SKIPPED: python3 is missing");
+    }
+    let said = failed.sentence(1);
+    assert!(
+        said.starts_with("step 4: mine failed for 12 of 12 completions: mine.py line 7: "),
+        "{said}"
+    );
+    assert!(said.contains("ValueError: no more") && said.contains("checkpoint-3"), "{said}");
+    assert!(place.dir("broken/rewards/mine-0.stderr.log").exists());
+    fs::write(&file, good).unwrap();
+    place.run("broken", &format!("{keys} --resume_from_checkpoint latest")).ok();
+    place.run("whole", &keys).ok();
+    assert_eq!(timeless(&place.dir("broken")), timeless(&place.dir("whole")));
+    assert!(adapter_files(&place.dir("broken")) == adapter_files(&place.dir("whole")));
+}
+
+#[test]
+fn a_reward_that_fails_for_some_leaves_them_out_and_counts_them() {
+    let Some(place) = Place::new() else { return };
+    let file = place.dir("mine.py");
+    let some = "def mine(completions, **kwargs):\n    return [float('nan') if i % 4 == 0 else \
+                None if i % 4 == 1 else float(len(c) % 3) for i, c in enumerate(completions)]\n";
+    fs::write(&file, some).unwrap();
+    let keys = format!("--reward_funcs {} --max_steps 3", text(&file));
+    let ran = place.run("run", &keys);
+    if ran.stderr.contains("python3 cannot be started") {
+        return eprintln!("SKIPPED: python3 is missing");
+    }
+    ran.ok();
+    assert_eq!(series(&place.dir("run"), "reward_outcome/error"), [3.0; 3]);
+    assert_eq!(series(&place.dir("run"), "reward_failures"), [0.5; 3]);
+}
+
+#[test]
+fn a_reward_that_always_fails_stops_before_anything_is_trained() {
+    let Some(place) = Place::new() else { return };
+    for (reward, wanted) in [
+        (
+            "accuracy_reward",
+            "no gold answer in a column answer, solution, gold; its columns: completion",
+        ),
+        ("process:exit_at_once", "it ended with exit code 127"),
+    ] {
+        let failed = place.run("run", &format!("--reward_funcs {reward}"));
+        let said = failed.sentence(1).to_string();
+        assert!(said.contains(wanted) && said.contains("nothing was trained"), "{said}");
+        assert!(checkpoints(&place.dir("run")).is_empty());
+        fs::remove_dir_all(place.dir("run")).unwrap();
+    }
+    let failed = place.run("run", "--reward_funcs acuracy_reward");
+    assert!(failed.only_sentence(2).contains("did you mean accuracy_reward?"));
+    assert!(!place.dir("run").exists());
+}
+
+#[test]
+fn completions_are_shown_and_kept_as_tables() {
+    let Some(place) = Place::new() else { return };
+    let keys = format!("{REWARDS} --max_steps 2 --log_completions --num_completions_to_print 3");
+    let said = place.run("run", &keys).ok().stderr;
+    assert_eq!(said.matches("tokens\n    ").count(), 2 * 3, "{said}");
+    let folder = place.dir("run/completions");
+    assert_eq!(names(&folder), ["completions_00001.parquet", "completions_00002.parquet"]);
+    let rows = datasets::read_rows(&folder.join("completions_00002.parquet")).unwrap();
+    assert_eq!(rows.len(), 12);
+    let mean = rows.iter().map(|row| row["reward"].as_f64().unwrap()).sum::<f64>() / 12.0;
+    let logged = series(&place.dir("run"), "reward")[1];
+    assert!((mean - logged).abs() < 1e-12, "{mean} {logged}");
+    assert!(rows.iter().all(|row| row["prompt"].as_str().unwrap().contains("likes")));
+}
+
+#[test]
+fn stop_strings_end_completions_and_are_counted() {
+    let Some(place) = Place::new() else { return };
+    place.run("run", &format!("{REWARDS} --max_steps 2 --stop a --stop e")).ok();
+    let stopped = series(&place.dir("run"), "stop/stop_string");
+    assert!(stopped.iter().all(|count| *count > 6.0), "{stopped:?}");
+    assert!(series(&place.dir("run"), "completions/mean_length").iter().all(|mean| *mean < 9.0));
+}
+
+#[test]
+fn the_micro_batch_and_the_number_of_sequences_change_no_metric() {
+    let Some(place) = Place::new() else { return };
+    let keys = format!("{REWARDS} --max_steps 3 --beta 0.05");
+    place.run("whole", &format!("{keys} --micro_batch_tokens 0")).ok();
+    place.run("parts", &format!("{keys} --micro_batch_tokens 1 --max_num_seqs 2")).ok();
+    let (whole, parts) = (place.dir("whole"), place.dir("parts"));
+    for name in ["reward", "entropy", "kl", "loss", "grad_norm"] {
+        for (a, b) in series(&whole, name).iter().zip(series(&parts, name)) {
+            assert!((a - b).abs() <= 2e-5 * a.abs().max(1e-3), "{name}: {a} {b}");
+        }
+    }
+}
+
+#[test]
+fn an_adapter_can_be_the_start_and_the_reference() {
+    let Some(place) = Place::new() else { return };
+    place.run("first", &format!("{REWARDS} --max_steps 2")).ok();
+    let first = place.dir("first");
+    let keys =
+        format!("{REWARDS} --max_steps 1 --beta 0.1 --adapter_name_or_path {}", text(&first));
+    place.run("base", &keys).ok();
+    place.run("own", &format!("{keys} --reference adapter")).ok();
+    assert!(series(&place.dir("base"), "kl")[0] > 0.0);
+    assert_eq!(series(&place.dir("own"), "kl"), [0.0]);
+}
