@@ -1,6 +1,7 @@
 //! Keys of the data: which rows, and how they become prompts.
 
 use clap::Args;
+use datasets::Task;
 use serde::{Deserialize, Serialize};
 
 use super::check::require;
@@ -12,7 +13,8 @@ use crate::{Error, Result};
 #[command(next_help_heading = "Data", rename_all = "snake_case")]
 #[serde(default)]
 pub struct DataArgs {
-    /// Task name (gsm8k, listops, instruct), path of a JSONL, JSON or parquet file, or hub id.
+    /// Task name (gsm8k, aqua, addsub, multiarith, singleeq, arithmetic, listops, instruct), path of a
+    /// JSONL, JSON or parquet file, or hub id.
     pub dataset_name: Option<String>,
     /// Split that is trained on.
     pub dataset_train_split: String,
@@ -59,10 +61,10 @@ impl DataArgs {
     /// The data set's name, or an error that says how to give one.
     pub fn dataset(&self) -> Result<&str> {
         self.dataset_name.as_deref().filter(|name| !name.is_empty()).ok_or_else(|| {
-            Error::usage(
-                "dataset_name is not set; give a task (gsm8k, listops, instruct), a file or a hub \
-                 id",
-            )
+            let tasks = Task::names().join(", ");
+            Error::usage(format!(
+                "dataset_name is not set; give a task ({tasks}), a file or a hub id"
+            ))
         })
     }
 

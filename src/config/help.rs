@@ -83,7 +83,7 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::SftConfig;
+    use super::super::{GrpoConfig, SftConfig};
     use super::*;
     use std::path::Path;
 
@@ -98,12 +98,23 @@ mod tests {
     }
 
     #[test]
+    fn the_keys_of_policy_gradient_runs_are_named_too() {
+        let help = help::<GrpoConfig>().unwrap();
+        for key in to_table(&GrpoConfig::default()).unwrap().keys() {
+            assert!(help.contains(&format!("--{key} <")), "{key}");
+        }
+    }
+
+    #[test]
     fn the_documented_keys_are_those_of_the_help() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
         let text = std::fs::read_to_string(&path).unwrap();
         let (before, rest) = text.split_once("```text\n").unwrap();
+        let (_, rest) = rest.split_once("```\n").unwrap();
+        let (between, rest) = rest.split_once("```text\n").unwrap();
         let (_, after) = rest.split_once("```\n").unwrap();
-        let fresh = format!("{before}```text\n{}```\n{after}", help::<SftConfig>().unwrap());
+        let [sft, grpo] = [help::<SftConfig>().unwrap(), help::<GrpoConfig>().unwrap()];
+        let fresh = format!("{before}```text\n{sft}```\n{between}```text\n{grpo}```\n{after}");
         if std::env::var_os("STEERSMAN_UPDATE_DOCS").is_some() {
             std::fs::write(&path, &fresh).unwrap();
         } else {

@@ -13,7 +13,8 @@ use crate::Result;
 #[command(next_help_heading = "Optimisation", rename_all = "snake_case")]
 #[serde(default)]
 pub struct OptimArgs {
-    /// Peak learning rate; unset = by adapter: steering 2e-3 (vector 1e-2), lora 2e-4, joint 2e-4.
+    /// Peak learning rate; unset = by adapter; in sft: steering 2e-3 (vector 1e-2), lora and joint
+    /// 2e-4; in grpo: steering 3e-4 (vector 2e-3), lora 1e-4, joint 2e-4 and 1e-4.
     pub learning_rate: Option<f64>,
     /// Course of the learning rate.
     pub lr_scheduler_type: LrSchedulerType,

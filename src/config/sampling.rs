@@ -14,7 +14,8 @@ use crate::rollout::SamplingParams;
 #[command(next_help_heading = "Generation", rename_all = "snake_case")]
 #[serde(default)]
 pub struct SamplingArgs {
-    /// Longest completion in tokens; unset = the task's own (gsm8k 320, listops 8), else 512.
+    /// Longest completion in tokens; unset = the task's own (gsm8k 320, aqua 256, arithmetic
+    /// 128, listops 8), else 512.
     pub max_completion_length: Option<usize>,
     /// Divides the logits.
     pub temperature: f64,
