@@ -106,8 +106,8 @@ impl LearningRates {
     /// | adapter | steering vector | other steering | LoRA |
     /// |---|---|---|---|
     /// | steering | 2e-3 | 3e-4 | |
-    /// | lora | | | 1e-4 |
-    /// | joint | 1e-3 | 2e-4 | 1e-4 |
+    /// | lora | | | 3e-4 |
+    /// | joint | 1e-3 | 2e-4 | 2e-4 |
     pub fn rl_defaults(adapter: Adapter, kind: SteeringKind) -> Self {
         let steering = match (adapter, kind) {
             (Adapter::Joint, SteeringKind::Vector) => 1e-3,
@@ -115,7 +115,8 @@ impl LearningRates {
             (_, SteeringKind::Vector) => 2e-3,
             _ => 3e-4,
         };
-        Self { steering, lora: 1e-4 }
+        let lora = if adapter == Adapter::Joint { 2e-4 } else { 3e-4 };
+        Self { steering, lora }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::Result;
 #[serde(default)]
 pub struct OptimArgs {
     /// Peak learning rate; unset = by adapter; in sft: steering 2e-3 (vector 1e-2), lora and joint
-    /// 2e-4; in grpo: steering 3e-4 (vector 2e-3), lora 1e-4, joint 2e-4 and 1e-4.
+    /// 2e-4; in grpo: steering 3e-4 (vector 2e-3), lora 3e-4, joint 2e-4.
     pub learning_rate: Option<f64>,
     /// Course of the learning rate.
     pub lr_scheduler_type: LrSchedulerType,
