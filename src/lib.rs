@@ -1,5 +1,6 @@
-//! Post-training of language models by steering them: supervised tuning in which the only trainable
-//! parameters are small shifts of each block's output (arXiv:2603.00425), LoRA, or both.
+//! Post-training of language models by steering them: supervised tuning and policy-gradient training in
+//! which the only trainable parameters are small shifts of each block's output (arXiv:2603.00425), LoRA,
+//! or both.
 //!
 //! `README.md` says how to use the programs, `ARCHITECTURE.md` how the library is built. The shortest
 //! whole program over the library is `recipes/quickstart.rs`.

@@ -52,6 +52,16 @@ def grpo(adapter, precision, dtype):
     )
 
 
+def trl(precision):
+    """A whole step of sampling, rewards and update against TRL, which is at its fastest in f32 on a CPU."""
+    return Case(
+        name=f"trl-lora-{precision}",
+        row=f"GRPO step, lora, `{precision}` / TRL f32",
+        ours=["grpo_step", "--adapter", "lora", "--matmul_precision", precision],
+        theirs=["grpo_step.py"],
+    )
+
+
 def generate(sequences, precision):
     """Sampling against transformers' f32, its faster type on a CPU; 64 sequences share 8 prompts."""
     flags = ["--sequences", str(sequences), "--prompt_tokens", "128", "--new_tokens", "128"]
@@ -81,6 +91,7 @@ ADAPTERS = ("steering", "lora")
 CASES = [
     *(sft(adapter, *pair) for adapter in ADAPTERS for pair in PRECISIONS),
     *(grpo(adapter, *pair) for adapter in ADAPTERS for pair in PRECISIONS),
+    *(trl(precision) for precision in ("high", "medium")),
     *(generate(n, precision) for n in (1, 16, 64) for precision in ("high", "medium")),
     *(llama(n, *pair) for n in (1, 16, 64) for pair in (("high", "f32"), ("medium", "bf16"))),
 ]

@@ -31,10 +31,13 @@ pub(crate) const NAMES: [&str; 8] = [
     "cosine_length_reward",
 ];
 
+/// A function of one completion.
+type OfSample = Box<dyn Fn(&Sample) -> Score>;
+
 /// A reward that is a function of one completion.
 struct PerSample {
     name: String,
-    score: Box<dyn Fn(&Sample) -> Score>,
+    score: OfSample,
 }
 
 impl Reward for PerSample {
@@ -51,7 +54,7 @@ impl Reward for PerSample {
 pub(crate) fn build(text: &str, options: &ParseOptions) -> Result<Box<dyn Reward>, String> {
     let mut spec = Spec::parse(text)?;
     let name = spec.name.clone();
-    let (score, known): (Box<dyn Fn(&Sample) -> Score>, &[&str]) = match name.as_str() {
+    let (score, known): (OfSample, &[&str]) = match name.as_str() {
         "accuracy_reward" => {
             (accuracy(&mut spec, options)?, &["grader", "column", "right", "wrong"])
         }
@@ -151,10 +154,7 @@ fn gold(columns: &Row, column: Option<&str>) -> Result<String, String> {
     }
 }
 
-fn accuracy(
-    spec: &mut Spec,
-    options: &ParseOptions,
-) -> Result<Box<dyn Fn(&Sample) -> Score>, String> {
+fn accuracy(spec: &mut Spec, options: &ParseOptions) -> Result<OfSample, String> {
     let grading = Grading::take(spec, options)?;
     let (right, wrong) = (spec.take("right", 1.0)?, spec.take("wrong", 0.0)?);
     Ok(Box::new(move |sample| match grading.outcome(sample) {
@@ -164,7 +164,7 @@ fn accuracy(
     }))
 }
 
-fn exact_match(spec: &mut Spec) -> Result<Box<dyn Fn(&Sample) -> Score>, String> {
+fn exact_match(spec: &mut Spec) -> Result<OfSample, String> {
     let column: Option<String> = spec.take_option("column")?;
     Ok(Box::new(move |sample| match gold(sample.columns, column.as_deref()) {
         Ok(gold) if sample.completion.trim() == gold.trim() => Score::Graded(1.0, Outcome::Right),
@@ -173,7 +173,7 @@ fn exact_match(spec: &mut Spec) -> Result<Box<dyn Fn(&Sample) -> Score>, String>
     }))
 }
 
-fn matches(spec: &mut Spec) -> Result<Box<dyn Fn(&Sample) -> Score>, String> {
+fn matches(spec: &mut Spec) -> Result<OfSample, String> {
     let pattern: Option<String> = spec.take_option("pattern")?;
     let pattern =
         pattern.ok_or("regex_reward wants a pattern, as in regex_reward(pattern=\"…\")")?;
@@ -185,7 +185,7 @@ fn matches(spec: &mut Spec) -> Result<Box<dyn Fn(&Sample) -> Score>, String> {
     Ok(Box::new(move |sample| Score::Value(f64::from(regex.is_match(sample.completion)))))
 }
 
-fn tag_format(spec: &mut Spec) -> Result<Box<dyn Fn(&Sample) -> Score>, String> {
+fn tag_format(spec: &mut Spec) -> Result<OfSample, String> {
     let tags = spec.take("tags", "think|answer".to_string())?;
     Ok(Box::new(move |sample| {
         let tags: Vec<&str> = tags.split('|').map(str::trim).collect();
@@ -193,10 +193,7 @@ fn tag_format(spec: &mut Spec) -> Result<Box<dyn Fn(&Sample) -> Score>, String> 
     }))
 }
 
-fn overlong(
-    spec: &mut Spec,
-    options: &ParseOptions,
-) -> Result<Box<dyn Fn(&Sample) -> Score>, String> {
+fn overlong(spec: &mut Spec, options: &ParseOptions) -> Result<OfSample, String> {
     let longest = spec.take("max_length", options.max_completion_length)?;
     let cache = spec.take("cache", longest / 5)?;
     Ok(Box::new(move |sample| {
@@ -204,7 +201,7 @@ fn overlong(
     }))
 }
 
-fn repeats(spec: &mut Spec) -> Result<Box<dyn Fn(&Sample) -> Score>, String> {
+fn repeats(spec: &mut Spec) -> Result<OfSample, String> {
     let (n, most) = (spec.take("ngram", 3)?, spec.take("max_penalty", -1.0)?);
     if most > 0.0 {
         return Err(format!(
@@ -214,10 +211,7 @@ fn repeats(spec: &mut Spec) -> Result<Box<dyn Fn(&Sample) -> Score>, String> {
     Ok(Box::new(move |sample| Score::Value(repetition(sample.completion, n, most))))
 }
 
-fn cosine(
-    spec: &mut Spec,
-    options: &ParseOptions,
-) -> Result<Box<dyn Fn(&Sample) -> Score>, String> {
+fn cosine(spec: &mut Spec, options: &ParseOptions) -> Result<OfSample, String> {
     let (grading, default) = (Grading::take(spec, options)?, CosineLength::default());
     let curve = CosineLength {
         right_short: spec.take("right_short", default.right_short)?,

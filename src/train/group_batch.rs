@@ -185,7 +185,7 @@ mod tests {
             tokens in 0usize..30,
         ) {
             let groups: Vec<Group> = shapes.iter().map(|(p, lengths)| group(*p, lengths)).collect();
-            let wanted = |g: usize, c: usize| (g + c) % 3 != 0;
+            let wanted = |g: usize, c: usize| !(g + c).is_multiple_of(3);
             let batches = micro_batches(&groups, &wanted, tokens);
             let mut seen = Vec::new();
             for batch in &batches {
