@@ -131,6 +131,22 @@ fn the_ratio_is_one_through_whole_runs_of_every_adapter_and_loss() {
 }
 
 #[test]
+fn a_sampler_of_lower_precision_is_corrected_for() {
+    let Some(place) = Place::new() else { return };
+    let keys = format!(
+        "{REWARDS} --max_steps 4 --num_iterations 2 --dtype bf16 --rollout_matmul_precision medium"
+    );
+    place.run("run", &keys).ok();
+    let dir = place.dir("run");
+    let ratios = series(&dir, "sampling/importance_sampling_ratio/max");
+    assert_eq!((ratios[0], ratios[2]), (1.0, 1.0), "the ratio is to the trainer's own log-probs");
+    let corrections = series(&dir, "sampling/correction_mean");
+    assert_eq!(corrections.len(), 4);
+    let near = |mean: &f64| *mean != 1.0 && (mean - 1.0).abs() < 0.05;
+    assert!(corrections.iter().all(near), "{corrections:?}");
+}
+
+#[test]
 fn killed_runs_end_as_unbroken_ones() {
     let Some(place) = Place::new() else { return };
     // kills in sampling, reward and update alike: a step takes some hundredths of a second

@@ -7,10 +7,12 @@ use common::passes::{Adapters, adapter_sets, assert_same_bits, joint, lora, seve
 use common::{policy_stored_as, relative, shared};
 use steersman::config::{KlEstimator, LossType};
 use steersman::model::Policy;
-use steersman::ops::{Engine, Gradients, WeightDtype};
+use steersman::ops::{Engine, Gradients, MatmulPrecision, WeightDtype};
 use steersman::rollout::{GenerateOptions, Generator, Group, SamplingParams, sample_groups};
 use steersman::train::loss::policy::{Normaliser, PolicyLoss};
-use steersman::train::policy_gradient::{Cut, Objective, Step, Sums, gradients, plain_logps};
+use steersman::train::policy_gradient::{
+    Cut, Objective, OffPolicy, Step, Sums, gradients, plain_logps,
+};
 
 const G: usize = 4;
 
@@ -57,7 +59,8 @@ fn step(
         max_completion_length: 9,
     };
     let (reference, chosen) = (&reference[..], &[][..]);
-    let step = Step { groups, advantages, reference, chosen, normaliser, on_policy };
+    let off_policy = None;
+    let step = Step { groups, advantages, reference, chosen, normaliser, on_policy, off_policy };
     let cut = Cut { micro_batch_tokens, gradient_checkpointing };
     gradients(policy, adapters, &step, objective, cut).unwrap()
 }
@@ -135,7 +138,8 @@ fn a_log_prob_that_was_not_sampled_stops_the_step() {
     let (reference, chosen, advantages) = (&[][..], &[][..], advantages());
     let normaliser = Normaliser { completions: 11, tokens: 60, max_completion_length: 9 };
     let (groups, advantages) = (&groups[..], &advantages[..]);
-    let step = Step { groups, advantages, reference, chosen, normaliser, on_policy: true };
+    let (on_policy, off_policy) = (true, None);
+    let step = Step { groups, advantages, reference, chosen, normaliser, on_policy, off_policy };
     let cut = Cut { micro_batch_tokens: 0, gradient_checkpointing: false };
     let objective = objective(PolicyLoss::default(), 0.0, SamplingParams::default());
     let error = gradients(&policy, &adapters, &step, &objective, cut).err().unwrap().to_string();
@@ -187,6 +191,47 @@ fn gradients_do_not_depend_on_the_cut_the_order_or_the_way_they_are_computed() {
             near(&of(&turned, &signs, (0, false, true)).1, "reversed");
         }
     }
+}
+
+#[test]
+fn completions_of_another_sampler_weigh_what_their_probabilities_say() {
+    let Some(policy) = policy("llama3-scaled-rope") else { return };
+    let adapters: Adapters = vec![lora(&policy)];
+    let sampler = policy.at_precision(MatmulPrecision::Medium);
+    let groups = sampled(&sampler, &adapters, SamplingParams::default());
+    let objective = objective(PolicyLoss::default(), 0.0, SamplingParams::default());
+    let (reference, chosen, advantages) = (&[][..], &[][..], &advantages()[..]);
+    let normaliser = Normaliser { completions: 11, tokens: 60, max_completion_length: 9 };
+    let groups = &groups[..];
+    let of = |groups: &[Group], old: &[Vec<f32>], cap: f64, on_policy: bool| {
+        let off_policy = Some(OffPolicy { old, cap });
+        let step =
+            Step { groups, advantages, reference, chosen, normaliser, on_policy, off_policy };
+        let cut = Cut { micro_batch_tokens: 0, gradient_checkpointing: false };
+        gradients(&policy, &adapters, &step, &objective, cut).unwrap()
+    };
+    let (sums, weighted) = of(groups, &[], 10.0, true);
+    assert_eq!((sums.ratio_min, sums.ratio_max), (1.0, 1.0), "the ratio is to the trainer's own");
+    assert!(sums.correction != sums.tokens as f64, "the sampler was the trainer");
+    assert!((sums.correction / sums.tokens as f64 - 1.0).abs() < 0.05, "{}", sums.correction);
+    // weights that are all capped scale the gradient
+    let (_, capped) = of(groups, &[], 1e-3, true);
+    let mut plain = groups.to_vec();
+    for (place, logps) in &sums.old {
+        plain[place / G].completions[place % G].logps.clone_from(logps);
+    }
+    let (_, unweighted) = of(&plain, &[], 10.0, true);
+    for (key, gradient) in &unweighted {
+        assert!(relative(&(&capped[key] * 1e3).unwrap(), gradient) < 1e-5, "{key}");
+        let off = relative(&weighted[key], gradient);
+        assert!(off > 0.0 && off < 0.2, "{key}: {off}");
+    }
+    // the stored log-probs take their place in later steps
+    let mut old = vec![Vec::new(); 3 * G];
+    sums.old.iter().for_each(|(place, logps)| old[*place].clone_from(logps));
+    let (again, later) = of(groups, &old, 10.0, false);
+    assert_eq!((again.ratio_min, again.ratio_max), (1.0, 1.0));
+    assert_same_bits(&weighted, &later, "stored log-probs");
 }
 
 #[test]

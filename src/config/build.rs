@@ -33,12 +33,7 @@ impl ModelArgs {
                 Error::usage(format!("device {} cannot be used here: {error}", self.device))
             })?,
         };
-        let precision = match self.matmul_precision {
-            MatmulPrecision::Highest => ops::MatmulPrecision::Highest,
-            MatmulPrecision::High => ops::MatmulPrecision::High,
-            MatmulPrecision::Medium => ops::MatmulPrecision::Medium,
-        };
-        Ok(Engine::new(device, precision))
+        Ok(Engine::new(device, self.matmul_precision.of_ops()))
     }
 
     /// The storage of the model's matrices; nothing for the checkpoint's own.
@@ -47,6 +42,17 @@ impl ModelArgs {
             Dtype::Auto => None,
             Dtype::F32 => Some(WeightDtype::F32),
             Dtype::Bf16 => Some(WeightDtype::Bf16),
+        }
+    }
+}
+
+impl MatmulPrecision {
+    /// The engine's name of it.
+    pub fn of_ops(self) -> ops::MatmulPrecision {
+        match self {
+            MatmulPrecision::Highest => ops::MatmulPrecision::Highest,
+            MatmulPrecision::High => ops::MatmulPrecision::High,
+            MatmulPrecision::Medium => ops::MatmulPrecision::Medium,
         }
     }
 }

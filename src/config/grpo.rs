@@ -55,6 +55,9 @@ pub struct GrpoArgs {
     pub kl_in_reward: bool,
     /// Whose distribution it is from: base = adapters off, adapter = adapter_name_or_path.
     pub reference: Reference,
+    /// Cap of the weights min(p / q, cap) of tokens that were sampled with probability q and have p in
+    /// training, where rollout_matmul_precision makes them differ.
+    pub importance_sampling_cap: f64,
     /// Weight of an entropy bonus in the loss; 0 = off.
     pub entropy_coef: f64,
     /// Learn from this share of the tokens only, those of highest entropy; 1 = from all.
@@ -88,6 +91,7 @@ impl Default for GrpoArgs {
             kl_estimator: KlEstimator::K3,
             kl_in_reward: false,
             reference: Reference::Base,
+            importance_sampling_cap: 2.0,
             entropy_coef: 0.0,
             top_entropy_quantile: 1.0,
             mask_truncated_completions: false,
@@ -135,6 +139,10 @@ impl GrpoArgs {
         require(
             self.top_entropy_quantile > 0.0 && self.top_entropy_quantile <= 1.0,
             "top_entropy_quantile must be above 0 and at most 1",
+        )?;
+        require(
+            self.importance_sampling_cap.is_finite() && self.importance_sampling_cap > 0.0,
+            "importance_sampling_cap must be above 0",
         )?;
         self.validate_together()
     }
@@ -219,7 +227,7 @@ impl Default for GrpoConfig {
                 output_dir: "runs/grpo".into(),
                 logging_steps: 1,
                 save_steps: 50,
-                eval_accuracy: EvalAccuracy::Ends,
+                eval_accuracy: EvalAccuracy::Steps,
                 metric_for_best_model: BestMetric::EvalReward,
                 ..TrainArgs::default()
             },

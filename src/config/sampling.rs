@@ -5,6 +5,7 @@ use datasets::Task;
 use serde::{Deserialize, Serialize};
 
 use super::check::require;
+use super::choices::MatmulPrecision;
 use super::values::Repeated;
 use crate::Result;
 use crate::rollout::SamplingParams;
@@ -29,6 +30,9 @@ pub struct SamplingArgs {
     pub repetition_penalty: f64,
     /// Texts that end a completion; may be given several times.
     pub stop: Repeated,
+    /// matmul_precision while sampling; unset = that of training. A lower one is faster, and the
+    /// difference is corrected for (importance_sampling_cap).
+    pub rollout_matmul_precision: Option<MatmulPrecision>,
     /// Sequences that are sampled at once; changes memory and speed, not results.
     pub max_num_seqs: usize,
 }
@@ -43,6 +47,7 @@ impl Default for SamplingArgs {
             min_p: 0.0,
             repetition_penalty: 1.0,
             stop: Repeated::default(),
+            rollout_matmul_precision: None,
             max_num_seqs: 64,
         }
     }
@@ -53,6 +58,11 @@ impl SamplingArgs {
     pub fn longest_completion(&self, dataset: &str) -> usize {
         let of_task = Task::find(dataset).map_or(512, Task::max_completion_length);
         self.max_completion_length.unwrap_or(of_task)
+    }
+
+    /// The precision of products while sampling, if it is set.
+    pub fn precision(&self) -> Option<crate::ops::MatmulPrecision> {
+        self.rollout_matmul_precision.map(MatmulPrecision::of_ops)
     }
 
     /// How tokens are drawn.

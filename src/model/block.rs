@@ -20,12 +20,14 @@ use crate::ops::{self, AttentionShape, Engine, GluActivation, KvCache, Rotary, S
 use crate::ops::{Tape, Value, Weight, WeightDtype};
 
 /// A frozen linear map and its bias.
+#[derive(Clone)]
 struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
 }
 
 /// The frozen weights of one block.
+#[derive(Clone)]
 pub(super) struct Block {
     linears: Vec<Linear>,
     input_norm: Tensor,

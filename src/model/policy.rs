@@ -12,7 +12,9 @@ use super::trace::Trace;
 use super::weights::Weights;
 use crate::Result;
 use crate::adapter::Adapter;
-use crate::ops::{self, Distribution, Engine, Head, KvCache, Pull, Rotary, SlotId, Tape, Target};
+use crate::ops::{
+    self, Distribution, Engine, Head, KvCache, MatmulPrecision, Pull, Rotary, SlotId, Tape, Target,
+};
 use crate::ops::{Value, Weight, WeightDtype};
 
 /// Tokens that go through the blocks at once: enough for products at full speed on the threads that
@@ -21,7 +23,8 @@ pub fn part_tokens() -> usize {
     (512 * rayon::current_num_threads()).clamp(1024, 8192)
 }
 
-/// A decoder-only language model of any supported family, all its weights frozen.
+/// A decoder-only language model of any supported family, all its weights frozen. A clone shares them.
+#[derive(Clone)]
 pub struct Policy {
     config: ModelConfig,
     engine: Engine,
@@ -80,6 +83,12 @@ impl Policy {
     pub fn composed(mut self) -> Self {
         self.engine = self.engine.composed();
         self
+    }
+
+    /// The same weights with products of another precision.
+    pub fn at_precision(&self, precision: MatmulPrecision) -> Self {
+        let engine = self.engine.with_precision(precision);
+        Policy { engine, ..self.clone() }
     }
 
     /// Bytes of all matrices in memory.

@@ -37,6 +37,11 @@ impl Engine {
         Engine { fused: false, ..self.clone() }
     }
 
+    /// The same device with products of another precision.
+    pub fn with_precision(&self, precision: MatmulPrecision) -> Self {
+        Engine { precision, ..self.clone() }
+    }
+
     /// The device of activations and parameters.
     pub fn device(&self) -> &Device {
         &self.device

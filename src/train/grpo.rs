@@ -15,7 +15,7 @@ use super::learner::{Learner, Update};
 use super::loss::advantage::{Advantages, Baseline, advantages, mean};
 use super::loss::policy::PolicyLoss;
 use super::plan::{LongestCase, Plan};
-use super::policy_gradient::{Cut, Objective, Step, Sums, gradients, plain_logps};
+use super::policy_gradient::{Cut, Objective, OffPolicy, Step, Sums, gradients, plain_logps};
 use super::prompts::{PromptTokens, digest};
 use super::rollouts::{Rollouts, normaliser, top_entropy};
 use super::run::{StepReport, Trainer};
@@ -37,6 +37,8 @@ pub struct GrpoTrainer<'a> {
     text: &'a TextModel,
     prompts: &'a [PromptTokens],
     learner: Learner<'a>,
+    /// The policy that samples, where it is of another precision.
+    sampler: Option<Policy>,
     /// The adapters that the divergence is from; none = the base.
     reference: Vec<Box<dyn Adapter>>,
     objective: Objective,
@@ -92,7 +94,9 @@ impl<'a> GrpoTrainer<'a> {
             kl_estimator: grpo.kl_estimator,
         };
         let sampling = config.sampling.params();
+        let precision = config.sampling.precision().filter(|p| *p != policy.engine().precision());
         Ok(GrpoTrainer {
+            sampler: precision.map(|precision| policy.at_precision(precision)),
             objective: Objective { loss, entropy_coef: grpo.entropy_coef, sampling },
             options: GenerateOptions {
                 max_new_tokens: config.sampling.longest_completion(config.data.dataset()?),
@@ -151,6 +155,11 @@ impl<'a> GrpoTrainer<'a> {
         (wanted > 0).then(|| (0..wanted).map(draw).collect())
     }
 
+    /// The policy that samples.
+    fn sampler(&self) -> &Policy {
+        self.sampler.as_ref().unwrap_or(self.learner.policy())
+    }
+
     /// Samples `num_generations` completions of each prompt.
     ///
     /// # Errors
@@ -161,7 +170,7 @@ impl<'a> GrpoTrainer<'a> {
         let options = GenerateOptions { step: state.global_step, ..self.options.clone() };
         let stops = StopStrings::new(&self.text.tokenizer, &self.config.sampling.stop.0);
         let found = |tokens: &[u32]| stops.found(tokens);
-        let (policy, adapters) = (self.learner.policy(), self.learner.adapters());
+        let (policy, adapters) = (self.sampler(), self.learner.adapters());
         let generator = Generator::new(policy, adapters, &options, Some(&found));
         let prompt = |(id, row): &Drawn| (*id, *row, self.prompts[*row].input_ids.clone());
         let prompts = drawn.iter().map(prompt).collect();
@@ -238,7 +247,18 @@ impl<'a> GrpoTrainer<'a> {
         let chosen = top_entropy(&groups, &values, grpo.top_entropy_quantile);
         let reference = if grpo.kl_in_loss() { reference } else { Vec::new() };
         let advantages = values;
-        Ok(Rollouts { groups, advantages, reference, chosen, normaliser, used: 0, cursor, metrics })
+        let old = Vec::new();
+        Ok(Rollouts {
+            groups,
+            advantages,
+            reference,
+            chosen,
+            old,
+            normaliser,
+            used: 0,
+            cursor,
+            metrics,
+        })
     }
 
     /// Log-probs of completions without filters.
@@ -282,6 +302,10 @@ impl<'a> GrpoTrainer<'a> {
             chosen: &rollouts.chosen,
             normaliser: rollouts.normaliser,
             on_policy: age == 0,
+            off_policy: self.sampler.as_ref().map(|_| OffPolicy {
+                old: &rollouts.old,
+                cap: self.config.grpo.importance_sampling_cap,
+            }),
         };
         let Plan { micro_batch_tokens, gradient_checkpointing, .. } = self.plan;
         let cut = Cut { micro_batch_tokens, gradient_checkpointing };
@@ -305,6 +329,11 @@ impl<'a> GrpoTrainer<'a> {
         state.cursor = rollouts.cursor;
         state.epoch = rollouts.cursor.epoch as f64 + rollouts.cursor.row as f64 / rows;
         rollouts.used += 1;
+        if rollouts.used == 1 && !sums.old.is_empty() {
+            rollouts.old = vec![Vec::new(); rollouts.advantages.len()];
+            let of_places = sums.old.iter().cloned();
+            of_places.for_each(|(place, logps)| rollouts.old[place] = logps);
+        }
         let mut metrics = std::mem::take(&mut rollouts.metrics);
         let seconds = started.elapsed().as_secs_f64();
         metrics.extend(self.metrics(&sums, update).with(Fold::Mean, "time/train", seconds));
@@ -334,6 +363,9 @@ impl<'a> GrpoTrainer<'a> {
         }
         if self.config.grpo.kl_in_loss() {
             metrics.push(Fold::Mean, "kl", sums.kl / tokens);
+        }
+        if self.sampler.is_some() && sums.tokens > 0 {
+            metrics.push(Fold::Mean, "sampling/correction_mean", sums.correction / tokens);
         }
         metrics.with(Fold::Last, "num_tokens", state.num_tokens as f64).with(
             Fold::Last,

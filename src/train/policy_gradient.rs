@@ -29,6 +29,18 @@ pub struct Step<'a> {
     pub normaliser: Normaliser,
     /// The adapters are those that sampled.
     pub on_policy: bool,
+    /// Set where another sampler recorded the log-probs, such as one of another precision.
+    pub off_policy: Option<OffPolicy<'a>>,
+}
+
+/// How completions of another sampler are learnt from: the importance ratio is taken to the trainer's own
+/// log-probs of the policy that sampled, and each token weighs `min(trainer's / sampler's probability, cap)`.
+#[derive(Clone, Copy, Debug)]
+pub struct OffPolicy<'a> {
+    /// Those log-probs, group after group; empty where the adapters are those that sampled.
+    pub old: &'a [Vec<f32>],
+    /// The cap.
+    pub cap: f64,
 }
 
 /// What is minimised.
@@ -52,7 +64,7 @@ pub struct Cut {
 }
 
 /// Sums over a step's tokens, from which metrics are made.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Sums {
     /// The loss.
     pub loss: f64,
@@ -74,6 +86,11 @@ pub struct Sums {
     pub clipped_low: usize,
     /// Tokens clipped from above.
     pub clipped_high: usize,
+    /// Sum of the weights of tokens that another sampler drew.
+    pub correction: f64,
+    /// Log-probs of the step's tokens under the trainer's policy, by the completion's place, where
+    /// another sampler drew them.
+    pub old: Vec<(usize, Vec<f32>)>,
 }
 
 impl Default for Sums {
@@ -89,6 +106,8 @@ impl Default for Sums {
             ratio_max: f64::NEG_INFINITY,
             clipped_low: 0,
             clipped_high: 0,
+            correction: 0.0,
+            old: Vec::new(),
         }
     }
 }
@@ -211,7 +230,8 @@ impl Part<'_> {
         let constant = Value::constant(trace.output().clone());
         let sampled = self.sampled(&packed);
         // the sampler's bits are those of the kernels of the CPU
-        let known = self.step.on_policy && policy.engine().device().is_cpu();
+        let same_sampler = self.step.off_policy.is_none() && policy.engine().device().is_cpu();
+        let known = self.step.on_policy && same_sampler;
         let logps = match known {
             true => sampled.clone(),
             false => packed.by_completion(&said(policy, &constant, &packed, distribution)?),
@@ -221,7 +241,7 @@ impl Part<'_> {
             true => Some(packed.by_completion(&said(policy, &constant, &packed, plain)?)),
             false => None,
         };
-        let losses = self.losses(&packed, &logps, unfiltered.as_deref());
+        let losses = self.losses(&packed, &logps, unfiltered.as_deref(), sums);
         losses.iter().for_each(|loss| sums.add(loss));
         let bonus = self.bonus(&packed);
         let tape = Tape::recording(policy.engine());
@@ -277,20 +297,31 @@ impl Part<'_> {
         packed: &GroupBatch,
         logps: &[Vec<f32>],
         unfiltered: Option<&[Vec<f32>]>,
+        sums: &mut Sums,
     ) -> Vec<CompletionLoss> {
         let step = self.step;
-        let of = |(i, (place, completion)): (usize, (usize, &crate::rollout::Completion))| {
+        let mut losses = Vec::with_capacity(logps.len());
+        for (i, (place, completion)) in self.completions(packed).enumerate() {
+            let mut old = completion.logps.as_slice();
+            let mut weights = None;
+            if let Some(off) = step.off_policy {
+                old = off.old.get(place).map_or(logps[i].as_slice(), Vec::as_slice);
+                weights = Some(PolicyLoss::truncated_weights(old, &completion.logps, off.cap));
+                sums.correction += weights.iter().flatten().sum::<f64>();
+                sums.old.push((place, old.to_vec()));
+            }
             let completion = Completion {
                 logps: &logps[i],
-                sampled: &completion.logps,
+                sampled: old,
                 reference: step.reference.get(place).map(Vec::as_slice),
                 unfiltered: unfiltered.map(|all| all[i].as_slice()),
                 chosen: step.chosen.get(place).map(Vec::as_slice),
+                correction: weights.as_deref(),
                 advantage: step.advantages[place].unwrap_or(0.0),
             };
-            self.objective.loss.of(&completion, &step.normaliser)
-        };
-        self.completions(packed).enumerate().map(of).collect()
+            losses.push(self.objective.loss.of(&completion, &step.normaliser));
+        }
+        losses
     }
 
     /// The factor of each distinct row's entropy, if there is an entropy bonus.

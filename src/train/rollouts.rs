@@ -25,6 +25,9 @@ pub struct Rollouts {
     pub reference: Vec<Vec<f32>>,
     /// Which tokens the objective counts; empty = all.
     pub chosen: Vec<Vec<bool>>,
+    /// The trainer's log-probs of the policy that sampled, once a step was made, where the sampler has
+    /// other ones; empty otherwise.
+    pub old: Vec<Vec<f32>>,
     /// What a step counts.
     pub normaliser: Normaliser,
     /// Optimizer steps made on them.
@@ -149,6 +152,7 @@ mod tests {
             advantages: vec![Some(0.1 + 0.2), None],
             reference: vec![vec![-0.1, f32::MIN_POSITIVE]],
             chosen: vec![vec![true, false]],
+            old: vec![vec![-0.25]],
             normaliser: Normaliser { completions: 1, tokens: 2, max_completion_length: 3 },
             used: 1,
             cursor: DataCursor { epoch: 2, row: 5 },

@@ -85,6 +85,9 @@ pub struct Completion<'a> {
     pub unfiltered: Option<&'a [f32]>,
     /// Which tokens the policy objective counts (`top_entropy_quantile`); all without it.
     pub chosen: Option<&'a [bool]>,
+    /// Factor of each token's policy objective: truncated importance weights where the sampler is not
+    /// the policy that `sampled` is of; all 1 without it.
+    pub correction: Option<&'a [f64]>,
     /// The completion's advantage.
     pub advantage: f64,
 }
@@ -113,11 +116,13 @@ pub struct CompletionLoss {
 impl PolicyLoss {
     /// A completion's part of the loss of a step. Panics if the lengths disagree.
     pub fn of(&self, completion: &Completion, normaliser: &Normaliser) -> CompletionLoss {
-        let Completion { logps, sampled, reference, unfiltered, chosen, advantage } = *completion;
+        let Completion { logps, sampled, reference, unfiltered, chosen, correction, advantage } =
+            *completion;
         let n = logps.len();
         assert!(sampled.len() == n && reference.is_none_or(|r| r.len() == n));
         assert!(chosen.is_none_or(|chosen| chosen.len() == n));
         assert!(unfiltered.is_none_or(|logps| logps.len() == n));
+        assert!(correction.is_none_or(|weights| weights.len() == n));
         let share = normaliser.share(self.loss_type, n);
         let mut all = CompletionLoss { ratios: self.ratios(logps, sampled), ..Default::default() };
         // derivatives in each log-prob itself, and in the logarithm of its ratio
@@ -127,6 +132,7 @@ impl PolicyLoss {
             let (logp, r) = (f64::from(logps[t]), all.ratios[t]);
             if chosen.is_none_or(|chosen| chosen[t]) {
                 let term = self.objective(r, advantage, logp);
+                let share = share * correction.map_or(1.0, |weights| weights[t]);
                 all.loss += share * term.loss;
                 direct[t] += share * term.direct;
                 through[t] += share * term.slope * r;
@@ -152,6 +158,15 @@ impl PolicyLoss {
         }
         all.dlogps = direct.iter().zip(&through).map(|(a, b)| (a + b) as f32).collect();
         all
+    }
+
+    /// Weights of tokens that another policy sampled with log-probs `sampler` than the one with log-probs
+    /// `old`, which the ratio is taken to: `min(exp(old - sampler), cap)` (truncated importance sampling;
+    /// as TRL with `vllm_importance_sampling_cap`).
+    pub fn truncated_weights(old: &[f32], sampler: &[f32], cap: f64) -> Vec<f64> {
+        let weight =
+            |(old, sampler): (&f32, &f32)| (f64::from(*old) - f64::from(*sampler)).exp().min(cap);
+        old.iter().zip(sampler).map(weight).collect()
     }
 
     /// Each token's importance ratio.
@@ -206,7 +221,15 @@ mod tests {
     const STEP: Normaliser = Normaliser { completions: 3, tokens: 10, max_completion_length: 8 };
 
     fn completion<'a>(logps: &'a [f32], sampled: &'a [f32], advantage: f64) -> Completion<'a> {
-        Completion { logps, sampled, reference: None, unfiltered: None, chosen: None, advantage }
+        Completion {
+            logps,
+            sampled,
+            reference: None,
+            unfiltered: None,
+            chosen: None,
+            correction: None,
+            advantage,
+        }
     }
 
     #[test]
@@ -381,6 +404,7 @@ mod tests {
                     reference: Some(&case.reference[i]),
                     unfiltered: None,
                     chosen: Some(&case.chosen[i]),
+                    correction: None,
                     advantage: case.advantages[i],
                 };
                 let got = objective.of(&completion, &normaliser);
@@ -434,6 +458,24 @@ mod tests {
             assert!((f64::from(got.dlogps[t]) - slope(true)).abs() < 1e-5);
             assert!((f64::from(got.dunfiltered[t]) - slope(false)).abs() < 1e-5);
         }
+    }
+
+    #[test]
+    fn truncated_weights_scale_the_policy_objective_and_not_the_divergence() {
+        let (logps, reference) = ([-0.5f32, -1.0], [-0.7f32, -0.4]);
+        let weights = PolicyLoss::truncated_weights(&logps, &[-0.4, -4.0], 2.0);
+        assert!((weights[0] - (-0.1f64).exp()).abs() < 1e-6 && weights[1] == 2.0, "{weights:?}");
+        let at = |beta: f64, correction: Option<&[f64]>| {
+            let loss = PolicyLoss { beta, ..Default::default() };
+            let plain = completion(&logps, &logps, 1.5);
+            loss.of(&Completion { reference: Some(&reference), correction, ..plain }, &STEP)
+        };
+        for t in 0..2 {
+            let plain = f64::from(at(0.0, None).dlogps[t]);
+            let scaled = f64::from(at(0.0, Some(&weights)).dlogps[t]);
+            assert!((scaled - plain * weights[t]).abs() < 1e-7);
+        }
+        assert_eq!(at(0.3, None).kl_loss, at(0.3, Some(&weights)).kl_loss);
     }
 
     #[test]
