@@ -75,9 +75,7 @@ fn run(config: &GrpoConfig) -> Result<()> {
         let warning = trainer.rehearse(&mut rewards.borrow_mut())?;
         warning.map_or(Ok(()), |text| run.tell(Event::Warning(text)))?;
     }
-    if trainer.loss_is_zero() {
-        run.tell(Event::Note(LOSS_IS_ZERO.to_string()))?;
-    }
+    trainer.loss_note().map_or(Ok(()), |note| run.tell(Event::Note(note.to_string())))?;
     run.evaluate_before(&mut trainer, &held_out)?;
     while run.goes_on(&trainer) {
         let shown = run.logs_next(&trainer).then_some(config.grpo.num_completions_to_print);
@@ -120,7 +118,3 @@ fn run(config: &GrpoConfig) -> Result<()> {
     }
     run.finish(&mut trainer, &held_out)
 }
-
-/// Why the loss that a user sees says nothing.
-const LOSS_IS_ZERO: &str = "note: the loss is near 0 by construction (the importance ratio is 1 and a \
-    group's advantages sum to 0); it still has a gradient: watch reward and grad_norm";

@@ -60,6 +60,7 @@ fn spell(value: &toml::Value) -> String {
             format!("{number:e}")
         }
         toml::Value::Table(table) if table.is_empty() => String::new(),
+        toml::Value::Array(list) if list.is_empty() => String::new(),
         value => value.to_string(),
     }
 }

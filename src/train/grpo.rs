@@ -21,7 +21,7 @@ use super::rollouts::{Rollouts, normaliser, top_entropy};
 use super::run::{StepReport, Trainer};
 use super::scoring::{score, too_many_failures};
 use crate::adapter::Adapter;
-use crate::config::{AdvantageEstimator, GrpoConfig, OptimArgs, Reference};
+use crate::config::{AdvantageEstimator, GrpoConfig, LossType, OptimArgs, Reference};
 use crate::model::{Policy, TextModel};
 use crate::ops::Gradients;
 use crate::report::{CompletionRow, Fold, StepMetrics};
@@ -431,10 +431,23 @@ impl<'a> GrpoTrainer<'a> {
         })
     }
 
-    /// Whether the loss is near 0 by construction, whatever is learnt.
-    pub fn loss_is_zero(&self) -> bool {
+    /// Why the loss that a user sees says nothing of progress, if it does not.
+    pub fn loss_note(&self) -> Option<&'static str> {
         let grpo = &self.config.grpo;
-        grpo.num_iterations == 1 && !grpo.kl_in_loss() && grpo.entropy_coef == 0.0
+        if grpo.num_iterations > 1 || grpo.kl_in_loss() || grpo.entropy_coef > 0.0 {
+            return None;
+        }
+        Some(match grpo.loss_type {
+            LossType::Grpo => {
+                "note: the loss is 0 by construction (the importance ratio is 1 and a group's \
+                 advantages sum to 0); it has a gradient all the same: watch reward and grad_norm"
+            }
+            _ => {
+                "note: the loss is minus the mean advantage weighted by length, 0 where all \
+                 completions are equally long, and says nothing of progress; it has a gradient all \
+                 the same: watch reward and grad_norm"
+            }
+        })
     }
 }
 
