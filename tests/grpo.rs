@@ -4,86 +4,24 @@
 mod common;
 
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use common::program::{
-    Ran, adapter_files, checkpoints, command, metrics, names, run, series, text, toy_rows,
+    GRPO, Place, adapter_files, checkpoints, lines, names, series, text, timeless,
 };
-use common::shared;
-use serde_json::Value;
 
-const GRPO: &str = env!("CARGO_BIN_EXE_grpo");
 /// Dense enough for the completions of a group to differ.
 const REWARDS: &str =
     "--reward_funcs repetition_penalty_reward(ngram=1) regex_reward(pattern=a.*a)";
 
-/// A tiny model, prompts, and a folder for runs.
-struct Place {
-    folder: tempfile::TempDir,
-    model: PathBuf,
-    rows: PathBuf,
-}
-
-impl Place {
-    fn new() -> Option<Self> {
-        let model = shared("models/stories260k")?;
-        let folder = tempfile::tempdir().unwrap();
-        let rows = toy_rows(folder.path(), 24);
-        Some(Place { folder, model, rows })
-    }
-
-    fn dir(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// The arguments of a run of 12 steps into the folder `name`.
-    fn args(&self, name: &str, extra: &str) -> Vec<String> {
-        let fixed = "--max_steps 12 --prompts_per_step 3 --num_generations 4 --save_steps 2 \
+/// Flags of every run.
+const FIXED: &str = "--max_steps 12 --prompts_per_step 3 --num_generations 4 --save_steps 2 \
                      --max_completion_length 12 --max_eval_samples 4 --learning_rate 1e-2";
-        let dir = self.dir(name);
-        let paths = [
-            ("--model_name_or_path", text(&self.model)),
-            ("--dataset_name", text(&self.rows)),
-            ("--output_dir", text(&dir)),
-        ];
-        let paths = paths.into_iter().flat_map(|(flag, path)| [flag, path]);
-        let words = fixed.split_whitespace().chain(extra.split_whitespace());
-        paths.chain(words).map(String::from).collect()
-    }
 
-    fn run(&self, name: &str, extra: &str) -> Ran {
-        let args = self.args(name, extra);
-        run(GRPO, &args.iter().map(String::as_str).collect::<Vec<_>>())
-    }
-
-    /// Starts a run and kills it, as kill -9 does, `after` it has written so many lines of metrics.
-    fn kill(&self, name: &str, extra: &str, (lines, after): (usize, Duration)) {
-        let args = self.args(name, extra);
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let mut child =
-            command(GRPO, &args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let (file, start) = (self.dir(name).join("metrics.jsonl"), Instant::now());
-        while fs::read_to_string(&file).map_or(0, |text| text.lines().count()) < lines {
-            assert!(start.elapsed() < Duration::from_secs(30), "the moment never came");
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        std::thread::sleep(after);
-        child.kill().unwrap();
-        assert_eq!(child.wait().unwrap().signal(), Some(9), "the run was over too soon");
-    }
-}
-
-/// The metrics without the times, which no two runs share.
-fn timeless(output_dir: &Path) -> Vec<Value> {
-    let mut lines = metrics(output_dir);
-    for line in &mut lines {
-        let line = line.as_object_mut().unwrap();
-        line.retain(|name, _| name != "step_time" && !name.starts_with("time/"));
-    }
-    lines
+fn place() -> Option<Place> {
+    Place::of(GRPO, FIXED, 24)
 }
 
 fn assert_same_run(found: &Path, wanted: &Path, what: &str) {
@@ -95,7 +33,7 @@ fn assert_same_run(found: &Path, wanted: &Path, what: &str) {
 
 #[test]
 fn the_ratio_is_one_through_whole_runs_of_every_adapter_and_loss() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let filters = "--top_p 0.9 --top_k 40 --temperature 0.8 --repetition_penalty 1.2";
     for (i, keys) in [
         "--adapter steering --steering_kind vector",
@@ -132,7 +70,7 @@ fn the_ratio_is_one_through_whole_runs_of_every_adapter_and_loss() {
 
 #[test]
 fn a_sampler_of_lower_precision_is_corrected_for() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let keys = format!(
         "{REWARDS} --max_steps 4 --num_iterations 2 --dtype bf16 --rollout_matmul_precision medium"
     );
@@ -148,7 +86,7 @@ fn a_sampler_of_lower_precision_is_corrected_for() {
 
 #[test]
 fn killed_runs_end_as_unbroken_ones() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     // kills in sampling, reward and update alike: a step takes some hundredths of a second
     let reward = place.dir("slow.py");
     fs::write(&reward, SLOW_REWARD).unwrap();
@@ -167,11 +105,17 @@ fn killed_runs_end_as_unbroken_ones() {
         let unbroken = format!("unbroken-{i}");
         place.run(&unbroken, &keys).ok();
         let resume = format!("{keys} --resume_from_checkpoint latest");
-        for (j, (lines, after)) in
+        for (j, (count, after)) in
             [(1, 1), (3, 0), (3, 7), (5, 15), (6, 30)].into_iter().enumerate()
         {
             let name = format!("killed-{i}-{j}");
-            place.kill(&name, &keys, (lines, Duration::from_millis(after)));
+            place.kill(&name, &keys, |dir| {
+                let come = lines(dir) >= count;
+                if come {
+                    std::thread::sleep(Duration::from_millis(after));
+                }
+                come
+            });
             place.run(&name, &resume).ok();
             assert_same_run(&place.dir(&name), &place.dir(&unbroken), &format!("{keys}, kill {j}"));
         }
@@ -184,7 +128,7 @@ const SLOW_REWARD: &str = "import time\ndef slow(completions, **kwargs):\n    ti
 
 #[test]
 fn completions_of_num_iterations_are_learnt_from_again_and_no_longer() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     place.run("run", &format!("{REWARDS} --num_iterations 3 --max_steps 6")).ok();
     let dir = place.dir("run");
     let (lows, highs) = (
@@ -199,7 +143,7 @@ fn completions_of_num_iterations_are_learnt_from_again_and_no_longer() {
 
 #[test]
 fn a_reward_that_fails_too_often_stops_the_run_with_a_checkpoint_to_go_on_from() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let file = place.dir("mine.py");
     let good =
         "def mine(completions, **kwargs):\n    return [float(len(c) % 3) for c in completions]\n";
@@ -229,7 +173,7 @@ fn a_reward_that_fails_too_often_stops_the_run_with_a_checkpoint_to_go_on_from()
 
 #[test]
 fn a_reward_that_fails_for_some_leaves_them_out_and_counts_them() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let file = place.dir("mine.py");
     let some = "def mine(completions, **kwargs):\n    return [float('nan') if i % 4 == 0 else \
                 None if i % 4 == 1 else float(len(c) % 3) for i, c in enumerate(completions)]\n";
@@ -246,7 +190,7 @@ fn a_reward_that_fails_for_some_leaves_them_out_and_counts_them() {
 
 #[test]
 fn a_reward_that_always_fails_stops_before_anything_is_trained() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     for (reward, wanted) in [
         (
             "accuracy_reward",
@@ -267,7 +211,7 @@ fn a_reward_that_always_fails_stops_before_anything_is_trained() {
 
 #[test]
 fn completions_are_shown_and_kept_as_tables() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let keys = format!("{REWARDS} --max_steps 2 --log_completions --num_completions_to_print 3");
     let said = place.run("run", &keys).ok().stderr;
     assert_eq!(said.matches("tokens\n    ").count(), 2 * 3, "{said}");
@@ -283,7 +227,7 @@ fn completions_are_shown_and_kept_as_tables() {
 
 #[test]
 fn stop_strings_end_completions_and_are_counted() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     place.run("run", &format!("{REWARDS} --max_steps 2 --stop a --stop e")).ok();
     let stopped = series(&place.dir("run"), "stop/stop_string");
     assert!(stopped.iter().all(|count| *count > 6.0), "{stopped:?}");
@@ -292,7 +236,7 @@ fn stop_strings_end_completions_and_are_counted() {
 
 #[test]
 fn the_micro_batch_and_the_number_of_sequences_change_no_metric() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let keys = format!("{REWARDS} --max_steps 3 --beta 0.05");
     place.run("whole", &format!("{keys} --micro_batch_tokens 0")).ok();
     place.run("parts", &format!("{keys} --micro_batch_tokens 1 --max_num_seqs 2")).ok();
@@ -306,7 +250,7 @@ fn the_micro_batch_and_the_number_of_sequences_change_no_metric() {
 
 #[test]
 fn an_adapter_can_be_the_start_and_the_reference() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     place.run("first", &format!("{REWARDS} --max_steps 2")).ok();
     let first = place.dir("first");
     let keys =

@@ -4,16 +4,12 @@
 mod common;
 
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::path::Path;
 
 use common::program::{
-    Ran, SFT, adapter_files, checkpoints, command, copy_model, metrics, names, run, series, text,
-    toy_rows,
+    Place, SFT, adapter_files, checkpoints, copy_model, lines, metrics, names, run, series, text,
+    timeless,
 };
-use common::shared;
 use serde_json::{Value, json};
 use steersman::config::{DataArgs, SequenceArgs};
 use steersman::model::{ModelSource, TextModel};
@@ -21,68 +17,12 @@ use steersman::train::data::SftData;
 use steersman::train::example::TokenExample;
 use steersman::train::tokenize::Encoder;
 
-/// A tiny model, rows to learn, and a folder for runs.
-struct Place {
-    folder: tempfile::TempDir,
-    model: PathBuf,
-    rows: PathBuf,
-}
-
-impl Place {
-    fn new() -> Option<Self> {
-        let model = shared("models/stories260k")?;
-        let folder = tempfile::tempdir().unwrap();
-        let rows = toy_rows(folder.path(), 64);
-        Some(Place { folder, model, rows })
-    }
-
-    fn dir(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// The arguments of a run of 40 steps into the folder `name`.
-    fn args(&self, name: &str, extra: &str) -> Vec<String> {
-        let fixed = "--max_steps 40 --per_device_train_batch_size 4 --max_eval_samples 8 \
+/// Flags of every run.
+const FIXED: &str = "--max_steps 40 --per_device_train_batch_size 4 --max_eval_samples 8 \
                      --learning_rate 1e-2 --logging_steps 3 --save_steps 7";
-        let dir = self.dir(name);
-        let paths = [
-            ("--model_name_or_path", text(&self.model)),
-            ("--dataset_name", text(&self.rows)),
-            ("--output_dir", text(&dir)),
-        ];
-        let paths = paths.into_iter().flat_map(|(flag, path)| [flag, path]);
-        let words = fixed.split_whitespace().chain(extra.split_whitespace());
-        paths.chain(words).map(String::from).collect()
-    }
 
-    fn run(&self, name: &str, extra: &str) -> Ran {
-        let args = self.args(name, extra);
-        run(SFT, &args.iter().map(String::as_str).collect::<Vec<_>>())
-    }
-
-    /// Starts a run and kills it, as kill -9 does, as soon as `moment` has come.
-    fn kill(&self, name: &str, extra: &str, moment: Moment) {
-        let args = self.args(name, extra);
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let mut child =
-            command(SFT, &args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let (dir, start) = (self.dir(name), Instant::now());
-        while !moment(&dir) {
-            assert!(start.elapsed() < Duration::from_secs(30), "the moment never came");
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        child.kill().unwrap();
-        assert_eq!(child.wait().unwrap().signal(), Some(9), "the run was over too soon");
-    }
-}
-
-/// The metrics without the times, which no two runs share.
-fn timeless(output_dir: &Path) -> Vec<Value> {
-    let mut lines = metrics(output_dir);
-    for line in &mut lines {
-        line.as_object_mut().unwrap().remove("step_time");
-    }
-    lines
+fn place() -> Option<Place> {
+    Place::of(SFT, FIXED, 64)
 }
 
 fn assert_same_run(found: &Path, wanted: &Path, what: &str) {
@@ -99,10 +39,6 @@ fn assert_same_run(found: &Path, wanted: &Path, what: &str) {
 
 /// A point in a run's life, told from its folder.
 type Moment = fn(&Path) -> bool;
-
-fn lines(dir: &Path) -> usize {
-    fs::read_to_string(dir.join("metrics.jsonl")).map_or(0, |text| text.lines().count())
-}
 
 /// When runs are killed; where there are two moments, the resumed run is killed again.
 const MOMENTS: [(&str, &[Moment]); 5] = [
@@ -121,7 +57,7 @@ const MOMENTS: [(&str, &[Moment]); 5] = [
 
 /// Kills runs at every moment and resumes them to their end: the same files as an unbroken run.
 fn check_kills(extra: &str) {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     place.run("unbroken", extra).ok();
     let unbroken = place.dir("unbroken");
     let resume = format!("{extra} --resume_from_checkpoint latest");
@@ -162,7 +98,7 @@ fn killed_packing_with_the_best_at_the_end_ends_in_the_same_bytes() {
 
 #[test]
 fn a_damaged_checkpoint_is_skipped_with_a_warning() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     place.run("a", "").ok();
     let wanted = adapter_files(&place.dir("a"));
     let newest = *checkpoints(&place.dir("a")).last().unwrap();
@@ -179,7 +115,7 @@ fn a_damaged_checkpoint_is_skipped_with_a_warning() {
 
 #[test]
 fn a_run_is_not_resumed_on_other_rows() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     place.run("a", "").ok();
     let (before, rows) = (adapter_files(&place.dir("a")), fs::read_to_string(&place.rows).unwrap());
     let resume = "--resume_from_checkpoint latest";
@@ -199,7 +135,7 @@ fn a_run_is_not_resumed_on_other_rows() {
 
 #[test]
 fn a_run_is_not_resumed_with_other_adapter_keys() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     place.run("a", "").ok();
     let config = || fs::read(place.dir("a").join("config.toml")).unwrap();
     let (before, adapter) = (config(), adapter_files(&place.dir("a")));
@@ -221,7 +157,7 @@ fn a_run_is_not_resumed_with_other_adapter_keys() {
 
 #[test]
 fn another_runs_folder_is_refused_and_left_as_it_is() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     place.run("a", "").ok();
     let (before, log) = (adapter_files(&place.dir("a")), metrics(&place.dir("a")));
     let ran = place.run("a", "--seed 7");
@@ -231,7 +167,7 @@ fn another_runs_folder_is_refused_and_left_as_it_is() {
 
 /// Rows on which training soon makes the held-out loss worse.
 fn place_that_overfits() -> Option<Place> {
-    let mut place = Place::new()?;
+    let mut place = place()?;
     let folder = place.dir("split");
     fs::create_dir(&folder).unwrap();
     let rows = fs::read_to_string(&place.rows).unwrap();
@@ -262,7 +198,7 @@ fn the_best_checkpoint_is_kept_and_restored() {
 
 #[test]
 fn the_accuracy_after_training_is_that_of_the_adapter_that_is_kept() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let template = place.dir("template.jinja");
     fs::write(&template, "{% for m in messages %}{{ m.content }} = {% endfor %}").unwrap();
     let keys = format!(
@@ -313,7 +249,7 @@ fn early_stopping_ends_a_run_that_no_longer_improves() {
 
 #[test]
 fn old_checkpoints_are_removed_and_the_last_step_is_saved() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     place.run("a", "--save_total_limit 2").ok();
     assert_eq!(checkpoints(&place.dir("a")), [35, 40]);
     place.run("b", "--save_steps 0").ok();
@@ -324,7 +260,7 @@ fn old_checkpoints_are_removed_and_the_last_step_is_saved() {
 
 #[test]
 fn the_loss_falls_on_rows_that_can_be_learnt() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     for adapter in ["steering", "lora --lora_r 4"] {
         let name = &adapter[..4];
         place.run(name, &format!("--adapter {adapter} --eval_steps 10")).ok();
@@ -337,7 +273,7 @@ fn the_loss_falls_on_rows_that_can_be_learnt() {
 
 #[test]
 fn what_changes_memory_only_changes_no_byte() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let keys = "--max_steps 12 --logging_steps 1 --neftune_noise_alpha 5 --adapter joint \
                 --lora_dropout 0.1 --learning_rate 1e-3 --save_steps 0";
     place.run("whole", &format!("{keys} --per_device_train_batch_size 8")).ok();
@@ -360,7 +296,7 @@ fn what_changes_memory_only_changes_no_byte() {
 
 #[test]
 fn a_measured_run_ends_in_the_same_bytes_and_a_trace_of_every_phase() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let trace = place.dir("trace.json");
     let flags = "--adapter joint --lora_r 2 --max_steps 3";
     place.run("plain", flags).ok();
@@ -386,7 +322,7 @@ fn a_measured_run_ends_in_the_same_bytes_and_a_trace_of_every_phase() {
 
 #[test]
 fn a_dry_run_prints_a_recipe() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let keys = "--adapter joint --lora_r 2 --warmup_steps 5 --steering_layers 0-2";
     place.run("by-flags", keys).ok();
     let wanted = adapter_files(&place.dir("by-flags"));
@@ -406,7 +342,7 @@ fn a_dry_run_prints_a_recipe() {
 
 #[test]
 fn a_dry_run_checks_the_folder_and_the_weights() {
-    let Some(mut place) = Place::new() else { return };
+    let Some(mut place) = place() else { return };
     place.run("a", "--max_steps 1").ok();
     let before = names(&place.dir("a"));
     let ran = place.run("a", "--dry_run");
@@ -435,7 +371,7 @@ fn a_dry_run_checks_the_folder_and_the_weights() {
 
 #[test]
 fn a_loss_that_is_no_number_stops_the_run_and_leaves_a_dump() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let ran = place.run("a", "--learning_rate 1e30 --warmup_steps 0");
     let said = ran.sentence(1);
     assert!(said.starts_with("step 2 (training rows ") && said.contains("NaN"), "{said}");
@@ -447,7 +383,7 @@ fn a_loss_that_is_no_number_stops_the_run_and_leaves_a_dump() {
 
 #[test]
 fn an_evaluation_that_is_no_number_is_not_hidden() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let ran = place.run("a", "--learning_rate 1e30 --max_steps 1 --warmup_steps 0");
     let said = ran.sentence(1);
     assert!(said.contains("eval_loss") && said.contains("NaN"), "{said}");
@@ -460,7 +396,7 @@ fn text_model(folder: &Path, template: Option<&Path>) -> TextModel {
 
 #[test]
 fn prompt_and_completion_are_tokenised_as_the_one_text_that_they_are() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let text = text_model(&place.model, None);
     let encoder = Encoder::new(&text).unwrap();
     let whole = text.tokenizer.encode("Once upon a time", true).unwrap();
@@ -479,7 +415,7 @@ fn prompt_and_completion_are_tokenised_as_the_one_text_that_they_are() {
 
 #[test]
 fn rows_are_tokenised_in_order_and_the_first_bad_one_is_named() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let text = text_model(&place.model, None);
     let encoder = Encoder::new(&text).unwrap();
     let story = |i: usize| format!("Once upon a time {i:03}{}", " x".repeat(i / 240));
@@ -507,7 +443,7 @@ fn rows_are_tokenised_in_order_and_the_first_bad_one_is_named() {
 
 #[test]
 fn a_template_whose_prompt_is_no_beginning_of_the_conversation_is_refused() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let path = place.dir("think.jinja");
     let source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}\
                   {% if add_generation_prompt %}[assistant]THINK{% endif %}";
@@ -526,7 +462,7 @@ fn a_template_whose_prompt_is_no_beginning_of_the_conversation_is_refused() {
 
 #[test]
 fn the_tokenizers_own_eos_ends_a_completion_and_a_text() {
-    let Some(place) = Place::new() else { return };
+    let Some(place) = place() else { return };
     let model = copy_model(&place.model, &place.dir("model"));
     let file = model.join("generation_config.json");
     let config = fs::read_to_string(&file).unwrap();

@@ -1,13 +1,17 @@
 //! Running the real programs on a tiny model and looking at what they leave behind.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 /// The program that trains.
 pub const SFT: &str = env!("CARGO_BIN_EXE_sft");
+/// The program of policy gradients.
+pub const GRPO: &str = env!("CARGO_BIN_EXE_grpo");
 /// The program that does everything else.
 pub const STEER: &str = env!("CARGO_BIN_EXE_steer");
 
@@ -48,6 +52,86 @@ impl Ran {
         assert_eq!(self.stdout, "");
         self.sentence(code)
     }
+}
+
+/// A tiny model, rows to learn, and a folder for runs of a program that trains.
+pub struct Place {
+    folder: tempfile::TempDir,
+    /// The model's folder.
+    pub model: PathBuf,
+    /// The file or folder of the rows.
+    pub rows: PathBuf,
+    program: &'static str,
+    /// Flags of every run.
+    fixed: &'static str,
+}
+
+impl Place {
+    /// A place with some rows, or nothing (with a visible line) without the model.
+    pub fn of(program: &'static str, fixed: &'static str, rows: usize) -> Option<Self> {
+        let model = super::shared("models/stories260k")?;
+        let folder = tempfile::tempdir().unwrap();
+        let rows = toy_rows(folder.path(), rows);
+        Some(Place { folder, model, rows, program, fixed })
+    }
+
+    /// A path in the folder.
+    pub fn dir(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The arguments of a run into the folder `name`.
+    fn args(&self, name: &str, extra: &str) -> Vec<String> {
+        let dir = self.dir(name);
+        let paths = [
+            ("--model_name_or_path", text(&self.model)),
+            ("--dataset_name", text(&self.rows)),
+            ("--output_dir", text(&dir)),
+        ];
+        let paths = paths.into_iter().flat_map(|(flag, path)| [flag, path]);
+        let words = self.fixed.split_whitespace().chain(extra.split_whitespace());
+        paths.chain(words).map(String::from).collect()
+    }
+
+    /// A run into the folder `name`.
+    pub fn run(&self, name: &str, extra: &str) -> Ran {
+        let args = self.args(name, extra);
+        run(self.program, &args.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// Starts a run and kills it, as kill -9 does, as soon as `moment` has come in its folder.
+    pub fn kill(&self, name: &str, extra: &str, moment: impl Fn(&Path) -> bool) {
+        let args = self.args(name, extra);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let mut child = command(self.program, &args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (dir, start) = (self.dir(name), Instant::now());
+        while !moment(&dir) {
+            assert!(start.elapsed() < Duration::from_secs(30), "the moment never came");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        child.kill().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(9), "the run was over too soon");
+    }
+}
+
+/// Lines of metrics that a run has written so far.
+pub fn lines(output_dir: &Path) -> usize {
+    let text = fs::read_to_string(output_dir.join("metrics.jsonl"));
+    text.map_or(0, |text| text.lines().count())
+}
+
+/// The metrics without the times, which no two runs share.
+pub fn timeless(output_dir: &Path) -> Vec<Value> {
+    let mut lines = metrics(output_dir);
+    for line in &mut lines {
+        let line = line.as_object_mut().unwrap();
+        line.retain(|name, _| name != "step_time" && !name.starts_with("time/"));
+    }
+    lines
 }
 
 /// A command that never leaves the machine.
