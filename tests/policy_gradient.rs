@@ -194,6 +194,34 @@ fn gradients_do_not_depend_on_the_cut_the_order_or_the_way_they_are_computed() {
 }
 
 #[test]
+fn the_entropy_bonus_is_the_mean_over_the_tokens_that_count() {
+    let Some(policy) = policy("llama3-scaled-rope") else { return };
+    let adapters: Adapters = vec![lora(&policy)];
+    let groups = &sampled(&policy, &adapters, SamplingParams::default())[..];
+    let completions: Vec<_> = groups.iter().flat_map(|group| &group.completions).collect();
+    let advantages = &vec![Some(0.0); completions.len()][..];
+    // every second token, and none of the first completion
+    let chosen: Vec<Vec<bool>> = completions
+        .iter()
+        .enumerate()
+        .map(|(i, completion)| (0..completion.tokens.len()).map(|t| i > 0 && t % 2 == 0).collect())
+        .collect();
+    let counted = completions.iter().zip(&chosen).flat_map(|(completion, chosen)| {
+        completion.entropies.iter().zip(chosen).filter(|(_, chosen)| **chosen)
+    });
+    let entropies: Vec<f64> = counted.map(|(entropy, _)| f64::from(*entropy)).collect();
+    let tokens = completions.iter().map(|completion| completion.tokens.len()).sum();
+    let normaliser = Normaliser { completions: 12, tokens, max_completion_length: 9 };
+    let (reference, chosen, on_policy, off_policy) = (&[][..], &chosen[..], true, None);
+    let step = Step { groups, advantages, reference, chosen, normaliser, on_policy, off_policy };
+    let cut = Cut { micro_batch_tokens: 12, gradient_checkpointing: false };
+    let objective = objective(PolicyLoss::default(), 0.5, SamplingParams::default());
+    let (sums, _) = gradients(&policy, &adapters, &step, &objective, cut).unwrap();
+    let want = -0.5 * entropies.iter().sum::<f64>() / entropies.len() as f64;
+    assert!((sums.loss - want).abs() < 1e-6, "{} {want}", sums.loss);
+}
+
+#[test]
 fn completions_of_another_sampler_weigh_what_their_probabilities_say() {
     let Some(policy) = policy("llama3-scaled-rope") else { return };
     let adapters: Adapters = vec![lora(&policy)];

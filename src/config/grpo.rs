@@ -58,7 +58,7 @@ pub struct GrpoArgs {
     /// Cap of the weights min(p / q, cap) of tokens that were sampled with probability q and have p in
     /// training, where rollout_matmul_precision makes them differ.
     pub importance_sampling_cap: f64,
-    /// Weight of an entropy bonus in the loss; 0 = off.
+    /// Weight of an entropy bonus in the loss, the mean entropy of the tokens that count; 0 = off.
     pub entropy_coef: f64,
     /// Learn from this share of the tokens only, those of highest entropy; 1 = from all.
     pub top_entropy_quantile: f64,

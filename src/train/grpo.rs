@@ -12,43 +12,39 @@ use super::checkpoint::{DataCursor, DataIdentity};
 use super::collection::{Collected, Collection};
 use super::health::Health;
 use super::learner::{Learner, Update};
-use super::loss::advantage::{Advantages, Baseline, advantages, mean};
 use super::loss::policy::PolicyLoss;
 use super::plan::{LongestCase, Plan};
-use super::policy_gradient::{Cut, Objective, OffPolicy, Step, Sums, gradients, plain_logps};
+use super::policy_gradient::{Cut, Objective, OffPolicy, Step, Sums, gradients};
 use super::prompts::{PromptTokens, digest};
-use super::rollouts::{Rollouts, normaliser, top_entropy};
+use super::rollouts::Rollouts;
 use super::run::{StepReport, Trainer};
 use super::scoring::{score, too_many_failures};
 use crate::adapter::Adapter;
-use crate::config::{AdvantageEstimator, GrpoConfig, LossType, OptimArgs, Reference};
+use crate::config::{GrpoConfig, OptimArgs, Reference};
 use crate::model::{Policy, TextModel};
 use crate::ops::Gradients;
 use crate::report::{CompletionRow, Fold, StepMetrics};
-use crate::rollout::{GenerateOptions, Generator, Group, StopReason, StopStrings, sample_groups};
+use crate::rollout::{GenerateOptions, Generator, Group, StopStrings, sample_groups};
 use crate::{Error, Result};
-
-/// Completions that rewards are tried on before a run.
-const REHEARSED: usize = 8;
 
 /// Policy-gradient training of adapters on a frozen policy.
 pub struct GrpoTrainer<'a> {
-    config: &'a GrpoConfig,
-    text: &'a TextModel,
-    prompts: &'a [PromptTokens],
-    learner: Learner<'a>,
+    pub(super) config: &'a GrpoConfig,
+    pub(super) text: &'a TextModel,
+    pub(super) prompts: &'a [PromptTokens],
+    pub(super) learner: Learner<'a>,
     /// The policy that samples, where it is of another precision.
-    sampler: Option<Policy>,
+    pub(super) sampler: Option<Policy>,
     /// The adapters that the divergence is from; none = the base.
-    reference: Vec<Box<dyn Adapter>>,
-    objective: Objective,
-    options: GenerateOptions,
-    plan: Plan,
+    pub(super) reference: Vec<Box<dyn Adapter>>,
+    pub(super) objective: Objective,
+    pub(super) options: GenerateOptions,
+    pub(super) plan: Plan,
     /// What the next step learns from, if it was sampled before.
-    pending: Option<Rollouts>,
+    pub(super) pending: Option<Rollouts>,
     /// The order of the prompts of an epoch.
-    epoch: Option<(u64, Vec<usize>)>,
-    health: Health,
+    pub(super) epoch: Option<(u64, Vec<usize>)>,
+    pub(super) health: Health,
 }
 
 /// A prompt of a step: its number in the run, and its row.
@@ -203,83 +199,6 @@ impl<'a> GrpoTrainer<'a> {
         Ok(groups.into_iter().map(of_group).collect())
     }
 
-    /// What optimizer steps learn from: advantages of the rewards, log-probs of the reference, the
-    /// tokens that count.
-    ///
-    /// # Errors
-    /// If a tensor operation fails.
-    pub fn prepare(&self, collection: Collection, names: &[&str]) -> Result<Rollouts> {
-        let grpo = &self.config.grpo;
-        let (cursor, mut metrics) = (collection.cursor, collection.metrics(names));
-        let mut scores = collection.rewards();
-        let groups: Vec<Group> = collection.into_groups();
-        let reference = match grpo.beta != 0.0 {
-            true => self.logps(&self.reference, &groups)?,
-            false => Vec::new(),
-        };
-        if grpo.kl_in_reward {
-            let kl = self.sampled_kl(&groups, &reference)?;
-            scores.iter_mut().zip(&kl).for_each(|(score, kl)| {
-                *score = score.map(|score| score - grpo.beta * kl);
-            });
-            metrics.push(Fold::Mean, "objective/kl", mean(&kl));
-        }
-        let baseline = match grpo.advantage_estimator {
-            AdvantageEstimator::Grpo => Baseline::Group(grpo.scale_rewards),
-            AdvantageEstimator::Rloo => Baseline::LeaveOneOut,
-            AdvantageEstimator::ReinforcePlusPlus => Baseline::Whitened,
-        };
-        let Advantages { mut values, dropped, groups: kept, without_spread } =
-            advantages(&scores, grpo.num_generations, baseline);
-        metrics.push(
-            Fold::Mean,
-            "frac_reward_zero_std",
-            without_spread as f64 / kept.max(1) as f64,
-        );
-        metrics.push(Fold::Sum, "groups_dropped", dropped as f64);
-        let (mask, longest) = (grpo.mask_truncated_completions, self.options.max_new_tokens);
-        let normaliser = normaliser(&groups, &values, mask, longest);
-        if mask {
-            let completions = groups.iter().flat_map(|group| &group.completions);
-            let cut = completions.map(|completion| completion.stop == StopReason::Length);
-            values.iter_mut().zip(cut).filter(|(_, cut)| *cut).for_each(|(value, _)| *value = None);
-        }
-        let chosen = top_entropy(&groups, &values, grpo.top_entropy_quantile);
-        let reference = if grpo.kl_in_loss() { reference } else { Vec::new() };
-        let advantages = values;
-        let old = Vec::new();
-        Ok(Rollouts {
-            groups,
-            advantages,
-            reference,
-            chosen,
-            old,
-            normaliser,
-            used: 0,
-            cursor,
-            metrics,
-        })
-    }
-
-    /// Log-probs of completions without filters.
-    fn logps(&self, adapters: &[Box<dyn Adapter>], groups: &[Group]) -> Result<Vec<Vec<f32>>> {
-        let (policy, temperature) = (self.learner.policy(), self.objective.sampling.temperature);
-        plain_logps(policy, adapters, groups, temperature, self.plan.micro_batch_tokens)
-    }
-
-    /// Each completion's divergence from the reference, summed over its tokens (k1).
-    fn sampled_kl(&self, groups: &[Group], reference: &[Vec<f32>]) -> Result<Vec<f64>> {
-        let completions = groups.iter().flat_map(|group| &group.completions);
-        let logps: Vec<Vec<f32>> = match self.objective.sampling.has_rules() {
-            true => self.logps(self.learner.adapters(), groups)?,
-            false => completions.map(|completion| completion.logps.clone()).collect(),
-        };
-        let sum = |(logps, reference): (&Vec<f32>, &Vec<f32>)| {
-            logps.iter().zip(reference).map(|(p, q)| f64::from(*p) - f64::from(*q)).sum()
-        };
-        Ok(logps.iter().zip(reference).map(sum).collect())
-    }
-
     /// The gradients of the next optimizer step.
     ///
     /// # Errors
@@ -374,52 +293,6 @@ impl<'a> GrpoTrainer<'a> {
         )
     }
 
-    /// Tries the rewards on eight completions before anything is trained; returns what the user
-    /// should know.
-    ///
-    /// # Errors
-    /// If no completion gets a reward because a reward fails.
-    pub fn rehearse(&self, rewards: &mut RewardSet) -> Result<Option<String>> {
-        let rows = self.prompts.len().min(REHEARSED);
-        let options = GenerateOptions { max_batch: REHEARSED, ..self.options.clone() };
-        let (policy, adapters) = (self.learner.policy(), self.learner.adapters());
-        let generator = Generator::new(policy, adapters, &options, None);
-        let prompts = (0..rows).map(|row| (row as u64, row, self.prompts[row].input_ids.clone()));
-        let each = REHEARSED.div_ceil(rows);
-        let groups = sample_groups(&generator, prompts.collect(), (each, 0), &mut |_| {})?;
-        let pairs: Vec<_> = groups
-            .iter()
-            .flat_map(|group| group.completions.iter().map(|c| (&self.prompts[group.row], c)))
-            .collect();
-        let scored = score(&self.text.tokenizer, rewards, &pairs)?;
-        let judged: Vec<_> = scored.iter().map(|scored| &scored.judged).collect();
-        let known: Vec<f64> = judged.iter().filter_map(|judged| judged.reward).collect();
-        if known.is_empty() {
-            let reason = too_many_failures(&judged, &rewards.names(), 0.0);
-            let reason = reason.unwrap_or_else(|| {
-                "no reward is applicable to any of the completions that it was tried on".to_string()
-            });
-            return Err(Error::failure(format!(
-                "{reason}; nothing was trained: `steer reward test` tries a reward on a file of \
-                 completions"
-            )));
-        }
-        let same = known.iter().all(|reward| *reward == known[0]);
-        Ok(same.then(|| {
-            format!(
-                "all of {} completions that the reward was tried on got {}: if that goes on there is \
-                 nothing to learn",
-                known.len(),
-                known[0]
-            )
-        }))
-    }
-
-    /// What the user should know of the run after a step.
-    pub fn warnings(&mut self, report: &StepReport) -> Vec<String> {
-        self.health.watch(report.step, &report.metrics.metrics())
-    }
-
     /// The completions of a step as rows of a table.
     ///
     /// # Errors
@@ -428,25 +301,6 @@ impl<'a> GrpoTrainer<'a> {
         let step = self.learner.state().global_step + 1;
         collection.rows(step, names, |group| {
             self.text.tokenizer.decode(&self.prompts[group.row].input_ids, false)
-        })
-    }
-
-    /// Why the loss that a user sees says nothing of progress, if it does not.
-    pub fn loss_note(&self) -> Option<&'static str> {
-        let grpo = &self.config.grpo;
-        if grpo.num_iterations > 1 || grpo.kl_in_loss() || grpo.entropy_coef > 0.0 {
-            return None;
-        }
-        Some(match grpo.loss_type {
-            LossType::Grpo => {
-                "note: the loss is 0 by construction (the importance ratio is 1 and a group's \
-                 advantages sum to 0); it has a gradient all the same: watch reward and grad_norm"
-            }
-            _ => {
-                "note: the loss is minus the mean advantage weighted by length, 0 where all \
-                 completions are equally long, and says nothing of progress; it has a gradient all \
-                 the same: watch reward and grad_norm"
-            }
         })
     }
 }

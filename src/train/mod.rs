@@ -8,6 +8,8 @@ pub mod example;
 mod free_memory;
 pub mod group_batch;
 pub mod grpo;
+mod grpo_advice;
+mod grpo_prepare;
 pub mod health;
 pub mod held_out;
 pub mod learner;

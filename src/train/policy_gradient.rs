@@ -33,6 +33,17 @@ pub struct Step<'a> {
     pub off_policy: Option<OffPolicy<'a>>,
 }
 
+impl Step<'_> {
+    /// Tokens that the policy objective counts.
+    fn counted_tokens(&self) -> usize {
+        if self.chosen.is_empty() {
+            return self.normaliser.tokens;
+        }
+        let counted = self.chosen.iter().zip(self.advantages).filter(|(_, a)| a.is_some());
+        counted.map(|(chosen, _)| chosen.iter().filter(|chosen| **chosen).count()).sum()
+    }
+}
+
 /// How completions of another sampler are learnt from: the importance ratio is taken to the trainer's own
 /// log-probs of the policy that sampled, and each token weighs `min(trainer's / sampler's probability, cap)`.
 #[derive(Clone, Copy, Debug)]
@@ -324,16 +335,19 @@ impl Part<'_> {
         losses
     }
 
-    /// The factor of each distinct row's entropy, if there is an entropy bonus.
+    /// The factor of each distinct row's entropy, if there is an entropy bonus: the mean over all tokens
+    /// that the policy objective counts, whatever the loss's own normaliser is, as in TRL.
     fn bonus(&self, packed: &GroupBatch) -> Option<Vec<f32>> {
         let coef = self.objective.entropy_coef;
         if coef == 0.0 {
             return None;
         }
-        let of = |(_, completion): (usize, &crate::rollout::Completion)| {
-            let n = completion.tokens.len();
-            let share = self.step.normaliser.share(self.objective.loss.loss_type, n);
-            vec![(-coef * share) as f32; n]
+        let share = (-coef / self.step.counted_tokens().max(1) as f64) as f32;
+        let of = |(place, completion): (usize, &crate::rollout::Completion)| -> Vec<f32> {
+            match self.step.chosen.get(place) {
+                Some(chosen) => chosen.iter().map(|c| if *c { share } else { 0.0 }).collect(),
+                None => vec![share; completion.tokens.len()],
+            }
         };
         let factors: Vec<Vec<f32>> = self.completions(packed).map(of).collect();
         Some(packed.by_row(&packed.by_target(&factors)))

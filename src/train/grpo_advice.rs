@@ -1,0 +1,81 @@
+//! What a policy-gradient run tells its user besides metrics: whether the rewards work, what the loss says,
+//! and when something goes wrong.
+
+use reward::RewardSet;
+
+use super::grpo::GrpoTrainer;
+use super::run::StepReport;
+use super::scoring::{score, too_many_failures};
+use crate::config::LossType;
+use crate::rollout::{GenerateOptions, Generator, sample_groups};
+use crate::{Error, Result};
+
+/// Completions that rewards are tried on before a run.
+const REHEARSED: usize = 8;
+
+impl GrpoTrainer<'_> {
+    /// Tries the rewards on eight completions before anything is trained; returns what the user
+    /// should know.
+    ///
+    /// # Errors
+    /// If no completion gets a reward because a reward fails.
+    pub fn rehearse(&self, rewards: &mut RewardSet) -> Result<Option<String>> {
+        let rows = self.prompts.len().min(REHEARSED);
+        let options = GenerateOptions { max_batch: REHEARSED, ..self.options.clone() };
+        let (policy, adapters) = (self.learner.policy(), self.learner.adapters());
+        let generator = Generator::new(policy, adapters, &options, None);
+        let prompts = (0..rows).map(|row| (row as u64, row, self.prompts[row].input_ids.clone()));
+        let each = REHEARSED.div_ceil(rows);
+        let groups = sample_groups(&generator, prompts.collect(), (each, 0), &mut |_| {})?;
+        let pairs: Vec<_> = groups
+            .iter()
+            .flat_map(|group| group.completions.iter().map(|c| (&self.prompts[group.row], c)))
+            .collect();
+        let scored = score(&self.text.tokenizer, rewards, &pairs)?;
+        let judged: Vec<_> = scored.iter().map(|scored| &scored.judged).collect();
+        let known: Vec<f64> = judged.iter().filter_map(|judged| judged.reward).collect();
+        if known.is_empty() {
+            let reason = too_many_failures(&judged, &rewards.names(), 0.0);
+            let reason = reason.unwrap_or_else(|| {
+                "no reward is applicable to any of the completions that it was tried on".to_string()
+            });
+            return Err(Error::failure(format!(
+                "{reason}; nothing was trained: `steer reward test` tries a reward on a file of \
+                 completions"
+            )));
+        }
+        let same = known.iter().all(|reward| *reward == known[0]);
+        Ok(same.then(|| {
+            format!(
+                "all of {} completions that the reward was tried on got {}: if that goes on there is \
+                 nothing to learn",
+                known.len(),
+                known[0]
+            )
+        }))
+    }
+
+    /// What the user should know of the run after a step.
+    pub fn warnings(&mut self, report: &StepReport) -> Vec<String> {
+        self.health.watch(report.step, &report.metrics.metrics())
+    }
+
+    /// Why the loss that a user sees says nothing of progress, if it does not.
+    pub fn loss_note(&self) -> Option<&'static str> {
+        let grpo = &self.config.grpo;
+        if grpo.num_iterations > 1 || grpo.kl_in_loss() || grpo.entropy_coef > 0.0 {
+            return None;
+        }
+        Some(match grpo.loss_type {
+            LossType::Grpo => {
+                "note: the loss is 0 by construction (the importance ratio is 1 and a group's \
+                 advantages sum to 0); it has a gradient all the same: watch reward and grad_norm"
+            }
+            _ => {
+                "note: the loss is minus the mean advantage weighted by length, 0 where all \
+                 completions are equally long, and says nothing of progress; it has a gradient all \
+                 the same: watch reward and grad_norm"
+            }
+        })
+    }
+}
