@@ -67,6 +67,7 @@ fn run(config: &GrpoConfig) -> Result<()> {
         text: &text,
         stop: &config.sampling.stop.0,
         rewards: &rewards,
+        most_failures: config.reward.max_reward_failures,
     };
 
     // ---- the run -----------------------------------------------------------------------------

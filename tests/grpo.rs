@@ -172,6 +172,37 @@ fn a_reward_that_fails_too_often_stops_the_run_with_a_checkpoint_to_go_on_from()
 }
 
 #[test]
+fn a_reward_that_fails_at_the_first_step_or_in_an_evaluation_loses_nothing() {
+    let Some(place) = place() else { return };
+    let file = place.dir("mine.py");
+    let breaks = |after: usize| {
+        format!(
+            "calls = 0\ndef mine(completions, **kwargs):\n    global calls\n    calls += 1\n    \
+             if calls == {after}:\n        raise ValueError('once')\n    \
+             return [float(len(c) % 3) for c in completions]\n"
+        )
+    };
+    let keys = format!("--reward_funcs {} --max_steps 4 --eval_steps 2", text(&file));
+    fs::write(&file, breaks(0)).unwrap();
+    let whole = place.run("whole", &keys);
+    if whole.stderr.contains("python3 cannot be started") {
+        return eprintln!("SKIPPED: python3 is missing");
+    }
+    // rehearsal, evaluation, step 1, step 2, evaluation
+    for (call, step) in [(3, 0), (5, 2)] {
+        let name = format!("broken-{call}");
+        fs::write(&file, breaks(call)).unwrap();
+        let failed = place.run(&name, &keys);
+        assert!(failed.sentence(1).contains(&format!("checkpoint-{step}: mend")), "{failed:?}");
+        fs::write(&file, breaks(0)).unwrap();
+        place.run(&name, &format!("{keys} --resume_from_checkpoint latest")).ok();
+        assert!(adapter_files(&place.dir(&name)) == adapter_files(&place.dir("whole")), "{call}");
+        assert_eq!(series(&place.dir(&name), "reward"), series(&place.dir("whole"), "reward"));
+    }
+    assert_eq!(timeless(&place.dir("broken-3")), timeless(&place.dir("whole")));
+}
+
+#[test]
 fn a_reward_that_fails_for_some_leaves_them_out_and_counts_them() {
     let Some(place) = place() else { return };
     let file = place.dir("mine.py");

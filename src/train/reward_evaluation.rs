@@ -9,14 +9,14 @@ use super::grpo::GrpoTrainer;
 use super::loss::advantage::{deviation, mean};
 use super::prompts::PromptTokens;
 use super::run::{Evaluation, Trainer};
-use super::scoring::{Scored, score, value};
-use crate::Result;
+use super::scoring::{Scored, score, too_many_failures, value};
 use crate::eval::Tally;
 use crate::model::TextModel;
 use crate::report::{Metrics, Progress};
 use crate::rollout::{
     GenerateOptions, Generator, Request, SamplingParams, StopReason, StopStrings,
 };
+use crate::{Error, Result};
 
 /// Held-out prompts and the rewards of their completions.
 pub struct RewardEvaluation<'a> {
@@ -28,6 +28,8 @@ pub struct RewardEvaluation<'a> {
     pub stop: &'a [String],
     /// The rewards, which may keep processes.
     pub rewards: &'a RefCell<RewardSet>,
+    /// Share of the completions whose reward may fail.
+    pub most_failures: f64,
 }
 
 impl Evaluation<GrpoTrainer<'_>> for RewardEvaluation<'_> {
@@ -57,6 +59,10 @@ impl Evaluation<GrpoTrainer<'_>> for RewardEvaluation<'_> {
         let pairs: Vec<_> = self.prompts.iter().zip(&completions).collect();
         let rewards = &mut self.rewards.borrow_mut();
         let scored = score(&self.text.tokenizer, rewards, &pairs)?;
+        let judged: Vec<_> = scored.iter().map(|scored| &scored.judged).collect();
+        if let Some(reason) = too_many_failures(&judged, &rewards.names(), self.most_failures) {
+            return Err(Error::Interrupted(reason));
+        }
         let mut metrics = metrics(&scored, &rewards.names());
         let lengths: Vec<f64> = completions.iter().map(|c| c.tokens.len() as f64).collect();
         let cut = completions.iter().filter(|c| c.stop == StopReason::Length).count();

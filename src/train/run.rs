@@ -150,13 +150,7 @@ impl Run {
         let report = match step(trainer) {
             Ok(report) => report,
             Err(Error::Interrupted(reason)) => {
-                self.save(trainer)?;
-                let folder = checkpoint_dir(&self.train.output_dir, number - 1);
-                return Err(Error::failure(format!(
-                    "step {number}: {reason}; the run is saved in {}: mend the cause and go on with \
-                     --resume_from_checkpoint latest",
-                    folder.display()
-                )));
+                return Err(self.interrupted(trainer, &format!("step {number}: {reason}")));
             }
             Err(error) => return Err(self.dump(trainer, number, error)),
         };
@@ -215,7 +209,7 @@ impl Run {
         }
     }
 
-    /// Evaluates before the first step; a resumed run has done so already.
+    /// Evaluates before the first step, unless the run that goes on here has done so.
     ///
     /// # Errors
     /// As [`Run::evaluate`].
@@ -224,7 +218,8 @@ impl Run {
         trainer: &mut T,
         held_out: &impl Evaluation<T>,
     ) -> Result<()> {
-        if trainer.learner().state().global_step > 0 {
+        let state = trainer.learner().state();
+        if state.global_step > 0 || !state.log_history.is_empty() {
             return Ok(());
         }
         self.measure(trainer, held_out, (true, true)).map(drop)
@@ -238,7 +233,12 @@ impl Run {
     ) -> Result<MetricLine> {
         let mut metrics = if loss { held_out.loss(trainer)? } else { Metrics::new() };
         if answers && self.train.eval_accuracy != EvalAccuracy::No {
-            let answers = held_out.answers(trainer)?;
+            let answers = match held_out.answers(trainer) {
+                Err(Error::Interrupted(reason)) => {
+                    return Err(self.interrupted(trainer, &format!("evaluation: {reason}")));
+                }
+                answers => answers?,
+            };
             answers.iter().for_each(|(name, value)| metrics.set(name, value));
         }
         let state = trainer.learner_mut().state_mut();
@@ -336,6 +336,20 @@ impl Run {
             }
             None => String::new(),
         })
+    }
+
+    /// Saves the run for going on after what interrupted it, and says how.
+    fn interrupted<'a>(&mut self, trainer: &impl Trainer<'a>, reason: &str) -> Error {
+        let step = trainer.learner().state().global_step;
+        let folder = checkpoint_dir(&self.train.output_dir, step);
+        match self.save(trainer) {
+            Ok(()) => Error::failure(format!(
+                "{reason}; the run is saved in {}: mend the cause and go on with \
+                 --resume_from_checkpoint latest",
+                folder.display()
+            )),
+            Err(second) => Error::failure(format!("{reason}; it could not be saved: {second}")),
+        }
     }
 
     /// Keeps what a failed step worked on, and says where.
