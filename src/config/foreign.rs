@@ -21,6 +21,20 @@ pub fn answer(key: &str) -> Option<&'static str> {
         "per_device_eval_batch_size" | "auto_find_batch_size" | "eval_accumulation_steps" => {
             "there is no padding, so memory is set by memory_budget and micro_batch_tokens"
         }
+        "vllm_importance_sampling_cap" | "vllm_importance_sampling_correction" => {
+            "sampler and trainer agree to the bit; where rollout_matmul_precision differs, use \
+             importance_sampling_cap"
+        }
+        "sync_ref_model" | "ref_model_sync_steps" | "ref_model_mixup_alpha" => {
+            "the reference stays as it is: use reference (base or adapter)"
+        }
+        "disable_dropout" => "dropout is refused in policy-gradient runs: leave it out",
+        "generation_kwargs" => "use temperature, top_p, top_k, min_p, repetition_penalty and stop",
+        "reward_processing_classes" | "remove_unused_columns" | "shuffle_dataset" => {
+            "every column reaches the rewards and prompts are shuffled by seed: leave it out"
+        }
+        "use_bias_correction_kl" => "the divergence is always weighted by the ratio: leave it out",
+        "epsilon_low" => "use epsilon",
         "optim" | "optim_args" => "the optimizer is AdamW: leave it out",
         "deepspeed" | "fsdp" | "fsdp_config" | "ddp_find_unused_parameters" | "local_rank" => {
             "one process drives one device: leave it out"
