@@ -242,7 +242,8 @@ impl<'a> GrpoTrainer<'a> {
         (sums, gradients): (Sums, Gradients),
         started: Instant,
     ) -> Result<StepReport> {
-        let update = self.learner.update(gradients, sums.all_tokens)?;
+        let tokens = if rollouts.used == 0 { rollouts.tokens() } else { 0 };
+        let update = self.learner.update(gradients, tokens)?;
         let rows = self.prompts.len() as f64;
         let state = self.learner.state_mut();
         state.cursor = rollouts.cursor;
@@ -260,7 +261,7 @@ impl<'a> GrpoTrainer<'a> {
             self.pending = Some(rollouts);
         }
         let step = self.learner.state().global_step;
-        Ok(StepReport { step, tokens: sums.all_tokens, metrics })
+        Ok(StepReport { step, tokens, metrics })
     }
 
     /// A step's metrics of the loss, under TRL's names.

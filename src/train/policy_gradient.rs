@@ -81,8 +81,6 @@ pub struct Sums {
     pub loss: f64,
     /// Tokens of completions that went through the model.
     pub tokens: usize,
-    /// All tokens that did, prompts included.
-    pub all_tokens: usize,
     /// Sum of entropies, in nats.
     pub entropy: f64,
     /// Sum of KL estimates.
@@ -109,7 +107,6 @@ impl Default for Sums {
         Sums {
             loss: 0.0,
             tokens: 0,
-            all_tokens: 0,
             entropy: 0.0,
             kl: 0.0,
             ratio: 0.0,
@@ -266,7 +263,6 @@ impl Part<'_> {
         if known {
             self.check_ratio(&packed, &said.logps)?;
         }
-        sums.all_tokens += packed.batch.len();
         let entropies = packed.of_rows(&said.entropy);
         sums.entropy += entropies.iter().map(|entropy| f64::from(*entropy)).sum::<f64>();
         if let Some(bonus) = &bonus {

@@ -40,6 +40,14 @@ pub struct Rollouts {
 }
 
 impl Rollouts {
+    /// Tokens of prompts, each once, and completions.
+    pub fn tokens(&self) -> usize {
+        let of_completions = |group: &Group| -> usize {
+            group.completions.iter().map(|completion| completion.tokens.len()).sum()
+        };
+        self.groups.iter().map(|group| group.prompt.len() + of_completions(group)).sum()
+    }
+
     /// Puts them into a checkpoint's folder.
     ///
     /// # Errors

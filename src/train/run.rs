@@ -21,7 +21,7 @@ use crate::files::{verify, write_atomic};
 pub struct StepReport {
     /// Number of the step, from 1.
     pub step: u64,
-    /// Tokens that went through the model.
+    /// Tokens that were learnt from: of sequences, or of fresh prompts and completions.
     pub tokens: usize,
     /// The step's metrics.
     pub metrics: StepMetrics,
