@@ -12,7 +12,7 @@ use super::loss::policy::{Completion, CompletionLoss, Normaliser, PolicyLoss};
 use crate::adapter::Adapter;
 use crate::model::Policy;
 use crate::ops::{Distribution, GradientSums, Gradients, Pull, Tape, Value, add};
-use crate::rollout::{Group, SamplingParams};
+use crate::rollout::{self, Group, SamplingParams};
 use crate::{Error, Result};
 
 /// What a step learns from.
@@ -121,6 +121,10 @@ impl Default for Sums {
 }
 
 impl Sums {
+    fn add_entropies(&mut self, entropies: &[f32]) {
+        self.entropy += entropies.iter().map(|entropy| f64::from(*entropy)).sum::<f64>();
+    }
+
     fn add(&mut self, loss: &CompletionLoss) {
         self.loss += loss.loss;
         self.kl += loss.kl;
@@ -209,6 +213,12 @@ fn said(
     Ok(policy.weighted_logps_under(&tape, h, pull, distribution)?.1.logps)
 }
 
+/// What the head's logits become: the distribution that was sampled from, and that without filters.
+struct Distributions<'a> {
+    sampled: Distribution<'a>,
+    plain: Distribution<'a>,
+}
+
 /// One micro-batch of a step.
 struct Part<'a> {
     policy: &'a Policy,
@@ -232,103 +242,130 @@ impl Part<'_> {
             true => packed.rules(self.step.groups, sampling.repetition_penalty != 1.0),
             false => Vec::new(),
         };
-        let distribution = sampling.distribution(&rules);
+        let plain = Distribution { temperature: sampling.temperature, ..Distribution::default() };
+        let of = Distributions { sampled: sampling.distribution(&rules), plain };
         let embedded = policy.embed(&packed.batch.input_ids)?;
         let trace = policy.trace(&packed.batch, embedded, self.adapters, checkpointing)?;
-        let constant = Value::constant(trace.output().clone());
-        let sampled = self.sampled(&packed);
-        // the sampler's bits are those of the kernels of the CPU
-        let same_sampler = self.step.off_policy.is_none() && policy.engine().device().is_cpu();
-        let known = self.step.on_policy && same_sampler;
-        let logps = match known {
-            true => sampled.clone(),
-            false => packed.by_completion(&said(policy, &constant, &packed, distribution)?),
+        let losses = self.losses(&packed, trace.output(), &of, sums)?;
+        match self.head_gradient(&packed, trace.output(), &losses, &of, sums)? {
+            Some(dh) => trace.backward_into(dh, gradients),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the log-probs must be those that were recorded: the adapters and the kernels are those
+    /// that sampled.
+    fn is_known(&self) -> bool {
+        let same_sampler = self.step.off_policy.is_none() && self.policy.engine().device().is_cpu();
+        self.step.on_policy && same_sampler
+    }
+
+    /// The losses of the batch's completions, given the last block's output.
+    fn losses(
+        &self,
+        packed: &GroupBatch,
+        output: &Tensor,
+        of: &Distributions,
+        sums: &mut Sums,
+    ) -> Result<Vec<CompletionLoss>> {
+        let h = Value::constant(output.clone());
+        let said = |distribution| -> Result<Vec<Vec<f32>>> {
+            Ok(packed.by_completion(&said(self.policy, &h, packed, distribution)?))
         };
-        let plain = Distribution { temperature: sampling.temperature, ..Distribution::default() };
-        let unfiltered = match sampling.has_rules() && self.objective.loss.beta != 0.0 {
-            true => Some(packed.by_completion(&said(policy, &constant, &packed, plain)?)),
+        let logps = match self.is_known() {
+            true => self.completions(packed).map(|(_, c)| c.logps.clone()).collect(),
+            false => said(of.sampled)?,
+        };
+        let unfiltered = match self.has_unfiltered() {
+            true => Some(said(of.plain)?),
             false => None,
         };
-        let losses = self.losses(&packed, &logps, unfiltered.as_deref(), sums);
-        losses.iter().for_each(|loss| sums.add(loss));
-        let bonus = self.bonus(&packed);
-        let tape = Tape::recording(policy.engine());
-        let h = tape.input(trace.output());
-        let of = |get: &dyn Fn(&CompletionLoss) -> Vec<f32>| -> Vec<f32> {
-            packed.by_target(&losses.iter().map(get).collect::<Vec<_>>())
-        };
-        let weights = of(&|loss| loss.dlogps.clone());
-        let pull = Pull { targets: &packed.targets, weights: &weights, dentropy: bonus.as_deref() };
-        let (mut loss, said) = policy.weighted_logps_under(&tape, &h, pull, distribution)?;
-        if known {
-            self.check_ratio(&packed, &said.logps)?;
+        let mut losses = Vec::with_capacity(logps.len());
+        for (i, (place, completion)) in self.completions(packed).enumerate() {
+            let unfiltered = unfiltered.as_ref().map(|all| all[i].as_slice());
+            losses.push(self.loss(place, completion, (&logps[i], unfiltered), sums));
         }
-        let entropies = packed.of_rows(&said.entropy);
-        sums.entropy += entropies.iter().map(|entropy| f64::from(*entropy)).sum::<f64>();
+        losses.iter().for_each(|loss| sums.add(loss));
+        Ok(losses)
+    }
+
+    /// Whether the divergence from the reference is taken of another distribution than was sampled.
+    fn has_unfiltered(&self) -> bool {
+        self.objective.sampling.has_rules() && self.objective.loss.beta != 0.0
+    }
+
+    /// The loss of one completion with the given log-probs.
+    fn loss(
+        &self,
+        place: usize,
+        completion: &rollout::Completion,
+        (logps, unfiltered): (&[f32], Option<&[f32]>),
+        sums: &mut Sums,
+    ) -> CompletionLoss {
+        let (step, mut old, mut weights) = (self.step, completion.logps.as_slice(), None);
+        if let Some(off) = step.off_policy {
+            old = off.old.get(place).map_or(logps, Vec::as_slice);
+            weights = Some(PolicyLoss::truncated_weights(old, &completion.logps, off.cap));
+            sums.correction += weights.iter().flatten().sum::<f64>();
+            sums.old.push((place, old.to_vec()));
+        }
+        let completion = Completion {
+            logps,
+            sampled: old,
+            reference: step.reference.get(place).map(Vec::as_slice),
+            unfiltered,
+            chosen: step.chosen.get(place).map(Vec::as_slice),
+            correction: weights.as_deref(),
+            advantage: step.advantages[place].unwrap_or(0.0),
+        };
+        self.objective.loss.of(&completion, &step.normaliser)
+    }
+
+    /// The gradient of the last block's output.
+    fn head_gradient(
+        &self,
+        packed: &GroupBatch,
+        output: &Tensor,
+        losses: &[CompletionLoss],
+        of: &Distributions,
+        sums: &mut Sums,
+    ) -> Result<Option<Tensor>> {
+        let (policy, bonus) = (self.policy, self.bonus(packed));
+        let tape = Tape::recording(policy.engine());
+        let h = tape.input(output);
+        let weights = |get: fn(&CompletionLoss) -> &Vec<f32>| -> Vec<f32> {
+            packed.by_target(&losses.iter().map(|loss| get(loss).clone()).collect::<Vec<_>>())
+        };
+        let sampled = weights(|loss| &loss.dlogps);
+        let pull = Pull { targets: &packed.targets, weights: &sampled, dentropy: bonus.as_deref() };
+        let (mut loss, said) = policy.weighted_logps_under(&tape, &h, pull, of.sampled)?;
+        if self.is_known() {
+            self.check_ratio(packed, &said.logps)?;
+        }
+        sums.add_entropies(&packed.of_rows(&said.entropy));
         if let Some(bonus) = &bonus {
             let product = |(d, entropy): (&f32, &f32)| f64::from(*d) * f64::from(*entropy);
             sums.loss += bonus.iter().zip(&said.entropy).map(product).sum::<f64>();
         }
-        if unfiltered.is_some() {
-            let weights = of(&|loss| loss.dunfiltered.clone());
-            let pull = Pull { targets: &packed.targets, weights: &weights, dentropy: None };
-            let (kl, _) = policy.weighted_logps_under(&tape, &h, pull, plain)?;
+        if self.has_unfiltered() {
+            let plain = weights(|loss| &loss.dunfiltered);
+            let pull = Pull { targets: &packed.targets, weights: &plain, dentropy: None };
+            let (kl, _) = policy.weighted_logps_under(&tape, &h, pull, of.plain)?;
             loss = add(&tape, &loss, &kl)?;
         }
         let one = Tensor::ones(1, DType::F32, policy.engine().device())?;
-        let (dh, _) = tape.backward_to_input(&loss, one, &h)?;
-        drop((h, constant));
-        match dh {
-            Some(dh) => trace.backward_into(dh, gradients),
-            None => Ok(()),
-        }
+        Ok(tape.backward_to_input(&loss, one, &h)?.0)
     }
 
     /// The completion of each of the batch's places.
     fn completions<'b>(
         &'b self,
         packed: &'b GroupBatch,
-    ) -> impl Iterator<Item = (usize, &'b crate::rollout::Completion)> {
+    ) -> impl Iterator<Item = (usize, &'b rollout::Completion)> {
         packed
             .completions
             .iter()
             .map(|(g, c)| (self.starts[*g] + c, &self.step.groups[*g].completions[*c]))
-    }
-
-    fn sampled(&self, packed: &GroupBatch) -> Vec<Vec<f32>> {
-        self.completions(packed).map(|(_, completion)| completion.logps.clone()).collect()
-    }
-
-    fn losses(
-        &self,
-        packed: &GroupBatch,
-        logps: &[Vec<f32>],
-        unfiltered: Option<&[Vec<f32>]>,
-        sums: &mut Sums,
-    ) -> Vec<CompletionLoss> {
-        let step = self.step;
-        let mut losses = Vec::with_capacity(logps.len());
-        for (i, (place, completion)) in self.completions(packed).enumerate() {
-            let mut old = completion.logps.as_slice();
-            let mut weights = None;
-            if let Some(off) = step.off_policy {
-                old = off.old.get(place).map_or(logps[i].as_slice(), Vec::as_slice);
-                weights = Some(PolicyLoss::truncated_weights(old, &completion.logps, off.cap));
-                sums.correction += weights.iter().flatten().sum::<f64>();
-                sums.old.push((place, old.to_vec()));
-            }
-            let completion = Completion {
-                logps: &logps[i],
-                sampled: old,
-                reference: step.reference.get(place).map(Vec::as_slice),
-                unfiltered: unfiltered.map(|all| all[i].as_slice()),
-                chosen: step.chosen.get(place).map(Vec::as_slice),
-                correction: weights.as_deref(),
-                advantage: step.advantages[place].unwrap_or(0.0),
-            };
-            losses.push(self.objective.loss.of(&completion, &step.normaliser));
-        }
-        losses
     }
 
     /// The factor of each distinct row's entropy, if there is an entropy bonus: the mean over all tokens
@@ -339,7 +376,7 @@ impl Part<'_> {
             return None;
         }
         let share = (-coef / self.step.counted_tokens().max(1) as f64) as f32;
-        let of = |(place, completion): (usize, &crate::rollout::Completion)| -> Vec<f32> {
+        let of = |(place, completion): (usize, &rollout::Completion)| -> Vec<f32> {
             match self.step.chosen.get(place) {
                 Some(chosen) => chosen.iter().map(|c| if *c { share } else { 0.0 }).collect(),
                 None => vec![share; completion.tokens.len()],
