@@ -57,6 +57,9 @@ def main():
     folder, name = os.path.split(os.path.abspath(args.gguf))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = load(args.gguf, torch.float32)
+    # its matrices were widened to f32 on loading
+    model.is_quantized = False
     clock = Clock()
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
@@ -76,7 +79,7 @@ def main():
         disable_tqdm=True,
     )
     trainer = GRPOTrainer(
-        model=load(args.gguf, torch.float32),
+        model=model,
         args=config,
         processing_class=tokenizer,
         reward_funcs=count_e,
