@@ -8,13 +8,11 @@ use crate::config::{MemoryBudget, OptimArgs};
 use crate::model::part_tokens;
 use crate::{Error, Result};
 
-/// Micro-batches that are tried, in tokens, the largest first. Larger ones than a part are no faster, but
-/// for sequences that share a prompt, which would be computed twice if they were cut; down to a quarter
-/// they are hardly slower, while computing blocks again costs a third of a step.
-fn micro_batches(family: usize) -> Vec<usize> {
+/// Micro-batches that are tried, in tokens, the largest first. Larger ones are no faster; down to a
+/// quarter they are hardly slower, while computing blocks again costs a third of a step.
+fn micro_batches() -> [usize; 3] {
     let part = part_tokens();
-    let whole = (part < family && family <= 2 * part).then_some(family);
-    whole.into_iter().chain([part, part / 2, part / 4]).collect()
+    [part, part / 2, part / 4]
 }
 
 /// The longest case that a run's data holds.
@@ -88,8 +86,7 @@ impl Plan {
             Some(false) => &[false],
             None => &[false, true],
         };
-        let micro_batches =
-            optim.micro_batch_tokens.map_or_else(|| micro_batches(case.family), |n| vec![n]);
+        let micro_batches = optim.micro_batch_tokens.map_or(micro_batches().to_vec(), |n| vec![n]);
         let mut least: Option<Plan> = None;
         for &gradient_checkpointing in recompute {
             for &micro_batch_tokens in &micro_batches {
@@ -184,8 +181,7 @@ mod tests {
     fn less_memory_means_smaller_micro_batches_and_then_recomputation() {
         let optim = OptimArgs::default();
         let mut plan = choose(&optim, CASE, None).unwrap();
-        let all = micro_batches(CASE.family);
-        let (largest, smallest) = (all[0], all[all.len() - 1]);
+        let [largest, .., smallest] = micro_batches();
         assert_eq!(cut(&plan), (largest, false));
         let mut cuts = vec![cut(&plan)];
         let error = loop {
@@ -218,17 +214,6 @@ mod tests {
         let whole = OptimArgs { micro_batch_tokens: Some(0), ..Default::default() };
         let all = choose(&whole, CASE, None).unwrap();
         assert!(all.bytes > 2 * choose(&OptimArgs::default(), CASE, None).unwrap().bytes);
-    }
-
-    #[test]
-    fn sequences_that_share_a_prompt_are_kept_together_where_memory_allows() {
-        let (optim, part) = (OptimArgs::default(), part_tokens());
-        let case = |family| LongestCase { family, ..CASE };
-        let whole = choose(&optim, case(part + 100), None).unwrap();
-        assert_eq!(whole.micro_batch_tokens, part + 100);
-        let less = choose(&optim, case(part + 100), Some(whole.bytes - 1)).unwrap();
-        assert_eq!(less.micro_batch_tokens, part);
-        assert_eq!(choose(&optim, case(3 * part), None).unwrap().micro_batch_tokens, part);
     }
 
     #[test]
