@@ -11,6 +11,7 @@ mod attention;
 mod engine;
 mod glu;
 mod head;
+mod head_composed;
 mod kv_cache;
 mod linear;
 mod low_rank;
