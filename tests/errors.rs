@@ -160,7 +160,11 @@ fn unknown_keys_and_values() {
     place.refused(&["--lora_target_modules", "q_pro", "--adapter", "lora"], 2, &["q_proj"]);
     place.refused(&["--learning_rate"], 2, &["--learning_rate", "needs a value"]);
     place.refused(&["--learning_rate", "-1"], 2, &["learning_rate"]);
-    place.refused(&["--eval_accuracy", "ends"], 2, &["gold answers (gsm8k, listops)"]);
+    place.refused(
+        &["--eval_accuracy", "ends"],
+        2,
+        &["gold answers (gsm8k, aqua, addsub, multiarith, singleeq, arithmetic, listops)"],
+    );
 }
 
 #[test]
@@ -212,7 +216,10 @@ fn keys_that_the_rows_cannot_serve() {
             place.refused(&flags, 2, wanted);
         };
         refused(&["--eval_steps", "1"], &["no row is held out", "set max_eval_samples"]);
-        refused(&["--eval_accuracy", "ends"], &["gold answers (gsm8k, listops)"]);
+        refused(
+            &["--eval_accuracy", "ends"],
+            &["gold answers (gsm8k, aqua, addsub, multiarith, singleeq, arithmetic, listops)"],
+        );
         refused(&["--assistant_only_loss"], &["row 1", "messages", "completion_only_loss"]);
         let plain = place.write("plain.jsonl", "{\"text\": \"once upon a time\"}\n");
         let flags = ["--dataset_name", &plain, "--steering_positions", "last"];
