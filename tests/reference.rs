@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use common::{FAMILIES, max_diff, policy, reference, relative, shared};
-use steersman::adapter::{Adapter, BaseModel, SteeringConfig, SteeringKind, load, save};
+use common::{FAMILIES, gpu, max_diff, policy, reference, relative, shared};
+use steersman::adapter::{Adapter, BaseModel, Steering, SteeringConfig, SteeringKind, load, save};
 use steersman::model::{Batch, Policy};
 use steersman::ops::{Engine, Gradients, Tape, Target};
 use steersman::rollout::{GenerateOptions, Generator, Request};
@@ -41,7 +41,7 @@ fn run(policy: &Policy, adapters: &Adapters, refs: &HashMap<String, Tensor>) -> 
     let h = tape.input(trace.output());
     let weights = vec![-1.0 / targets.len() as f32; targets.len()];
     let (loss, _) = policy.weighted_logps(&tape, &h, &targets, &weights).unwrap();
-    let one = Tensor::ones(1, candle_core::DType::F32, &Device::Cpu).unwrap();
+    let one = Tensor::ones(1, candle_core::DType::F32, policy.engine().device()).unwrap();
     let value = loss.tensor().to_vec1::<f32>().unwrap()[0];
     let dh = tape.backward_to_input(&loss, one, &h).unwrap().0.unwrap();
     Run { logits, loss: value, grads: trace.backward(dh).unwrap() }
@@ -49,15 +49,15 @@ fn run(policy: &Policy, adapters: &Adapters, refs: &HashMap<String, Tensor>) -> 
 
 fn steering(policy: &Policy, refs: &HashMap<String, Tensor>, kind: SteeringKind) -> Adapters {
     let config = SteeringConfig { kind, rank: 4, ..SteeringConfig::post_block(policy.config()) };
-    let fresh =
-        steersman::adapter::Steering::new(config, policy.config(), 0, &Device::Cpu).unwrap();
+    let device = policy.engine().device();
+    let fresh = Steering::new(config, policy.config(), 0, device).unwrap();
     let mut adapter: Box<dyn Adapter> = Box::new(fresh);
     let values: BTreeMap<String, Tensor> = adapter
         .parameters()
         .keys()
         .map(|key| {
             let name = format!("steer_{kind}.{}", key.trim_end_matches(".weight"));
-            (key.clone(), refs[&name].clone())
+            (key.clone(), refs[&name].to_device(device).unwrap())
         })
         .collect();
     adapter.set_parameters(values);
@@ -106,7 +106,7 @@ fn check_family(folder: &Path, engine: &Engine) {
         let (found, wanted) = greedy(&policy, &adapters, &refs[&format!("{prefix}.greedy")]);
         assert_eq!(found, wanted, "{family} {prefix} greedy");
     }
-    let lora = load(&folder.join("lora"), policy.config(), &Device::Cpu).unwrap();
+    let lora = load(&folder.join("lora"), policy.config(), engine.device()).unwrap();
     let adapted = run(&policy, &lora, &refs);
     assert_eq!(adapted.grads.len(), 14 * policy.config().layers.len());
     check(&label("lora"), &adapted, &refs, "lora", 1e-4);
@@ -125,6 +125,15 @@ fn the_composed_twins_agree_with_transformers_and_peft() {
     for family in FAMILIES {
         let Some(folder) = shared(&format!("fixtures/{family}")) else { return };
         check_family(&folder, &Engine::cpu().composed());
+    }
+}
+
+#[test]
+fn a_gpu_agrees_with_transformers_and_peft() {
+    let Some(engine) = gpu() else { return };
+    for family in FAMILIES {
+        let Some(folder) = shared(&format!("fixtures/{family}")) else { return };
+        check_family(&folder, &engine);
     }
 }
 

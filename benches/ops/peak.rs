@@ -4,13 +4,15 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use rayon::prelude::*;
+#[cfg(target_arch = "x86_64")]
+use steersman::kernels::dispatch::CpuLevel;
 
 /// Peak rates of all threads of the pool together, in 1e9 a second.
 pub struct Peak {
     /// f32 multiply-adds, each two FLOPs.
     pub gflops: f64,
-    /// The same where one instruction multiplies pairs of bf16; else as `gflops`.
-    pub pair_gflops: f64,
+    /// The same of bf16, in tiles or pairs where the machine multiplies those; else as `gflops`.
+    pub bf16_gflops: f64,
     /// Bytes read from memory.
     pub gbytes: f64,
 }
@@ -27,7 +29,8 @@ const WORDS: usize = 1 << 25;
 /// Measures all three; takes about a second.
 pub fn measure() -> Peak {
     let gflops = multiply_adds();
-    Peak { gflops, pair_gflops: pairs().unwrap_or(gflops), gbytes: read() }
+    let bf16_gflops = tiles().or_else(pairs).unwrap_or(gflops);
+    Peak { gflops, bf16_gflops, gbytes: read() }
 }
 
 /// The best rate of `work`, which every thread does at once, each time `amount`.
@@ -70,6 +73,18 @@ fn pairs() -> Option<f64> {
     None
 }
 
+#[cfg(target_arch = "x86_64")]
+fn tiles() -> Option<f64> {
+    let there = CpuLevel::detect() == CpuLevel::Amx;
+    // SAFETY: the machine has tiles, and the system gave leave to use them.
+    there.then(|| best(2 * 16 * 16 * 32 * 4 * (ROUNDS / 16), || unsafe { x86::tiles() }))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn tiles() -> Option<f64> {
+    None
+}
+
 /// Products and sums in plain Rust, which the compiler vectorises for any machine.
 fn portable() -> f64 {
     best(2 * 4 * SUMS * ROUNDS, || {
@@ -84,6 +99,7 @@ fn portable() -> f64 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use std::arch::asm;
     use std::arch::x86_64::*;
     use std::hint::black_box;
 
@@ -97,6 +113,40 @@ mod x86 {
             sums.iter_mut().for_each(|sum| *sum = _mm512_fmadd_ps(*sum, factor, addend));
         }
         black_box(sums);
+    }
+
+    /// Four sums that take turns, of tiles of zeros.
+    ///
+    /// # Safety
+    /// The machine has AMX with bf16, and this process may use it.
+    pub unsafe fn tiles() {
+        #[repr(C, align(64))]
+        struct Shapes([u8; 64]);
+        let mut shapes = Shapes([0; 64]);
+        shapes.0[0] = 1;
+        for tile in 0..6 {
+            shapes.0[16 + 2 * tile] = 64;
+            shapes.0[48 + tile] = 16;
+        }
+        // SAFETY: the shapes are valid, and no tile is in use.
+        unsafe {
+            asm!(
+                "ldtilecfg [{shapes}]",
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                "tdpbf16ps tmm1, tmm4, tmm5",
+                "tdpbf16ps tmm2, tmm4, tmm5",
+                "tdpbf16ps tmm3, tmm4, tmm5",
+                "dec {rounds}",
+                "jnz 2b",
+                "tilerelease",
+                shapes = in(reg) &shapes,
+                rounds = inout(reg) ROUNDS / 16 => _,
+                options(nostack)
+            );
+        }
     }
 
     #[target_feature(enable = "avx2,fma")]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use steersman::model::{ModelConfig, ModelSource, Policy, Weights};
-use steersman::ops::{Engine, WeightDtype};
+use steersman::ops::{Engine, MatmulPrecision, WeightDtype};
 
 /// The folder with reference models and numbers, or nothing (with a visible line) where it is missing.
 pub fn shared(path: &str) -> Option<PathBuf> {
@@ -19,6 +19,14 @@ pub fn shared(path: &str) -> Option<PathBuf> {
     }
     eprintln!("SKIPPED: {} is missing", full.display());
     None
+}
+
+/// The engine of the first NVIDIA GPU, or nothing (with a visible line) where there is none or the
+/// tests were built without `--features cuda`.
+pub fn gpu() -> Option<Engine> {
+    let device = Device::new_cuda(0);
+    let skipped = |error: &_| eprintln!("SKIPPED: no GPU: {error}");
+    device.inspect_err(skipped).ok().map(|gpu| Engine::new(gpu, MatmulPrecision::Highest))
 }
 
 /// The reference families.
@@ -44,13 +52,14 @@ pub fn reference(folder: &Path) -> HashMap<String, Tensor> {
 
 /// max |a - b|.
 pub fn max_diff(a: &Tensor, b: &Tensor) -> f32 {
-    let diff = (a.flatten_all().unwrap() - b.flatten_all().unwrap()).unwrap().abs().unwrap();
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_device(&Device::Cpu).unwrap();
+    let diff = (flat(a) - flat(b)).unwrap().abs().unwrap();
     diff.max_all().unwrap().to_scalar().unwrap()
 }
 
 /// |a - b| / |b| in the Euclidean norm.
 pub fn relative(a: &Tensor, b: &Tensor) -> f32 {
     let norm = |t: Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
-    let diff = (a.flatten_all().unwrap() - b.flatten_all().unwrap()).unwrap();
-    norm(diff) / norm(b.flatten_all().unwrap()).max(f32::MIN_POSITIVE)
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_device(&Device::Cpu).unwrap();
+    norm((flat(a) - flat(b)).unwrap()) / norm(flat(b)).max(f32::MIN_POSITIVE)
 }

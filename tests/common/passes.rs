@@ -57,7 +57,7 @@ fn randomised(mut adapter: Box<dyn Adapter>) -> Box<dyn Adapter> {
     };
     let fill = |tensor: &Tensor, next: &mut dyn FnMut() -> f32| {
         let values: Vec<f32> = (0..tensor.elem_count()).map(|_| 0.3 * next()).collect();
-        Tensor::from_vec(values, tensor.shape(), &Device::Cpu).unwrap()
+        Tensor::from_vec(values, tensor.shape(), tensor.device()).unwrap()
     };
     let parameters = adapter.parameters().clone();
     let filled = parameters.into_iter().map(|(key, old)| (key, fill(&old, &mut next)));
@@ -74,13 +74,14 @@ pub fn steering(
 ) -> Box<dyn Adapter> {
     let base = SteeringConfig::post_block(policy.config());
     let config = SteeringConfig { kind, site, positions, rank: 3, ..base };
-    let fresh = Steering::new(config, policy.config(), 1, &Device::Cpu).unwrap();
+    let fresh = Steering::new(config, policy.config(), 1, policy.engine().device()).unwrap();
     randomised(Box::new(fresh))
 }
 
 pub fn lora(policy: &Policy) -> Box<dyn Adapter> {
     let config = LoraConfig { r: 3, ..LoraConfig::all_linear() };
-    randomised(Box::new(Lora::new(config, policy.config(), 1, &Device::Cpu).unwrap()))
+    let device = policy.engine().device();
+    randomised(Box::new(Lora::new(config, policy.config(), 1, device).unwrap()))
 }
 
 /// Steering with LoRA.
@@ -175,7 +176,7 @@ pub fn gradients(
         let weights = vec![-1.0 / n as f32; targets.len()];
         let (loss, said) = policy.weighted_logps(&tape, &h, targets, &weights).unwrap();
         logps.extend(said.logps);
-        let one = Tensor::ones(1, DType::F32, &Device::Cpu).unwrap();
+        let one = Tensor::ones(1, DType::F32, policy.engine().device()).unwrap();
         let dh = tape.backward_to_input(&loss, one, &h).unwrap().0.unwrap();
         trace.backward_into(dh, &mut sums).unwrap();
     }
