@@ -31,8 +31,10 @@ pub(crate) trait Simd: Copy {
     fn load_link(self, x: &[u16; 2 * LANES], k: usize) -> Self::V;
     /// Writes the upper halves of the lanes' bits as pairs of bf16 numbers.
     fn store_pairs(self, y: &mut [u16; 2 * LANES], even: Self::V, odd: Self::V);
-    /// Writes the lanes rounded to the nearest bf16 (ties to even); what is not a number stays so.
-    fn store_bf16(self, y: &mut [u16; LANES], v: Self::V);
+    /// The nearest bf16 numbers (ties to even); what is not a number stays so.
+    fn round_bf16(self, v: Self::V) -> Self::V;
+    /// Writes the upper halves of the lanes' bits.
+    fn store_upper(self, y: &mut [u16; LANES], v: Self::V);
     /// Sixteen outputs' weights from eight pairs of input features, transposed: `y` gets sixteen input
     /// features' weights to eight pairs of outputs.
     fn transpose_pairs(self, x: &[[u16; 2 * LANES]; 8], y: &mut [[u16; 2 * LANES]; 8]);
@@ -63,6 +65,12 @@ pub(crate) trait Simd: Copy {
     /// Transposes eight rows of `x` into eight columns of `y`: `y[i * y_stride + j] = x[j *
     /// x_stride + i]` for `i, j < 8`.
     fn transpose8(self, x: &[f32], x_stride: usize, y: &mut [f32], y_stride: usize);
+
+    /// Writes the lanes rounded to the nearest bf16 (ties to even); what is not a number stays so.
+    #[inline(always)]
+    fn store_bf16(self, y: &mut [u16; LANES], v: Self::V) {
+        self.store_upper(y, self.round_bf16(v));
+    }
 
     /// Brings the cache line at an address, valid or not, closer; nothing where that is unknown.
     #[inline(always)]
@@ -103,12 +111,12 @@ pub(crate) trait Kernel<R = ()> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Portable;
 
-/// The bits of the nearest bf16 (ties to even); what is not a number stays so.
+/// The nearest bf16 number (ties to even); what is not a number stays so.
 #[inline(always)]
-pub(crate) fn round_to_bf16(x: f32) -> u16 {
+fn round_to_bf16(x: f32) -> f32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-    (if x.is_nan() { bits | 0x0040_0000 } else { rounded } >> 16) as u16
+    f32::from_bits(if x.is_nan() { bits | 0x0040_0000 } else { rounded } & 0xffff_0000)
 }
 
 #[inline(always)]
@@ -160,8 +168,12 @@ impl Simd for Portable {
         }
     }
     #[inline(always)]
-    fn store_bf16(self, y: &mut [u16; LANES], v: Self::V) {
-        y.iter_mut().zip(v).for_each(|(y, x)| *y = round_to_bf16(x));
+    fn round_bf16(self, v: Self::V) -> Self::V {
+        v.map(round_to_bf16)
+    }
+    #[inline(always)]
+    fn store_upper(self, y: &mut [u16; LANES], v: Self::V) {
+        y.iter_mut().zip(v).for_each(|(y, x)| *y = (x.to_bits() >> 16) as u16);
     }
     #[inline(always)]
     fn transpose_pairs(self, x: &[[u16; 2 * LANES]; 8], y: &mut [[u16; 2 * LANES]; 8]) {
@@ -250,6 +262,8 @@ mod tests {
             for v in [a, b] {
                 s.store_bf16(&mut rounded, v);
                 self.2.extend(rounded.map(|x| f32::from_bits(u32::from(x) << 16)));
+                s.store_upper(&mut rounded, v);
+                self.2.extend(rounded.map(|x| f32::from_bits(u32::from(x) << 16)));
             }
             let vectors = [
                 s.splat(self.0[3]),
@@ -267,6 +281,8 @@ mod tests {
                 s.select_lt(a, b, b, a),
                 s.add_exponent(a, s.add(b, s.splat(12_582_912.0))),
                 s.load_part(&self.0[..5]),
+                s.round_bf16(a),
+                s.round_bf16(b),
             ];
             for v in vectors {
                 let mut lanes = [0.0; LANES];

@@ -133,11 +133,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    fn store_bf16(self, y: &mut [u16; LANES], v: Self::V) {
+    fn round_bf16(self, v: Self::V) -> Self::V {
+        // SAFETY: holding `self` proves the features.
+        unsafe { (rounded8(v.0), rounded8(v.1)) }
+    }
+    #[inline(always)]
+    fn store_upper(self, y: &mut [u16; LANES], v: Self::V) {
         // SAFETY: sixteen numbers lie inside `y`; packing goes by halves of registers, which the
         // permutation puts in order.
         unsafe {
-            let both = _mm256_packus_epi32(rounded8(v.0), rounded8(v.1));
+            let upper = |v| _mm256_srli_epi32::<16>(_mm256_castps_si256(v));
+            let both = _mm256_packus_epi32(upper(v.0), upper(v.1));
             let both = _mm256_permute4x64_epi64::<0b11_01_10_00>(both);
             _mm256_storeu_si256(y.as_mut_ptr().cast(), both);
         }
@@ -268,8 +274,8 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    fn store_bf16(self, y: &mut [u16; LANES], v: Self::V) {
-        // SAFETY: sixteen numbers lie inside `y`.
+    fn round_bf16(self, v: Self::V) -> Self::V {
+        // SAFETY: holding `self` proves the features.
         unsafe {
             let bits = _mm512_castps_si512(v);
             let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
@@ -277,8 +283,15 @@ impl Simd for Avx512 {
             let nan = _mm512_or_si512(bits, _mm512_set1_epi32(QUIET));
             let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
             let rounded = _mm512_mask_blend_epi32(is_nan, rounded, nan);
-            let upper = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
-            _mm256_storeu_si256(y.as_mut_ptr().cast(), upper);
+            _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(UPPER)))
+        }
+    }
+    #[inline(always)]
+    fn store_upper(self, y: &mut [u16; LANES], v: Self::V) {
+        // SAFETY: sixteen numbers lie inside `y`.
+        unsafe {
+            let upper = _mm512_srli_epi32::<16>(_mm512_castps_si512(v));
+            _mm256_storeu_si256(y.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(upper));
         }
     }
     #[inline(always)]
@@ -446,7 +459,7 @@ unsafe fn split8(x: *const u16, first: *mut f32, second: *mut f32) {
 /// # Safety
 /// The machine has AVX2.
 #[inline(always)]
-unsafe fn rounded8(v: __m256) -> __m256i {
+unsafe fn rounded8(v: __m256) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe {
         let bits = _mm256_castps_si256(v);
@@ -455,7 +468,7 @@ unsafe fn rounded8(v: __m256) -> __m256i {
         let nan = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(QUIET)));
         let is_nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(v, v);
         let rounded = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), nan, is_nan);
-        _mm256_srli_epi32::<16>(_mm256_castps_si256(rounded))
+        _mm256_and_ps(rounded, _mm256_castsi256_ps(_mm256_set1_epi32(UPPER)))
     }
 }
 

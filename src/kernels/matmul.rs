@@ -193,11 +193,13 @@ impl<'a> Product<'a> {
         if self.rows <= STREAM_ROWS && A::in_place(self.x).is_some() {
             return;
         }
-        copied.resize(self.rows * k.len().div_ceil(A::LINKS), A::ZERO);
-        let blocks = copied.chunks_mut(self.rows * K_BLOCK / A::LINKS);
-        let parts = k.clone().step_by(K_BLOCK).zip(blocks).flat_map(|(k0, block)| {
-            let width = K_BLOCK.min(k.end - k0);
-            let parts = block.chunks_mut(COPY_ROWS * width.div_ceil(A::LINKS)).enumerate();
+        let links = A::block_links(self.k);
+        let (whole, rest) = (k.len() / links, A::row_elements(k.len() % links));
+        copied.resize(self.rows * (whole * A::row_elements(links) + rest), A::ZERO);
+        let blocks = copied.chunks_mut(self.rows * A::row_elements(links));
+        let parts = k.clone().step_by(links).zip(blocks).flat_map(|(k0, block)| {
+            let width = links.min(k.end - k0);
+            let parts = block.chunks_mut(COPY_ROWS * A::row_elements(width)).enumerate();
             parts.map(move |(i, into)| (i * COPY_ROWS * self.k + k0, width, into))
         });
         let copy = |(start, width, into): (usize, usize, &mut [A])| {
@@ -242,13 +244,15 @@ impl<'a> Product<'a> {
         scratch: &mut Vec<A::Row>,
     ) {
         let group = best_panels(self.level, rows.len());
-        for k0 in k.clone().step_by(K_BLOCK) {
-            let kc = K_BLOCK.min(k.end - k0);
+        let links = A::block_links(self.k);
+        for k0 in k.clone().step_by(links) {
+            let kc = links.min(k.end - k0);
             let (a, lda) = match A::in_place(self.x) {
                 Some(x) if input.is_empty() => (&x[rows.start * self.k + k0..], self.k),
                 _ => {
-                    let lda = kc.div_ceil(A::LINKS);
-                    let start = (k0 - k.start) / A::LINKS * self.rows + rows.start * lda;
+                    let lda = A::row_elements(kc);
+                    let block = (k0 - k.start) / links * A::row_elements(links);
+                    let start = block * self.rows + rows.start * lda;
                     (&input[start..], lda)
                 }
             };

@@ -13,13 +13,16 @@ use super::amx_tiles::{A, B, C, ROW_BYTES, Shapes, TILE_ROWS, Tiles};
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::matmul::{Axis, Product};
-use super::matmul_fill::{fill_pairs, fill_panel, rounded};
+use super::matmul_fill::{fill_pairs, fill_panel};
 use super::matmul_form::{Form, Step};
 use super::matmul_tile::Strip;
 use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
 
 /// Links that one instruction multiplies.
 const CHUNK: usize = 32;
+/// Links of a block at most. The fewer blocks, the less often sums are read and written; the panels
+/// of a block stay in the first-level cache. An element adds chunk after chunk, wherever blocks end.
+const MOST_LINKS: usize = 640;
 /// Rows that are multiplied together.
 pub(super) const BLOCK_ROWS: usize = 2 * TILE_ROWS;
 /// A tile of a panel: thirty-two links.
@@ -37,6 +40,19 @@ impl<const PARTS: usize> Form for Chunk<PARTS> {
     const ZERO: Self = Self([[0; CHUNK]; PARTS]);
     const LINKS: usize = CHUNK;
     const ROW_UNIT: usize = BLOCK_ROWS;
+    const MOST_LINKS: usize = MOST_LINKS;
+
+    fn block_links(k: usize) -> usize {
+        k.div_ceil(k.div_ceil(MOST_LINKS)).next_multiple_of(CHUNK)
+    }
+
+    /// An odd number of cache lines apart, the rows of a tile lie in different sets of the cache.
+    fn row_elements(links: usize) -> usize {
+        match links {
+            0 => 0,
+            _ => links.div_ceil(CHUNK) | 1,
+        }
+    }
 
     fn in_place(_: &[f32]) -> Option<&[Self]> {
         None
@@ -117,19 +133,17 @@ struct SplitRows<'a, const PARTS: usize> {
 
 impl<const PARTS: usize> Kernel for SplitRows<'_, PARTS> {
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        let rows = self.into.chunks_mut(self.width.div_ceil(CHUNK)).zip(self.x.chunks(self.stride));
-        for (to, from) in rows {
+    fn run<S: Simd>(self, s: S) {
+        let stride = Chunk::<PARTS>::row_elements(self.width);
+        for (to, from) in self.into.chunks_mut(stride).zip(self.x.chunks(self.stride)) {
             for (to, from) in to.iter_mut().zip(from[..self.width].chunks(CHUNK)) {
-                let mut rest = [0.0; CHUNK];
-                match from.first_chunk() {
-                    Some(whole) => rest = *whole,
-                    None => rest[..from.len()].copy_from_slice(from),
-                }
+                let (first, second) = from.split_at(from.len().min(LANES));
+                let mut rest = [s.load_part(first), s.load_part(second)];
                 for part in &mut to.0 {
-                    let rounded = take_rounded(&mut rest);
-                    for (to, x) in part.iter_mut().zip(&rounded) {
-                        *to = (x.to_bits() >> 16) as u16;
+                    for (to, x) in part.as_chunks_mut().0.iter_mut().zip(&mut rest) {
+                        let half = s.round_bf16(*x);
+                        s.store_upper(to, half);
+                        *x = s.sub(*x, half);
                     }
                 }
             }
@@ -147,23 +161,17 @@ impl Kernel for SplitPanel<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         for half in self.into.chunks_mut(CHUNK / 2) {
-            for (to, [even, odd]) in half.iter_mut().zip(self.rows.as_chunks_mut().0) {
-                let (even, odd) = (take_rounded(&mut even.0), take_rounded(&mut odd.0));
-                s.store_pairs(&mut to.0, s.load(&even), s.load(&odd));
+            for (to, pair) in half.iter_mut().zip(self.rows.as_chunks_mut().0) {
+                let [even, odd] = pair.each_mut().map(|RowF32(x)| {
+                    let half = s.round_bf16(s.load(x));
+                    let lost = s.sub(s.load(x), half);
+                    s.store(x, lost);
+                    half
+                });
+                s.store_pairs(&mut to.0, even, odd);
             }
         }
     }
-}
-
-/// The nearest bf16 numbers; `x` becomes what they lack.
-#[inline(always)]
-fn take_rounded<const N: usize>(x: &mut [f32; N]) -> [f32; N] {
-    let mut halves = [0.0; N];
-    for (half, x) in halves.iter_mut().zip(x) {
-        *half = rounded(*x);
-        *x -= *half;
-    }
-    halves
 }
 
 /// Computes a strip of rows in `P` parts times panels in `W` parts, whose tiles lie one after the

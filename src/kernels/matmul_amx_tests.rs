@@ -196,9 +196,10 @@ fn nan_and_infinity_stay_in_their_row_on_tiles() {
 #[test]
 fn two_parts_of_a_row_hold_sixteen_bits_of_each_link() {
     let x = noise(1, 3 * 50);
-    let mut chunks = [Chunk::<2>::ZERO; 3 * 2];
+    let lda = Chunk::<2>::row_elements(45);
+    let mut chunks = vec![Chunk::<2>::ZERO; 3 * lda];
     Chunk::copy(CpuLevel::detect(), &x, 50, 45, &mut chunks);
-    for (row, chunks) in x.chunks(50).zip(chunks.chunks(2)) {
+    for (row, chunks) in x.chunks(50).zip(chunks.chunks(lda)) {
         for i in 0..64 {
             let [near, rest] = chunks[i / 32].0.map(|part| bf16::from_bits(part[i % 32]).to_f32());
             let x = if i < 45 { row[i] } else { 0.0 };
@@ -211,12 +212,13 @@ fn two_parts_of_a_row_hold_sixteen_bits_of_each_link() {
 #[test]
 fn a_strip_reads_its_rows_and_writes_its_results_only() {
     const GAP: usize = 7;
+    let lda = Chunk::<1>::row_elements(64);
     for m in 1..=2 * BLOCK_ROWS + 6 {
         for panels in [1, 2] {
             let x = noise(1, m * 64);
             // rows after the last would spoil every sum
-            let mut a = vec![Chunk::<1>([[0x7fc0; 32]; 1]); (m + BLOCK_ROWS) * 2];
-            Chunk::copy(CpuLevel::detect(), &x, 64, 64, &mut a[..m * 2]);
+            let mut a = vec![Chunk::<1>([[0x7fc0; 32]; 1]); (m + BLOCK_ROWS) * lda];
+            Chunk::copy(CpuLevel::detect(), &x, 64, 64, &mut a[..m * lda]);
             let b = vec![PairRow([0x3f80; 32]); panels * 32];
             let ldy = panels * 16 + GAP;
             let mut y = vec![1.0; (m + BLOCK_ROWS) * ldy];
@@ -224,7 +226,7 @@ fn a_strip_reads_its_rows_and_writes_its_results_only() {
                 rows: m,
                 k: 64,
                 a: a.as_ptr(),
-                lda: 2,
+                lda,
                 b: b.as_ptr(),
                 panels,
                 panel_stride: 32,

@@ -4,16 +4,10 @@
 use std::ops::Range;
 
 use super::dispatch::CpuLevel;
-use super::lanes::{Kernel, LANES, Simd, round_to_bf16};
+use super::lanes::{Kernel, LANES, Simd};
 use super::matmul::Axis;
 use super::matmul_tile::Pair;
 use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
-
-/// To the nearest bf16 (ties to even), as `f32`; NaN stays NaN.
-#[inline(always)]
-pub(crate) fn rounded(x: f32) -> f32 {
-    f32::from_bits(u32::from(round_to_bf16(x)) << 16)
-}
 
 /// Copies the first `width` columns of rows of `x`, `stride` apart, densely into `into`.
 pub(crate) fn copy_rows(x: &[f32], stride: usize, width: usize, into: &mut [f32]) {
@@ -135,11 +129,9 @@ impl Kernel for RoundPairs<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for (to, rows) in self.into.iter_mut().zip(self.rows.chunks(2)) {
-            let mut pair = [0.0f32; 2 * LANES];
-            let rows = RowF32::elements(rows);
-            pair.iter_mut().zip(rows).for_each(|(to, x)| *to = rounded(*x));
-            let (even, odd) = pair.split_at(LANES);
-            s.store_pairs(&mut to.0, s.load_part(even), s.load_part(odd));
+            let rounded = |row: &RowF32| s.round_bf16(s.load(&row.0));
+            let odd = rows.get(1).map_or(s.splat(0.0), rounded);
+            s.store_pairs(&mut to.0, rounded(&rows[0]), odd);
         }
     }
 }
@@ -227,10 +219,11 @@ fn read_pairs<S: Simd>(
             let start = k0 / LANES * w.in_features() + panel * LANES;
             let mut features = [0.0; LANES * LANES];
             let rows = RowF32::elements(&rows[start..start + count]);
-            features.iter_mut().zip(rows).for_each(|(to, x)| *to = rounded(*x));
+            features[..rows.len()].copy_from_slice(rows);
             let features = features.as_chunks::<LANES>().0.as_chunks::<2>().0;
             for (to, [even, odd]) in tile.iter_mut().zip(features) {
-                s.store_pairs(to, s.load(even), s.load(odd));
+                let rounded = |x| s.round_bf16(s.load(x));
+                s.store_pairs(to, rounded(even), rounded(odd));
             }
         }
         Storage::Bf16(rows) => {

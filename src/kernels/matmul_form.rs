@@ -22,9 +22,20 @@ pub(crate) trait Form: Copy + Send + Sync {
     const LINKS: usize;
     /// Rows that are multiplied together: tasks have multiples of them.
     const ROW_UNIT: usize = 12;
+    /// Links of a block at most.
+    const MOST_LINKS: usize = K_BLOCK;
+    /// Links of a block of a product with `k` links.
+    fn block_links(_k: usize) -> usize {
+        K_BLOCK
+    }
+    /// Elements from row to row of a copied block of `links`.
+    fn row_elements(links: usize) -> usize {
+        links.div_ceil(Self::LINKS)
+    }
     /// The input itself, where a few rows of it can be read without a copy.
     fn in_place(x: &[f32]) -> Option<&[Self]>;
-    /// Copies the first `width` columns of rows of `x`, `stride` apart.
+    /// Copies the first `width` columns of rows of `x`, `stride` apart, to rows of
+    /// [`Form::row_elements`].
     fn copy(level: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [Self]);
     /// Multiplies one block of k of a panel group, straight from the storage or out of scratch.
     fn step(job: &Product, step: Step<Self>);
@@ -139,7 +150,7 @@ impl<A: Form> Step<'_, A> {
     /// storage none does.
     pub fn room(&mut self) -> &mut [A::Row] {
         if self.scratch.is_empty() {
-            self.scratch.resize(MAX_PANELS * K_BLOCK.div_ceil(A::LINKS), A::ZERO_ROW);
+            self.scratch.resize(MAX_PANELS * A::MOST_LINKS.div_ceil(A::LINKS), A::ZERO_ROW);
         }
         self.scratch
     }
