@@ -155,7 +155,7 @@ fn greedy_text_is_the_cpus() {
     let say = |device: &str| {
         let args =
             ["generate", "--model_name_or_path", shown(&model), "--prompt", "Once upon a time"];
-        let more = ["--max_new_tokens", "40", "--temperature", "0", "--device", device];
+        let more = ["--raw", "--max_new_tokens", "40", "--temperature", "0", "--device", device];
         run(STEER, &[&args[..], &more].concat()).ok().stdout
     };
     assert_eq!(say("cuda"), say("cpu"));

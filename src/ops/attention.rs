@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::Tensor;
 use tracing::trace_span;
 
+use super::attention_composed::{attend_cached, attend_packed};
 use super::engine::{Engine, composed, host};
 use super::kv_cache::{KvCache, SlotId};
 use super::tape::{Sink, Tape};
@@ -28,7 +29,9 @@ pub fn attention(
 ) -> Result<Value> {
     let _span = trace_span!("attention", flops = shape.flops(segments)).entered();
     if !tape.engine().fused() {
-        return composed(tape, &[q, k, v], |xs| twin(&xs[0], &xs[1], &xs[2], segments, shape));
+        return composed(tape, &[q, k, v], |xs| {
+            attend_packed(&xs[0], &xs[1], &xs[2], segments, shape)
+        });
     }
     let tokens = q.tensor().dims2()?.0;
     let mut out = room(q.tensor().elem_count());
@@ -85,12 +88,9 @@ pub fn attention_cached(
     cache.append(engine, layer, (segments, slots), (k, v), shape)?;
     let continued = segments.iter().zip(slots);
     if !engine.fused() {
-        let positions = positions(segments, engine.device())?;
         let attended = continued.filter_map(|(segment, slot)| {
-            let (keys, values) = cache.tensors(*slot, layer)?;
-            let queries = q.narrow(0, segment.start, segment.len);
-            let mask = mask(&positions, segment, shape.window);
-            Some(queries.and_then(|q| attend(&q, keys, values, &mask?, shape)))
+            let keys_and_values = cache.tensors(*slot, layer)?;
+            Some(attend_cached(q, keys_and_values, segment, shape))
         });
         return Ok(Tensor::cat(&attended.collect::<candle_core::Result<Vec<_>>>()?, 0)?);
     }
@@ -98,80 +98,4 @@ pub fn attention_cached(
     let mut out = room(q.elem_count());
     forward_cached(&host(q)?, &segments, cache.layer(layer, shape), shape, &mut out);
     engine.tensor(out, q.dims())
-}
-
-fn twin(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    segments: &[Segment],
-    shape: &AttentionShape,
-) -> candle_core::Result<Tensor> {
-    let positions = positions(segments, q.device())?;
-    let mut parts = Vec::new();
-    for (i, segment) in segments.iter().enumerate() {
-        let mut chain = vec![i];
-        while let Some(parent) = segments[chain[chain.len() - 1]].parent {
-            chain.push(parent);
-        }
-        let gather = |x: &Tensor| {
-            let rows =
-                chain.iter().rev().map(|j| x.narrow(0, segments[*j].start, segments[*j].len));
-            Tensor::cat(&rows.collect::<candle_core::Result<Vec<_>>>()?, 0)
-        };
-        let queries = q.narrow(0, segment.start, segment.len)?;
-        let mask = mask(&positions, segment, shape.window)?;
-        parts.push(attend(&queries, &gather(k)?, &gather(v)?, &mask, shape)?);
-    }
-    Tensor::cat(&parts, 0)
-}
-
-/// 0, 1, ... as far as any segment reaches.
-fn positions(segments: &[Segment], device: &Device) -> candle_core::Result<Tensor> {
-    let end = segments.iter().map(|segment| segment.position0 + segment.len).max().unwrap_or(0);
-    Tensor::arange(0f32, end as f32, device)
-}
-
-/// What is added to the scores [T, keys] of a segment: 0 where a query sees a key, else -inf. It is
-/// made on the device, which would wait for a copy of it.
-fn mask(
-    positions: &Tensor,
-    segment: &Segment,
-    window: Option<usize>,
-) -> candle_core::Result<Tensor> {
-    let (len, keys) = (segment.len, segment.position0 + segment.len);
-    let p = positions.narrow(0, segment.position0, len)?.unsqueeze(1)?;
-    let j = positions.narrow(0, 0, keys)?.unsqueeze(0)?;
-    let mut visible = j.broadcast_le(&p)?;
-    if let Some(window) = window {
-        visible = (visible * (j + window as f64)?.broadcast_gt(&p)?)?;
-    }
-    let open = Tensor::zeros((len, keys), DType::F32, positions.device())?;
-    visible.where_cond(&open, &(&open + f64::NEG_INFINITY)?)
-}
-
-/// q [T, heads * head_dim] over keys with the mask [T, keys].
-fn attend(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: &Tensor,
-    shape: &AttentionShape,
-) -> candle_core::Result<Tensor> {
-    let (heads, head_dim) = (shape.heads, shape.head_dim);
-    let ((t, _), (keys, _)) = (q.dims2()?, k.dims2()?);
-    let spread = |x: &Tensor| {
-        let x = x.reshape((keys, shape.kv_heads, 1, head_dim))?;
-        let x = x.broadcast_as((keys, shape.kv_heads, heads / shape.kv_heads, head_dim))?;
-        x.reshape((keys, heads, head_dim))?.transpose(0, 1)?.contiguous()
-    };
-    let q = q.reshape((t, heads, head_dim))?.transpose(0, 1)?.contiguous()?;
-    let mut scores = (q.matmul(&spread(k)?.t()?)? * shape.scale as f64)?;
-    if let Some(cap) = shape.softcap {
-        scores = ((scores / cap as f64)?.tanh()? * cap as f64)?;
-    }
-    let scores = scores.broadcast_add(mask)?;
-    let shifted = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
-    let weights = shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?;
-    weights.matmul(&spread(v)?)?.transpose(0, 1)?.reshape((t, heads * head_dim))
 }

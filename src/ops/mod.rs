@@ -8,6 +8,7 @@
 //! Shapes: N packed tokens, D hidden size, F feed-forward size, V vocabulary, R rank.
 
 mod attention;
+mod attention_composed;
 mod engine;
 mod glu;
 mod head;
