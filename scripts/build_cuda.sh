@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
-# Builds the programs with CUDA on a machine that has NVIDIA's driver and no toolkit: compiler and
-# libraries come from PyPI (about 600 MB, once) into target/cuda-toolkit.
+# Builds with CUDA on a machine that has no toolkit: compiler and libraries come from PyPI (about
+# 700 MB, once) into target/cuda-toolkit. Without NVIDIA's driver the program is only linked against
+# the names in it, and runs where the driver is.
 #
-# usage: scripts/build_cuda.sh [CAPABILITY]   such as 90 for an H100, 80 for an A100; default: this GPU's
+# usage: scripts/build_cuda.sh [CAPABILITY [CARGO COMMAND]]
+#   CAPABILITY: such as 90 for an H100 or H200, 80 for an A100; default: this machine's GPU
+#   CARGO COMMAND: default: build --release; or say: test --release --test reference --test cuda
 # needs: python3 with pip, unzip, gcc
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 toolkit="$PWD/target/cuda-toolkit"
 capability="${1:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)}"
-driver="$(ldconfig -p | awk '/libcuda\.so\.1 / { print $NF; exit }')"
-if [ -z "$driver" ]; then
-    echo "error: libcuda.so.1 is missing: build where NVIDIA's driver is installed" >&2
-    exit 1
-fi
+shift || true
 
 if [ ! -e "$toolkit/ready" ]; then
     wheels="$(mktemp -d)"
@@ -31,11 +30,22 @@ if [ ! -e "$toolkit/ready" ]; then
     for library in "$toolkit"/lib/lib*.so.*; do
         ln -sf "$(basename "$library")" "${library%%.so.*}.so"
     done
-    ln -sf "$driver" "$toolkit/lib/libcuda.so"
     touch "$toolkit/ready"
+fi
+
+driver="$(ldconfig -p | awk '/libcuda\.so\.1 / { print $NF; exit }')"
+if [ -n "$driver" ]; then
+    ln -sf "$driver" "$toolkit/lib/libcuda.so"
+else
+    cargo fetch --quiet
+    sources=("${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/cudarc-*/src/driver/sys/mod.rs)
+    grep -ohE 'fn cu[A-Z][A-Za-z0-9_]*' "${sources[@]}" | sort -u \
+        | sed 's/fn \(.*\)/void \1(void) {}/' > "$toolkit/driver_names.c"
+    gcc -shared -Wl,-soname,libcuda.so.1 -o "$toolkit/lib/libcuda.so" "$toolkit/driver_names.c"
 fi
 
 export CUDA_HOME="$toolkit" CUDA_PATH="$toolkit" PATH="$toolkit/bin:$PATH"
 export CUDA_COMPUTE_CAP="$capability"
 export RUSTFLAGS="${RUSTFLAGS:-} -C link-arg=-Wl,-rpath,$toolkit/lib"
-cargo build --release --features cuda --target-dir target/cuda
+[ $# -gt 0 ] || set -- build --release
+cargo "$@" --features cuda --target-dir target/cuda
