@@ -35,6 +35,15 @@ pub fn sum(a: &[f32], b: &[f32]) -> Vec<f32> {
     y
 }
 
+/// `a += b`, element by element.
+pub fn add_to(a: &mut [f32], b: &[f32]) {
+    assert!(a.len() == b.len(), "lengths disagree");
+    let task = task_len(1);
+    for_each(a.chunks_mut(task).zip(b.chunks(task)), |(a, b)| {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+    });
+}
+
 /// Adds `row` to every row of `x [M, row.len()]`.
 pub fn add_to_rows(x: &mut [f32], row: &[f32]) {
     for_each(x.chunks_mut(task_len(row.len())), |x| {
@@ -110,6 +119,9 @@ mod tests {
         let both = sum(&a, &b);
         assert!((0..n).all(|i| both[i] == a[i] + b[i]));
         assert!(copied(&a) == a);
+        let mut more = a.clone();
+        add_to(&mut more, &b);
+        assert!(more == both);
         let mut rows = a[..n - 7].to_vec();
         add_to_rows(&mut rows, &b[..1000]);
         assert!((0..n - 7).all(|i| rows[i] == a[i] + b[i % 1000]));

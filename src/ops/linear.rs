@@ -8,9 +8,9 @@ use half::bf16;
 use tracing::trace_span;
 
 use super::engine::{Engine, host};
-use super::tape::Tape;
+use super::tape::{Sink, Tape};
 use super::value::Value;
-use crate::kernels::matmul::{matmul, matmul_input_grad};
+use crate::kernels::matmul::{matmul, matmul_add_input_grad, matmul_input_grad};
 use crate::kernels::pack::PackedMatrix;
 use crate::kernels::slices::room;
 use crate::{Error, Result};
@@ -182,8 +182,8 @@ impl Weight {
         }
     }
 
-    /// The gradient of x: dy W for dy [N, out].
-    pub(super) fn input_gradient(&self, engine: &Engine, dy: &Tensor) -> Result<Tensor> {
+    /// Gives the gradient of x, input 0 of the operation: dy W for dy [N, out].
+    fn give_input_gradient(&self, engine: &Engine, dy: &Tensor, sink: &mut Sink) -> Result<()> {
         let (rows, width) = (dy.dims2()?.0, self.in_features());
         let _span = trace_span!(
             "linear backward",
@@ -195,11 +195,21 @@ impl Weight {
         .entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
-                let mut dx = room(rows * width);
-                matmul_input_grad(&host(dy)?, packed, engine.precision(), &mut dx);
-                engine.tensor(dx, &[rows, width])
+                let (dy, precision) = (host(dy)?, engine.precision());
+                let dx = match sink.take_own(0) {
+                    Some(mut dx) => {
+                        matmul_add_input_grad(&dy, packed, precision, &mut dx);
+                        dx
+                    }
+                    None => {
+                        let mut dx = room(rows * width);
+                        matmul_input_grad(&dy, packed, precision, &mut dx);
+                        dx
+                    }
+                };
+                sink.give_own(0, dx, &(rows, width).into())
             }
-            None => Ok(dy.matmul(&self.dense(engine)?)?),
+            None => sink.give(0, dy.matmul(&self.dense(engine)?)?),
         }
     }
 }
@@ -226,6 +236,6 @@ pub fn linear(tape: &Tape, x: &Value, w: &Weight, bias: Option<&Tensor>) -> Resu
     let y = w.apply(tape.engine(), x.tensor(), bias)?;
     Ok(tape.push(y, &[x], || {
         let (w, engine) = (w.clone(), tape.engine().clone());
-        move |dy, sink| sink.give(0, w.input_gradient(&engine, &dy)?)
+        move |dy: Tensor, sink: &mut Sink| w.give_input_gradient(&engine, &dy, sink)
     }))
 }

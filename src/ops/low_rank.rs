@@ -46,11 +46,14 @@ pub fn low_rank_add(
     let out = shifted(tape.engine(), y.tensor(), &z, up.tensor(), form)?;
     let same = std::ptr::eq(x, y);
     let pullback = || {
-        let (x, z, engine) = (x.keep(), z.clone(), tape.engine().clone());
+        let (x, z) = (x.keep(), z.clone());
         let (down, up) = (down.tensor().clone(), up.tensor().clone());
         move |dy: Tensor, sink: &mut Sink| {
             let _span = trace_span!("low rank backward", flops = 4 * m * r * (d + o)).entered();
-            let mut dx = if same { copied(&host(&dy)?) } else { vec![0f32; m * d] };
+            let mut dx = match same {
+                true => copied(&host(&dy)?),
+                false => sink.take_own(1).unwrap_or_else(|| vec![0.0; m * d]),
+            };
             let [mut dwdown, mut dwup] = sink.take_rows([(2, r * d), (3, o * r)]);
             {
                 let x = x.tensor()?;
@@ -66,7 +69,7 @@ pub fn low_rank_add(
             if !same {
                 sink.give(0, dy)?;
             }
-            sink.give(1, engine.tensor(dx, &[m, d])?)
+            sink.give_own(1, dx, &(m, d).into())
         }
     };
     let inputs = [y, x, down, up];

@@ -32,7 +32,7 @@ pub fn rms_norm(tape: &Tape, x: &Value, w: &Tensor, eps: f64, plus_one: bool) ->
             let _span = trace_span!("norm backward", bytes = 12 * x.elem_count()).entered();
             let mut dx = room(x.elem_count());
             rms_norm_backward(&host(&x)?, &host(&w)?, eps, plus_one, &host(&dy)?, &mut dx);
-            sink.give(0, engine.tensor(dx, x.dims())?)
+            sink.give_own(0, dx, x.shape())
         };
         (pullback, again)
     }))

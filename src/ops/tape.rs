@@ -10,13 +10,16 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use candle_core::Tensor;
+use candle_core::{Shape, Tensor};
+use tracing::trace_span;
 
 use super::Engine;
+use super::engine::host;
 use super::sums::{GradientSums, Gradients, Layout};
 use super::value::{Again, Place, Value};
 use crate::Result;
 use crate::kernels::row_sum::RowSum;
+use crate::kernels::slices;
 
 type Pullback = Box<dyn FnOnce(Tensor, &mut Sink) -> Result<()>>;
 
@@ -29,12 +32,29 @@ enum Node {
     Op { inputs: Vec<Place>, pullback: Pullback },
 }
 
+/// A gradient while it is summed.
+enum Slot {
+    /// A tensor that others may hold too.
+    Shared(Tensor),
+    /// Numbers of a shape, which only this slot holds: more is added to them in place.
+    Own(Vec<f32>, Shape),
+}
+
+impl Slot {
+    fn tensor(self, engine: &Engine) -> Result<Tensor> {
+        match self {
+            Slot::Shared(tensor) => Ok(tensor),
+            Slot::Own(values, shape) => engine.tensor(values, shape.dims()),
+        }
+    }
+}
+
 /// Where a pullback puts its results.
 pub struct Sink<'a> {
     engine: &'a Engine,
     inputs: &'a [Place],
     nodes: &'a [Node],
-    slots: &'a mut [Option<Tensor>],
+    slots: &'a mut [Option<Slot>],
     sums: &'a mut GradientSums,
 }
 
@@ -48,11 +68,43 @@ impl<'a> Sink<'a> {
     pub fn give(&mut self, i: usize, gradient: Tensor) -> Result<()> {
         let Some(node) = self.inputs[i].0 else { return Ok(()) };
         let sum = match self.slots[node].take() {
-            None => gradient,
-            Some(before) => self.engine.add(&before, &gradient)?,
+            None => Slot::Shared(gradient),
+            Some(Slot::Shared(before)) => Slot::Shared(self.engine.add(&before, &gradient)?),
+            Some(Slot::Own(mut values, shape)) => {
+                add_to(&mut values, &gradient)?;
+                Slot::Own(values, shape)
+            }
         };
         self.slots[node] = Some(sum);
         Ok(())
+    }
+
+    /// [`Sink::give`] of numbers that nobody else holds, on the CPU.
+    pub(super) fn give_own(
+        &mut self,
+        i: usize,
+        mut gradient: Vec<f32>,
+        shape: &Shape,
+    ) -> Result<()> {
+        let Some(node) = self.inputs[i].0 else { return Ok(()) };
+        if let Some(before) = self.slots[node].take() {
+            add_to(&mut gradient, &before.tensor(self.engine)?)?;
+        }
+        self.slots[node] = Some(Slot::Own(gradient, shape.clone()));
+        Ok(())
+    }
+
+    /// The gradient of input `i` so far, to add to it and give it back by [`Sink::give_own`]; nothing if
+    /// there is none that nobody else holds.
+    pub(super) fn take_own(&mut self, i: usize) -> Option<Vec<f32>> {
+        let node = self.inputs[i].0?;
+        match self.slots[node].take() {
+            Some(Slot::Own(values, _)) => Some(values),
+            other => {
+                self.slots[node] = other;
+                None
+            }
+        }
     }
 
     /// Sums over rows, `len` numbers each, to add the gradients of the given inputs to. Those of
@@ -88,6 +140,13 @@ impl<'a> Sink<'a> {
             _ => None,
         }
     }
+}
+
+/// Adds the numbers of a tensor.
+fn add_to(values: &mut [f32], tensor: &Tensor) -> Result<()> {
+    let _span = trace_span!("add", bytes = 12 * values.len()).entered();
+    slices::add_to(values, &host(tensor)?);
+    Ok(())
 }
 
 /// The record of one forward pass.
@@ -227,14 +286,16 @@ impl Tape {
         let Some(top) = root.0 else { return Ok(None) };
         let mut nodes = self.nodes.into_inner();
         nodes.truncate(top + 1);
-        let mut slots: Vec<Option<Tensor>> = vec![None; nodes.len()];
-        slots[top] = Some(gradient);
+        let mut slots: Vec<Option<Slot>> = Vec::new();
+        slots.resize_with(nodes.len(), || None);
+        slots[top] = Some(Slot::Shared(gradient));
         while let Some(node) = nodes.pop() {
             if Some(nodes.len()) == input.0 {
                 continue;
             }
             let Some(gradient) = slots[nodes.len()].take() else { continue };
             let engine = &self.engine;
+            let gradient = gradient.tensor(engine)?;
             match node {
                 Node::Input => {}
                 Node::Param(key) => sums.add(engine, &key, gradient)?,
@@ -244,6 +305,7 @@ impl Tape {
                 }
             }
         }
-        Ok(input.0.and_then(|node| slots[node].take()))
+        let wanted = input.0.and_then(|node| slots[node].take());
+        wanted.map(|slot| slot.tensor(&self.engine)).transpose()
     }
 }
