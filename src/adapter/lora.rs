@@ -214,7 +214,7 @@ impl Adapter for Lora {
                 ops::dropout(tape, x, self.config.lora_dropout, &key, &batch.token_keys)?
             }
         };
-        ops::low_rank_add(tape, &y, &dropped, (&a, &b), form)
+        ops::low_rank_add_to(tape, y, &dropped, (&a, &b), form)
     }
 
     fn kept(&self, model: &ModelConfig, layer: usize) -> usize {

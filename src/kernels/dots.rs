@@ -26,14 +26,16 @@ impl Kernel for Dots<'_> {
         assert!(self.c.len() == m * n);
         for first in (0..m).step_by(NEAR_ROWS) {
             let end = m.min(first + NEAR_ROWS);
-            for j in (0..n).step_by(3) {
+            for j in (0..n).step_by(if S::WIDE { 4 } else { 3 }) {
                 for i in (first..end).step_by(2) {
-                    match ((end - i).min(2), (n - j).min(3)) {
-                        (2, 3) => self.tile::<S, 2, 3>(s, i, j, n),
-                        (2, 2) => self.tile::<S, 2, 2>(s, i, j, n),
-                        (2, _) => self.tile::<S, 2, 1>(s, i, j, n),
-                        (_, 3) => self.tile::<S, 1, 3>(s, i, j, n),
-                        (_, 2) => self.tile::<S, 1, 2>(s, i, j, n),
+                    match ((end - i).min(2), n - j, S::WIDE) {
+                        (2, 4.., true) => self.tile::<S, 2, 4>(s, i, j, n),
+                        (2, 3.., _) => self.tile::<S, 2, 3>(s, i, j, n),
+                        (2, 2, _) => self.tile::<S, 2, 2>(s, i, j, n),
+                        (2, _, _) => self.tile::<S, 2, 1>(s, i, j, n),
+                        (_, 4.., true) => self.tile::<S, 1, 4>(s, i, j, n),
+                        (_, 3.., _) => self.tile::<S, 1, 3>(s, i, j, n),
+                        (_, 2, _) => self.tile::<S, 1, 2>(s, i, j, n),
                         _ => self.tile::<S, 1, 1>(s, i, j, n),
                     }
                 }

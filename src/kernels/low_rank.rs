@@ -30,17 +30,36 @@ pub fn down(x: &[f32], wdown: &[f32], d: usize, r: usize, z: &mut [f32]) {
 pub fn up_add(
     (z, r): (&[f32], usize),
     wup: &[f32],
-    (alpha, activation): (f32, Activation),
+    phi: (f32, Activation),
     y: &[f32],
     out: &mut [f32],
 ) {
-    let d_out = wup.len() / r;
-    assert!(wup.len() == r * d_out && z.len() * d_out == y.len() * r, "low-rank shapes disagree");
     assert!(out.len() == y.len(), "low-rank shapes disagree");
+    add_up((z, r), wup, phi, out, |first, out| {
+        out.copy_from_slice(&y[first..first + out.len()]);
+    });
+}
+
+/// [`up_add`] in place: `y += alpha phi(z [M, R]) Wup^T`.
+pub fn up_add_to((z, r): (&[f32], usize), wup: &[f32], phi: (f32, Activation), y: &mut [f32]) {
+    add_up((z, r), wup, phi, y, |_, _| {});
+}
+
+/// Adds `alpha phi(z) Wup^T` to each block of rows once `begin` has seen to it, given the place of
+/// its first number.
+fn add_up(
+    (z, r): (&[f32], usize),
+    wup: &[f32],
+    (alpha, activation): (f32, Activation),
+    out: &mut [f32],
+    begin: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    let d_out = wup.len() / r;
+    assert!(wup.len() == r * d_out && z.len() * d_out == out.len() * r, "low-rank shapes disagree");
     let (up, block) = (transpose(wup, d_out, r), FORWARD_ROWS * d_out);
-    let parts = y.chunks(block).zip(out.chunks_mut(block)).zip(z.chunks(FORWARD_ROWS * r));
-    for_each(parts, |((y, out), z)| {
-        out.copy_from_slice(y);
+    let parts = out.chunks_mut(block).zip(z.chunks(FORWARD_ROWS * r)).enumerate();
+    for_each(parts, |(i, (out, z))| {
+        begin(i * block, out);
         add_product(&scaled_code(z, alpha, activation), &up, r, out);
     });
 }

@@ -13,8 +13,11 @@ pub(crate) enum Old {
     Last,
 }
 
-/// Rows that a product works on together, at most.
-const ROWS: usize = 6;
+/// Rows that a product works on together, at most: with wide registers as many as adapters mostly have
+/// ranks, so that they read the right matrix once.
+const fn most_rows<S: Simd>() -> usize {
+    if S::WIDE { 8 } else { 6 }
+}
 
 /// `c = a b`, or that added to `c`. Each element sums over `depth` in ascending order by fused
 /// multiply-adds, whatever the other sizes are.
@@ -50,10 +53,11 @@ impl Kernel for Product<'_> {
             return;
         }
         self.check();
-        for row in (0..self.rows).step_by(ROWS) {
+        let most = const { most_rows::<S>() };
+        for row in (0..self.rows).step_by(most) {
             // SAFETY: checked above; as many rows are left as are taken.
             unsafe {
-                match (self.rows - row, S::WIDE) {
+                match ((self.rows - row).min(most), S::WIDE) {
                     (1, _) => self.rows::<S, 1, 4>(s, row),
                     (2, false) => self.rows::<S, 2, 2>(s, row),
                     (2, true) => self.rows::<S, 2, 4>(s, row),
@@ -63,8 +67,10 @@ impl Kernel for Product<'_> {
                     (4, true) => self.rows::<S, 4, 2>(s, row),
                     (5, false) => self.rows::<S, 5, 1>(s, row),
                     (5, true) => self.rows::<S, 5, 2>(s, row),
-                    (_, false) => self.rows::<S, ROWS, 1>(s, row),
-                    (_, true) => self.rows::<S, ROWS, 2>(s, row),
+                    (6, false) => self.rows::<S, 6, 1>(s, row),
+                    (6, true) => self.rows::<S, 6, 2>(s, row),
+                    (7, _) => self.rows::<S, 7, 2>(s, row),
+                    (_, _) => self.rows::<S, 8, 2>(s, row),
                 }
             }
         }

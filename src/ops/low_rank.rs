@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use candle_core::Tensor;
+use candle_core::{CpuStorage, InplaceOp1, Tensor};
 use tracing::trace_span;
 
 use super::engine::{Engine, composed, host};
@@ -25,10 +25,33 @@ pub struct LowRank {
 /// y + alpha * phi(x Wdownᵀ) Wupᵀ for y [N, O], x [N, D], Wdown [R, D], Wup [O, R].
 ///
 /// With y = x, the same value, this steers the residual stream in one pass over it, and the result is
-/// cheap to make again; with y = x W0ᵀ it is LoRA, whose A is Wdown and whose B is Wup.
+/// cheap to make again.
 pub fn low_rank_add(
     tape: &Tape,
     y: &Value,
+    x: &Value,
+    matrices: (&Value, &Value),
+    form: LowRank,
+) -> Result<Value> {
+    add(tape, (y, false), x, matrices, form)
+}
+
+/// [`low_rank_add`] to a y that nobody else holds or has kept, such as the result of
+/// [`linear`](super::linear()): on the CPU it is overwritten. With y = x W0ᵀ this is LoRA, whose A is
+/// Wdown and whose B is Wup.
+pub fn low_rank_add_to(
+    tape: &Tape,
+    y: Value,
+    x: &Value,
+    matrices: (&Value, &Value),
+    form: LowRank,
+) -> Result<Value> {
+    add(tape, (&y, true), x, matrices, form)
+}
+
+fn add(
+    tape: &Tape,
+    (y, overwrite): (&Value, bool),
     x: &Value,
     (down, up): (&Value, &Value),
     form: LowRank,
@@ -43,7 +66,13 @@ pub fn low_rank_add(
     let mut z = room(m * r);
     low_rank::down(&host(x.tensor())?, &host(down.tensor())?, d, r, &mut z);
     let z: Rc<[f32]> = z.into();
-    let out = shifted(tape.engine(), y.tensor(), &z, up.tensor(), form)?;
+    let out = match overwrite {
+        false => shifted(tape.engine(), y.tensor(), &z, up.tensor(), form)?,
+        true => {
+            y.tensor().inplace_op1(&AddUp { z: z.clone(), up: up.tensor().clone(), form })?;
+            y.tensor().clone()
+        }
+    };
     let same = std::ptr::eq(x, y);
     let pullback = || {
         let (x, z) = (x.keep(), z.clone());
@@ -80,6 +109,34 @@ pub fn low_rank_add(
         let (y, z, up, engine) = (y.keep(), z.clone(), up.tensor().clone(), tape.engine().clone());
         (pullback(), move || shifted(&engine, &y.tensor()?, &z, &up, form))
     }))
+}
+
+/// y += alpha * phi(z) Wupᵀ, in y's own memory.
+struct AddUp {
+    z: Rc<[f32]>,
+    up: Tensor,
+    form: LowRank,
+}
+
+impl InplaceOp1 for AddUp {
+    fn name(&self) -> &'static str {
+        "low rank"
+    }
+
+    fn cpu_fwd(
+        &self,
+        storage: &mut CpuStorage,
+        layout: &candle_core::Layout,
+    ) -> candle_core::Result<()> {
+        let (CpuStorage::F32(y), Some((start, end))) = (storage, layout.contiguous_offsets())
+        else {
+            candle_core::bail!("a kernel wants contiguous f32 values");
+        };
+        let (r, phi) = (self.up.dims2()?.1, (self.form.alpha, self.form.activation));
+        let up = host(&self.up).map_err(candle_core::Error::wrap)?;
+        low_rank::up_add_to((&self.z, r), &up, phi, &mut y[start..end]);
+        Ok(())
+    }
 }
 
 /// y + alpha * phi(z) Wupᵀ.

@@ -36,7 +36,7 @@ pub use glu::glu;
 pub use head::{Distribution, Head, Logps, Pull, head_scratch};
 pub use kv_cache::{KvCache, SlotId};
 pub use linear::{MatrixRows, Weight, WeightDtype, linear};
-pub use low_rank::{LowRank, low_rank_add};
+pub use low_rank::{LowRank, low_rank_add, low_rank_add_to};
 pub use norm::rms_norm;
 pub use rotary::{Rotary, rotate};
 pub use rows::{add, add_vector, dropout, gather_rows, replace_rows};
