@@ -63,31 +63,12 @@ pub fn matmul(
     precision: MatmulPrecision,
     y: &mut [f32],
 ) {
-    product(CpuLevel::detect(), Axis::Output, x, w, Start::From(bias), precision, y);
+    product(CpuLevel::detect(), Axis::Output, x, w, bias, precision, y);
 }
 
 /// `dx = dy W`: `dy [M, out]`, `dx [M, in]`. Panics if the lengths disagree.
 pub fn matmul_input_grad(dy: &[f32], w: &PackedMatrix, precision: MatmulPrecision, dx: &mut [f32]) {
-    product(CpuLevel::detect(), Axis::Input, dy, w, Start::From(None), precision, dx);
-}
-
-/// `dx += dy W`: the sums of [`matmul_input_grad`] start from `dx`.
-pub fn matmul_add_input_grad(
-    dy: &[f32],
-    w: &PackedMatrix,
-    precision: MatmulPrecision,
-    dx: &mut [f32],
-) {
-    product(CpuLevel::detect(), Axis::Input, dy, w, Start::Result, precision, dx);
-}
-
-/// What the sums of a product start from.
-#[derive(Clone, Copy)]
-pub(crate) enum Start<'a> {
-    /// The bias, or zero.
-    From(Option<&'a [f32]>),
-    /// What is in the result.
-    Result,
+    product(CpuLevel::detect(), Axis::Input, dy, w, None, precision, dx);
 }
 
 /// Which axis of the weight the result has.
@@ -105,11 +86,11 @@ pub(crate) fn product(
     axis: Axis,
     x: &[f32],
     w: &PackedMatrix,
-    start: Start,
+    bias: Option<&[f32]>,
     precision: MatmulPrecision,
     y: &mut [f32],
 ) {
-    let Some(job) = Product::new(level, axis, x, w, start, y) else { return };
+    let Some(job) = Product::new(level, axis, x, w, bias, y) else { return };
     let tiles = precision != MatmulPrecision::Highest && level.multiplies_tiles();
     match precision {
         #[cfg(any(target_arch = "x86_64", test))]
@@ -159,7 +140,7 @@ pub(crate) struct Product<'a> {
     columns: usize,
     x: &'a [f32],
     pub(crate) w: &'a PackedMatrix,
-    /// The bias or zeros, padded to whole panels; empty if the sums start from the result.
+    /// The bias or zeros, padded to whole panels.
     start: Vec<f32>,
     y: SharedMut<'a>,
 }
@@ -171,7 +152,7 @@ impl<'a> Product<'a> {
         axis: Axis,
         x: &'a [f32],
         w: &'a PackedMatrix,
-        start: Start,
+        bias: Option<&[f32]>,
         y: &'a mut [f32],
     ) -> Option<Self> {
         let (k, columns) = match axis {
@@ -181,14 +162,10 @@ impl<'a> Product<'a> {
         let rows = x.len() / k;
         assert!(x.len() == rows * k, "input is not [M, {k}]");
         assert!(y.len() == rows * columns, "output is not [{rows}, {columns}]");
-        let start = match start {
-            Start::Result => Vec::new(),
-            Start::From(bias) => {
-                let mut start = vec![0.0; columns.next_multiple_of(LANES)];
-                bias.into_iter().for_each(|bias| start[..columns].copy_from_slice(bias));
-                start
-            }
-        };
+        let mut start = vec![0.0; columns.next_multiple_of(LANES)];
+        if let Some(bias) = bias {
+            start[..columns].copy_from_slice(bias);
+        }
         let y = SharedMut::new(y);
         (rows > 0).then_some(Self { level, axis, rows, k, columns, x, w, start, y })
     }
@@ -301,7 +278,7 @@ impl<'a> Product<'a> {
         multiply: unsafe fn(CpuLevel, Strip<A, B>),
     ) {
         let (rows, column) = (step.rows.len(), step.panel * LANES);
-        let first = step.k0 == 0 && !self.start.is_empty();
+        let first = step.k0 == 0;
         let mut strip = Strip {
             rows,
             k: step.kc,
@@ -311,7 +288,7 @@ impl<'a> Product<'a> {
             panels: step.panels,
             panel_stride,
             ahead: if step.along_k { 0 } else { step.panels * panel_stride },
-            init: self.start.get(column..).unwrap_or_default().as_ptr(),
+            init: self.start[column..].as_ptr(),
             ldi: 0,
             y: std::ptr::null_mut(),
             ldy: self.columns,

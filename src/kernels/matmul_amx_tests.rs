@@ -4,7 +4,7 @@
 use half::bf16;
 
 use super::dispatch::CpuLevel::{self, Avx512, Emulated};
-use super::matmul::{Axis, MatmulPrecision, Start, product};
+use super::matmul::{Axis, MatmulPrecision, product};
 use super::matmul_amx::{BLOCK_ROWS, Chunk, multiply};
 use super::matmul_form::Form;
 use super::matmul_tile::Strip;
@@ -48,7 +48,7 @@ fn run(
 ) -> Vec<f32> {
     let (k, columns) = sides(axis, w);
     let mut y = vec![f32::NAN; x.len() / k * columns];
-    product(level, axis, x, w, Start::From(bias), precision, &mut y);
+    product(level, axis, x, w, bias, precision, &mut y);
     y
 }
 
@@ -111,24 +111,6 @@ fn high_on_tiles_agrees_with_f64() {
             sides(axis, w),
             w.is_bf16()
         );
-    });
-}
-
-#[test]
-fn sums_start_from_the_result_where_asked() {
-    for_all(|axis, x, w| {
-        for level in [Emulated, CpuLevel::detect(), CpuLevel::Portable] {
-            for precision in [MatmulPrecision::Highest, High, Medium] {
-                let product_alone = run(level, axis, x, w, None, precision);
-                let mut y = noise(9, product_alone.len());
-                let want =
-                    y.iter().zip(&product_alone).map(|(y, xw)| f64::from(*y) + f64::from(*xw));
-                let want: Vec<f64> = want.collect();
-                product(level, axis, x, w, Start::Result, precision, &mut y);
-                let error = relative_error(&y, &want);
-                assert!(error < 1e-6, "{:?}, {level:?} {precision:?}: {error}", sides(axis, w));
-            }
-        }
     });
 }
 

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::dispatch::CpuLevel;
-use super::matmul::{Axis, MatmulPrecision, Start, matmul, matmul_input_grad, product};
+use super::matmul::{Axis, MatmulPrecision, matmul, matmul_input_grad, product};
 use super::pack::PackedMatrix;
 use super::testing::{noise, relative_error, with_threads};
 
@@ -87,7 +87,7 @@ fn every_level_gives_the_same_bits_at_highest() {
                 let x = noise(5, m * k);
                 let at = |level, precision| {
                     let mut y = vec![0.0; m * columns];
-                    product(level, axis, &x, &w, Start::From(None), precision, &mut y);
+                    product(level, axis, &x, &w, None, precision, &mut y);
                     y
                 };
                 let plain = at(CpuLevel::Portable, Highest);
@@ -107,7 +107,7 @@ fn medium_agrees_across_levels_and_has_the_same_bits_without_its_own_instruction
                 let x = noise(5, m * k);
                 let at = |level| {
                     let mut y = vec![0.0; m * columns];
-                    product(level, axis, &x, &w, Start::From(None), Medium, &mut y);
+                    product(level, axis, &x, &w, None, Medium, &mut y);
                     y
                 };
                 let plain = at(CpuLevel::Portable);

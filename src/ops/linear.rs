@@ -10,7 +10,7 @@ use tracing::trace_span;
 use super::engine::{Engine, host};
 use super::tape::{Sink, Tape};
 use super::value::Value;
-use crate::kernels::matmul::{matmul, matmul_add_input_grad, matmul_input_grad};
+use crate::kernels::matmul::{matmul, matmul_input_grad};
 use crate::kernels::pack::PackedMatrix;
 use crate::kernels::slices::room;
 use crate::{Error, Result};
@@ -195,18 +195,8 @@ impl Weight {
         .entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
-                let (dy, precision) = (host(dy)?, engine.precision());
-                let dx = match sink.take_own(0) {
-                    Some(mut dx) => {
-                        matmul_add_input_grad(&dy, packed, precision, &mut dx);
-                        dx
-                    }
-                    None => {
-                        let mut dx = room(rows * width);
-                        matmul_input_grad(&dy, packed, precision, &mut dx);
-                        dx
-                    }
-                };
+                let mut dx = room(rows * width);
+                matmul_input_grad(&host(dy)?, packed, engine.precision(), &mut dx);
                 sink.give_own(0, dx, &(rows, width).into())
             }
             None => sink.give(0, dy.matmul(&self.dense(engine)?)?),
