@@ -41,6 +41,9 @@ impl Reward for ShortAndEasy {
 const QUESTIONS: [&str; 4] =
     ["What is rain?", "Why do birds sing?", "How is bread made?", "What does a tree need?"];
 
+#[global_allocator]
+static HEAP: steersman::heap::Heap = steersman::heap::Heap;
+
 fn main() -> ExitCode {
     cli::main(|args| match args.first() {
         None => run(),

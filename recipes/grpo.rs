@@ -26,6 +26,9 @@ use steersman::train::run::{Run, Trainer, check_evaluations};
 use steersman::train::scoring::rewards;
 use steersman::{Error, Result, cli, profile};
 
+#[global_allocator]
+static HEAP: steersman::heap::Heap = steersman::heap::Heap;
+
 fn main() -> ExitCode {
     cli::main(|args| match config::load::<GrpoConfig>(args)? {
         Request::Run(config) => profile::during(config.profile(), || run(&config)),

@@ -34,6 +34,9 @@ held-out problems before and after. The adapter goes to runs/quickstart.
 
 const SEED: u64 = 1;
 
+#[global_allocator]
+static HEAP: steersman::heap::Heap = steersman::heap::Heap;
+
 fn main() -> ExitCode {
     cli::main(|args| match args.first().map(String::as_str) {
         None => run(&free_folder()),

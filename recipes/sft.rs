@@ -22,6 +22,9 @@ use steersman::train::sft::SftTrainer;
 use steersman::train::tokenize::Encoder;
 use steersman::{Result, cli, profile};
 
+#[global_allocator]
+static HEAP: steersman::heap::Heap = steersman::heap::Heap;
+
 fn main() -> ExitCode {
     cli::main(|args| match config::load::<SftConfig>(args)? {
         Request::Run(config) => profile::during(config.profile(), || run(&config)),

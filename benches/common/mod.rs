@@ -10,6 +10,9 @@ use steersman::model::{LoadedModel, Policy};
 use steersman::ops::{Engine, MatmulPrecision, WeightDtype};
 use steersman::{Error, Result};
 
+#[global_allocator]
+static HEAP: steersman::heap::Heap = steersman::heap::Heap;
+
 /// The flags of the program.
 pub struct Flags(Vec<String>);
 

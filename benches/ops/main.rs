@@ -34,6 +34,9 @@ struct Benches {
     bytes: Criterion<Rate>,
 }
 
+#[global_allocator]
+static HEAP: steersman::heap::Heap = steersman::heap::Heap;
+
 fn main() {
     steersman::cli::start_up().expect("threads start");
     let peak = peak::measure();

@@ -112,9 +112,9 @@ fn cut(
 ) -> Vec<(Range<usize>, Range<usize>)> {
     let (row_parts, panel_parts) = grid(rows, panels, tasks);
     if (row_parts, tasks > 1) == (1, true) {
-        let groups = shrinking(panels.div_ceil(MAX_PANELS), 2 * rayon::current_num_threads());
-        let panels =
-            |groups: Range<usize>| groups.start * MAX_PANELS..(groups.end * MAX_PANELS).min(panels);
+        let groups = shrinking(panels.div_ceil(MAX_PANELS), rayon::current_num_threads());
+        let edge = |group: usize| (group * MAX_PANELS).min(panels);
+        let panels = |groups: Range<usize>| edge(groups.start)..edge(groups.end);
         return groups.into_iter().map(|groups| (0..rows, panels(groups))).collect();
     }
     let row_parts = (0..row_parts).map(|i| part(rows, unit, row_parts, i));

@@ -3,6 +3,7 @@
 //! task.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,6 +13,8 @@ use super::team;
 const TASK_FLOATS: usize = 1 << 14;
 /// Multiply-adds below which a task is not worth another thread's while (a few microseconds).
 const MIN_TASK: usize = 1 << 16;
+/// Pieces of a thread's share of the work.
+const PIECES: usize = 4;
 
 /// How many tasks to cut `work` multiply-adds into: 1 for small work, otherwise up to
 /// `per_thread` for each thread of the pool.
@@ -48,46 +51,67 @@ pub fn map<T: Send, R: Send>(
     results.into_iter().flatten().collect()
 }
 
-/// Does `work` for every index below `n`, in parallel where there is more than one; each thread
-/// makes its own scratch.
+/// Does `work` for every index below `n`, in parallel where there is more than one; each thread that
+/// finds work makes its own scratch.
+///
+/// Each thread begins with its part of the indices, the same in every kernel, so that it mostly reads
+/// what it wrote itself, from its own cache; then it helps with the parts of the others.
 pub fn for_each_index<S>(
     n: usize,
     make: impl Fn() -> S + Sync,
     work: impl Fn(&mut S, usize) + Sync,
 ) {
-    let next = AtomicUsize::new(0);
-    let job = || {
-        let mut i = next.fetch_add(1, Ordering::Relaxed);
-        if i >= n {
-            return;
-        }
-        let mut scratch = make();
-        while i < n {
-            work(&mut scratch, i);
-            i = next.fetch_add(1, Ordering::Relaxed);
+    let threads = if n > 1 { rayon::current_num_threads() } else { 1 };
+    let parts: Vec<Part> = (0..threads).map(|i| Part::new(part(n, 1, threads, i))).collect();
+    let job = |thread: usize| {
+        let mut scratch = None;
+        for i in thread..thread + threads {
+            while let Some(index) = parts[i % threads].take() {
+                work(scratch.get_or_insert_with(&make), index);
+            }
         }
     };
-    if n > 1 && rayon::current_num_threads() > 1 { team::share(&job) } else { job() }
+    if threads > 1 { team::share(&job) } else { job(0) }
+}
+
+/// The indices of a thread, on a cache line of their own.
+#[repr(align(64))]
+struct Part {
+    next: AtomicUsize,
+    end: usize,
+}
+
+impl Part {
+    fn new(indices: Range<usize>) -> Self {
+        Part { next: AtomicUsize::new(indices.start), end: indices.end }
+    }
+
+    /// The next index that nobody has taken.
+    fn take(&self) -> Option<usize> {
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
+        (index < self.end).then_some(index)
+    }
 }
 
 /// Part `i` of `0..n` cut into `parts` ranges whose lengths are multiples of `unit` (the last
 /// one excepted) and differ by at most one unit. Ranges may be empty.
-pub fn part(n: usize, unit: usize, parts: usize, i: usize) -> std::ops::Range<usize> {
+pub fn part(n: usize, unit: usize, parts: usize, i: usize) -> Range<usize> {
     let units = n.div_ceil(unit);
     let edge = |i: usize| (units * i / parts * unit).min(n);
     edge(i)..edge(i + 1)
 }
 
-/// Cuts `0..n` into ranges, each the `share`th part of what is left.
-pub fn shrinking(n: usize, share: usize) -> Vec<std::ops::Range<usize>> {
-    let mut ranges = Vec::new();
-    let mut start = 0;
-    while start < n {
-        let end = start + ((n - start) / share.max(1)).max(1);
-        ranges.push(start..end);
-        start = end;
-    }
-    ranges
+/// Cuts `0..n` into as many equal shares as there are threads, each of them into [`PIECES`] that become
+/// smaller, so that the threads end together. Pieces may be empty.
+pub fn shrinking(n: usize, threads: usize) -> Vec<Range<usize>> {
+    let pieces = |share: Range<usize>| {
+        let edge = move |i: usize| match i {
+            PIECES => share.end,
+            _ => share.end - (share.len() >> i),
+        };
+        (0..PIECES).map(move |i| edge(i)..edge(i + 1))
+    };
+    (0..threads).flat_map(|i| pieces(part(n, 1, threads, i))).collect()
 }
 
 /// A mutable slice that several tasks write, each its own part.
@@ -123,7 +147,7 @@ impl<'a> SharedMut<'a> {
     ///
     /// # Safety
     /// No other live part overlaps `range`.
-    pub unsafe fn part(&self, range: std::ops::Range<usize>) -> &'a mut [f32] {
+    pub unsafe fn part(&self, range: Range<usize>) -> &'a mut [f32] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: inside the slice by the assertion, not aliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
@@ -149,12 +173,26 @@ mod tests {
     }
 
     #[test]
-    fn shrinking_parts_cover_the_range_in_order() {
-        for (n, share) in [(0, 4), (1, 4), (18, 4), (1536, 4), (7, 1)] {
-            let ranges = shrinking(n, share);
-            assert!(ranges.iter().flat_map(|range| range.clone()).eq(0..n));
-            assert!(ranges.is_sorted_by(|a, b| a.len() >= b.len()));
+    fn shrinking_pieces_cover_the_range_in_order_and_every_thread_has_as_many() {
+        for (n, threads) in [(0, 4), (1, 4), (18, 4), (1536, 3), (7, 1)] {
+            let pieces = shrinking(n, threads);
+            assert_eq!(pieces.len(), threads * PIECES);
+            assert!(pieces.iter().flat_map(|piece| piece.clone()).eq(0..n));
         }
+        assert_eq!(shrinking(48, 2)[..5], [0..12, 12..18, 18..21, 21..24, 24..36]);
+    }
+
+    #[test]
+    fn a_thread_that_is_late_is_helped() {
+        let (done, here) = (AtomicUsize::new(0), std::thread::current().id());
+        let work = |(): &mut (), _| {
+            if std::thread::current().id() != here {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+            done.fetch_add(1, Ordering::Relaxed);
+        };
+        for_each_index(500, || (), work);
+        assert_eq!(done.into_inner(), 500);
     }
 
     #[test]

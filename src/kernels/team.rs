@@ -20,7 +20,8 @@ const OPEN: u64 = 1 << 31;
 /// The part of the state that counts the threads inside the job; above `OPEN` is its number.
 const INSIDE: u64 = OPEN - 1;
 
-type Job = *const (dyn Fn() + Sync);
+type Work<'a> = dyn Fn(usize) + Sync + 'a;
+type Job = *const Work<'static>;
 
 /// What the caller and the team share.
 struct Shared {
@@ -43,15 +44,16 @@ struct Team {
     busy: Mutex<()>,
 }
 
-/// Calls `job` on this thread and, while it runs, once on every thread of the team that is free. With
-/// the calling thread they are as many as the rayon pool of the first call has.
+/// Calls `job` on this thread and, while it runs, once on every thread of the team that is free, with
+/// the thread's number: 0 for this one. All together they are as many as the rayon pool of the first
+/// call has.
 ///
 /// If the team is at work for another thread, or if this is one of its threads, `job` runs here
 /// alone. `job` therefore has to take its work from what all calls of it share.
 ///
 /// # Panics
 /// If a call panics.
-pub(super) fn share(job: &(dyn Fn() + Sync)) {
+pub(super) fn share(job: &Work) {
     static TEAM: OnceLock<Team> = OnceLock::new();
     TEAM.get_or_init(|| Team::new(rayon::current_num_threads() - 1)).share(job);
 }
@@ -67,23 +69,23 @@ impl Team {
         let spawn = |i: usize| {
             let shared = shared.clone();
             let thread = thread::Builder::new().name(format!("kernels-{i}"));
-            thread.spawn(move || shared.serve()).ok().map(|handle| handle.thread().clone())
+            thread.spawn(move || shared.serve(i + 1)).ok().map(|handle| handle.thread().clone())
         };
         let threads = (0..threads).filter_map(spawn).collect();
         Team { shared, threads, busy: Mutex::new(()) }
     }
 
-    fn share(&self, job: &(dyn Fn() + Sync)) {
+    fn share(&self, job: &Work) {
         let _busy = match self.busy.try_lock() {
             Ok(busy) => busy,
             // a job that panicked is closed and empty like any other
             Err(TryLockError::Poisoned(busy)) => busy.into_inner(),
-            Err(TryLockError::WouldBlock) => return job(),
+            Err(TryLockError::WouldBlock) => return job(0),
         };
         let shared = &*self.shared;
         shared.panicked.store(false, Ordering::Relaxed);
         // SAFETY: `Closing` ends the job before the borrow does, by waiting for all who joined.
-        let job_for_ever: Job = unsafe { std::mem::transmute::<&(dyn Fn() + Sync), Job>(job) };
+        let job_for_ever: Job = unsafe { std::mem::transmute::<&Work, Job>(job) };
         // SAFETY: the last job is closed and empty, so nobody reads.
         unsafe { *shared.job.get() = Some(job_for_ever) };
         let number = (shared.state.load(Ordering::Relaxed) >> 32) + 1;
@@ -92,7 +94,7 @@ impl Team {
             self.threads.iter().for_each(Thread::unpark);
         }
         let closing = Closing(shared);
-        job();
+        job(0);
         drop(closing);
         assert!(!shared.panicked.load(Ordering::Relaxed), "a task of a kernel panicked");
     }
@@ -118,10 +120,10 @@ impl Drop for Closing<'_> {
 
 impl Shared {
     /// The life of a thread of the team.
-    fn serve(&self) {
+    fn serve(&self, thread: usize) {
         let (mut last, mut looks) = (0, 0);
         loop {
-            if let Some(number) = self.join(last) {
+            if let Some(number) = self.join(last, thread) {
                 (last, looks) = (number, 0);
             } else if looks < LOOKS {
                 looks += 1;
@@ -134,7 +136,7 @@ impl Shared {
     }
 
     /// Takes part in the job if it is open and not number `last`; returns its number.
-    fn join(&self, last: u64) -> Option<u64> {
+    fn join(&self, last: u64, thread: usize) -> Option<u64> {
         let state = self.state.load(Ordering::Acquire);
         if state & OPEN == 0 || state >> 32 == last {
             return None;
@@ -145,7 +147,7 @@ impl Shared {
         // SAFETY: the job is open or waits for this thread to leave.
         if let Some(job) = unsafe { *self.job.get() } {
             // SAFETY: as above.
-            let call = AssertUnwindSafe(|| unsafe { (*job)() });
+            let call = AssertUnwindSafe(|| unsafe { (*job)(thread) });
             if catch_unwind(call).is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
@@ -173,7 +175,7 @@ mod tests {
 
     fn sum_on(team: &Team, n: usize) -> usize {
         let (next, sum) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        team.share(&|| {
+        team.share(&|_| {
             loop {
                 let i = next.fetch_add(1, Ordering::Relaxed);
                 if i >= n {
@@ -204,24 +206,24 @@ mod tests {
                 scope.spawn(|| (0..500).for_each(|_| assert_eq!(sum_on(&team, 30), 435)));
             }
         });
-        team.share(&|| assert_eq!(sum_on(&team, 30), 435));
+        team.share(&|_| assert_eq!(sum_on(&team, 30), 435));
     }
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_team_goes_on() {
         let team = Team::new(2);
         let caller = thread::current().id();
-        let other = || {
+        let other = |_| {
             if thread::current().id() != caller {
                 panic!("of a task");
             }
             thread::sleep(Duration::from_millis(20));
         };
         assert!(catch_unwind(AssertUnwindSafe(|| team.share(&other))).is_err());
-        assert!(catch_unwind(AssertUnwindSafe(|| team.share(&|| panic!("of all")))).is_err());
+        assert!(catch_unwind(AssertUnwindSafe(|| team.share(&|_| panic!("of all")))).is_err());
         let callers = Mutex::new(HashSet::new());
         while callers.lock().unwrap().len() < 2 {
-            team.share(&|| {
+            team.share(&|_| {
                 callers.lock().unwrap().insert(thread::current().id());
                 thread::sleep(Duration::from_millis(1));
             });

@@ -33,6 +33,9 @@ Downloads a model into the user's cache, unless it is there, and prints its path
 smollm2-135m-instruct.
 ";
 
+#[global_allocator]
+static HEAP: steersman::heap::Heap = steersman::heap::Heap;
+
 fn main() -> std::process::ExitCode {
     cli::main(|args| {
         let words: Vec<&str> = args.iter().map(String::as_str).collect();
