@@ -22,7 +22,7 @@ use steersman::train::claim::{check_output_dir, claim_output_dir};
 use steersman::train::grpo::GrpoTrainer;
 use steersman::train::prompts::PromptData;
 use steersman::train::reward_evaluation::RewardEvaluation;
-use steersman::train::run::{Run, Trainer, check_evaluations};
+use steersman::train::run::{Run, check_evaluations};
 use steersman::train::scoring::rewards;
 use steersman::{Error, Result, cli, profile};
 
@@ -58,12 +58,15 @@ fn run(config: &GrpoConfig) -> Result<()> {
     }
 
     // ---- model and trainer -------------------------------------------------------------------
-    let claim = claim_output_dir(run_args, &resolved)?;
+    let mut claim = claim_output_dir(run_args, &resolved)?;
     let name = &config.model.model_name_or_path;
     let (model, base) = LoadedModel::load_with_base(name, config.model.storage(), &engine)?;
     warn_of_other_model(config.adapter.adapter_name_or_path.as_slice(), || Ok(base.clone()))?;
     let mut trainer = GrpoTrainer::new(config, (&model.policy, &text), adapters, &train)?;
     rewards.start().map_err(Error::failure)?;
+    if claim.checkpoint.is_none() {
+        claim.warnings.extend(trainer.rehearse(&mut rewards)?);
+    }
     let rewards = RefCell::new(rewards);
     let held_out = RewardEvaluation {
         prompts: &test,
@@ -75,10 +78,6 @@ fn run(config: &GrpoConfig) -> Result<()> {
 
     // ---- the run -----------------------------------------------------------------------------
     let mut run = Run::start(config, base, claim, &mut trainer)?;
-    if trainer.learner().state().global_step == 0 {
-        let warning = trainer.rehearse(&mut rewards.borrow_mut())?;
-        warning.map_or(Ok(()), |text| run.tell(Event::Warning(text)))?;
-    }
     trainer.loss_note().map_or(Ok(()), |note| run.tell(Event::Note(note.to_string())))?;
     run.evaluate_before(&mut trainer, &held_out)?;
     while run.goes_on(&trainer) {
