@@ -184,15 +184,19 @@ mod tests {
 
     #[test]
     fn a_thread_that_is_late_is_helped() {
-        let (done, here) = (AtomicUsize::new(0), std::thread::current().id());
+        let (here, there) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let caller = std::thread::current().id();
         let work = |(): &mut (), _| {
-            if std::thread::current().id() != here {
-                std::thread::sleep(std::time::Duration::from_millis(2));
+            if std::thread::current().id() == caller {
+                here.fetch_add(1, Ordering::Relaxed);
+                return;
             }
-            done.fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            there.fetch_add(1, Ordering::Relaxed);
         };
         for_each_index(500, || (), work);
-        assert_eq!(done.into_inner(), 500);
+        let (here, there) = (here.into_inner(), there.into_inner());
+        assert!(here + there == 500 && here > 250, "{here} {there}");
     }
 
     #[test]
