@@ -1,7 +1,8 @@
 //! The heap of the programs.
 //!
-//! The system's heap hands out blocks at multiples of 16 bytes, where half of all vectors of 64 bytes lie
-//! across two cache lines: a step of SmolLM2 takes some per cent longer. A program asks for this one by
+//! The system's heap hands out blocks at multiples of 16 bytes. In three of four such places every vector of
+//! 64 bytes lies across two cache lines: a GRPO step of SmolLM2 took 2 % longer. A program asks for this
+//! heap by
 //!
 //! ```
 //! #[global_allocator]

@@ -233,6 +233,7 @@ fn a_reward_that_always_fails_stops_before_anything_is_trained_and_leaves_the_fo
         let said = failed.sentence(1).to_string();
         assert!(said.contains(wanted) && said.contains("nothing was trained"), "{said}");
         assert!(!place.dir("run/config.toml").exists());
+        assert!(!place.dir("run").exists() || checkpoints(&place.dir("run")).is_empty());
     }
     let failed = place.run("other", "--reward_funcs acuracy_reward");
     assert!(failed.only_sentence(2).contains("did you mean accuracy_reward?"));
