@@ -107,5 +107,6 @@ fn questions() -> Result<PromptData> {
         prompt: Prompt::Text(problem.prompt[0].content.clone()),
         columns: Row::new(),
     };
-    Ok(PromptData { train: problems.iter().map(row).collect(), test: Vec::new(), grader: None })
+    let train = problems.iter().map(row).collect();
+    Ok(PromptData { name: "gsm8k".to_string(), train, test: Vec::new(), grader: None })
 }

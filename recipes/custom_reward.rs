@@ -85,6 +85,9 @@ fn run() -> Result<()> {
         let gradients = trainer.gradients(&rollouts)?;
         let report = trainer.update(rollouts, gradients, start)?;
         terminal.take(&Event::Logged(MetricLine::new(report.step, report.metrics.metrics())))?;
+        for warning in trainer.warnings(&report) {
+            terminal.take(&Event::Warning(warning))?;
+        }
     }
     steersman::adapter::save(
         "runs/custom_reward".as_ref(),
@@ -100,5 +103,6 @@ fn prompts() -> PromptData {
         prompt: Prompt::Messages(vec![Message::user(*question).to_json()]),
         columns: Row::new(),
     };
-    PromptData { train: (0..).zip(&QUESTIONS).map(row).collect(), test: Vec::new(), grader: None }
+    let train = (0..).zip(&QUESTIONS).map(row).collect();
+    PromptData { name: "questions".to_string(), train, test: Vec::new(), grader: None }
 }

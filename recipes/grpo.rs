@@ -46,7 +46,9 @@ fn run(config: &GrpoConfig) -> Result<()> {
     let text = TextModel::load(&source, template, shape.vocab_size)?;
     let data = PromptData::load(&config.data, run_args.seed)?;
     let longest = config.sampling.longest_completion(config.data.dataset()?);
-    let mut rewards = rewards(&config.reward, data.grader, longest, &run_args.output_dir)?;
+    let logs = (!run_args.dry_run).then(|| run_args.output_dir.join("rewards"));
+    let mut rewards = rewards(&config.reward, data.grader, longest, logs)?;
+    let advice = data.advice();
     let (train, test) = data.tokenise(&text, shape.max_position_embeddings)?;
     check_evaluations(run_args, test.len())?;
     let engine = config.model.engine()?;
@@ -54,11 +56,13 @@ fn run(config: &GrpoConfig) -> Result<()> {
     let resolved = config::to_toml(config)?;
     if run_args.dry_run {
         check_output_dir(run_args, &resolved)?;
+        rewards.start().map_err(Error::failure)?;
         return cli::print(&resolved);
     }
 
     // ---- model and trainer -------------------------------------------------------------------
     let mut claim = claim_output_dir(run_args, &resolved)?;
+    claim.warnings.extend(advice);
     let name = &config.model.model_name_or_path;
     let (model, base) = LoadedModel::load_with_base(name, config.model.storage(), &engine)?;
     warn_of_other_model(config.adapter.adapter_name_or_path.as_slice(), || Ok(base.clone()))?;

@@ -159,11 +159,12 @@ fn a_reward_that_fails_too_often_stops_the_run_with_a_checkpoint_to_go_on_from()
     }
     let said = failed.sentence(1);
     assert!(
-        said.starts_with("step 4: mine failed for 12 of 12 completions: mine.py line 7: "),
+        said.starts_with("step 4: reward mine failed for 12 of 12 completions: mine.py line 7: "),
         "{said}"
     );
     assert!(said.contains("ValueError: no more") && said.contains("checkpoint-3"), "{said}");
-    assert!(place.dir("broken/rewards/mine-0.stderr.log").exists());
+    let log = place.dir("broken/rewards/mine-0.stderr.log");
+    assert!(said.contains(&format!("(more in {})", text(&log))) && log.exists(), "{said}");
     fs::write(&file, good).unwrap();
     place.run("broken", &format!("{keys} --resume_from_checkpoint latest")).ok();
     place.run("whole", &keys).ok();
@@ -209,14 +210,20 @@ fn a_reward_that_fails_for_some_leaves_them_out_and_counts_them() {
     let some = "def mine(completions, **kwargs):\n    return [float('nan') if i % 4 == 0 else \
                 None if i % 4 == 1 else float(len(c) % 3) for i, c in enumerate(completions)]\n";
     fs::write(&file, some).unwrap();
-    let keys = format!("--reward_funcs {} --max_steps 3", text(&file));
+    let keys = format!("--reward_funcs {} --max_steps 3 --logging_steps 1", text(&file));
     let ran = place.run("run", &keys);
     if ran.stderr.contains("python3 cannot be started") {
         return eprintln!("SKIPPED: python3 is missing");
     }
-    ran.ok();
+    let said = ran.ok().stderr;
     assert_eq!(series(&place.dir("run"), "reward_outcome/error"), [3.0; 3]);
-    assert_eq!(series(&place.dir("run"), "reward_failures"), [0.5; 3]);
+    assert_eq!(series(&place.dir("run"), "reward_failures"), [0.25; 3]);
+    assert_eq!(series(&place.dir("run"), "reward_not_applicable"), [0.25; 3]);
+    assert_eq!(said.matches("  reward_failures    0.2500").count(), 3, "{said}");
+    let warning = "warning: step 1: reward mine failed for 3 of 12 completions (first of row ";
+    assert_eq!(said.matches(warning).count(), 1, "{said}");
+    assert!(said.contains("): it gave nan; they are left out of the loss"), "{said}");
+    assert!(said.contains("warning: before the run: reward mine failed for 2 of 8"), "{said}");
 }
 
 #[test]
@@ -227,7 +234,7 @@ fn a_reward_that_always_fails_stops_before_anything_is_trained_and_leaves_the_fo
             "accuracy_reward",
             "no gold answer in a column answer, solution, gold; its columns: completion",
         ),
-        ("process:exit_at_once", "it ended with exit code 127"),
+        ("process:exit_at_once", "it ended with exit code 127: there is no such command"),
     ] {
         let failed = place.run("run", &format!("--reward_funcs {reward}"));
         let said = failed.sentence(1).to_string();
@@ -238,6 +245,34 @@ fn a_reward_that_always_fails_stops_before_anything_is_trained_and_leaves_the_fo
     let failed = place.run("other", "--reward_funcs acuracy_reward");
     assert!(failed.only_sentence(2).contains("did you mean accuracy_reward?"));
     assert!(!place.dir("other").exists());
+}
+
+#[test]
+fn a_rehearsal_starts_rewards_and_leaves_nothing() {
+    let Some(place) = place() else { return };
+    let file = place.dir("mine.py");
+    fs::write(&file, "import no_such_module\n").unwrap();
+    let tried = place.run("run", &format!("--reward_funcs {} --dry_run", text(&file)));
+    if tried.stderr.contains("python3 cannot be started") {
+        return eprintln!("SKIPPED: python3 is missing");
+    }
+    let said = tried.sentence(1);
+    let wanted =
+        "reward mine: mine.py line 1: ModuleNotFoundError: No module named 'no_such_module'";
+    assert_eq!(said, wanted);
+    assert!(!place.dir("run").exists());
+}
+
+#[test]
+fn a_column_that_some_rows_lack_is_told_with_the_first_row() {
+    let Some(place) = place() else { return };
+    let rows = text(&place.rows).to_string();
+    let more = fs::read_to_string(&rows).unwrap() + "{\"prompt\": \"Lily likes\"}\n";
+    fs::write(&rows, more).unwrap();
+    let said = place.run("run", &format!("{REWARDS} --max_steps 1")).ok().stderr;
+    let wanted = "rows.jsonl: 1 of 25 rows, row 25 the first, have no column completion: rewards get \
+                  null for it";
+    assert!(said.contains(wanted), "{said}");
 }
 
 #[test]

@@ -92,7 +92,8 @@ fn prompts() -> PromptData {
         prompt: Prompt::Text(text.into()),
         columns: Row::new(),
     };
-    PromptData { train: (0..).zip(texts).map(row).collect(), test: Vec::new(), grader: None }
+    let train = (0..).zip(texts).map(row).collect();
+    PromptData { name: "toy".to_string(), train, test: Vec::new(), grader: None }
 }
 
 /// Mean rewards of the first five and the last ten samplings of a run.

@@ -138,6 +138,9 @@ fn given_prompt(row: &mut Row) -> Result<Prompt> {
             Ok(Prompt::Messages(messages))
         }
         (Some(_), Some(_)) => Err(Error::usage("the row has both prompt and messages; keep one")),
+        (None, None) if row.contains_key("prompt") => {
+            Err(Error::usage("prompt is null: write one or remove the row"))
+        }
         (None, None) => Err(Error::usage(format!(
             "no prompt; the row has {}; wanted prompt or messages (rename with columns, or make it \
              with prompt_template)",
@@ -306,6 +309,7 @@ mod tests {
         for (template, columns, wanted) in [
             (Template::default(), json!({"question": "a"}), "no prompt; the row has question"),
             (Template::default(), json!({"prompt": 3}), "column prompt is a number"),
+            (Template::default(), json!({"prompt": null, "a": 1}), "prompt is null"),
             (
                 Template::default(),
                 json!({"prompt": "a", "messages": []}),

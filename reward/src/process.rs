@@ -14,7 +14,7 @@ use datasets::Prompt;
 use serde_json::{Map, Value, json};
 
 use crate::parse::ParseOptions;
-use crate::reward::{Reward, Sample, Score};
+use crate::reward::{Reward, Sample, Score, miscounted};
 use crate::worker::{Failure, Worker};
 
 /// What a worker runs.
@@ -76,6 +76,12 @@ impl Reward for ProcessReward {
     fn start(&mut self) -> Result<(), String> {
         let timeout = self.timeout;
         self.workers.iter_mut().try_for_each(|seat| seat.ready(timeout).map(drop))
+    }
+
+    fn log(&self) -> Option<PathBuf> {
+        let logs = self.workers.iter().filter_map(|seat| seat.stderr.as_ref());
+        let written = |log: &&PathBuf| log.metadata().is_ok_and(|file| file.len() > 0);
+        logs.clone().find(written).cloned()
     }
 
     fn score(&mut self, samples: &[Sample]) -> Vec<Score> {
@@ -173,7 +179,7 @@ fn scores(line: &str, n: usize) -> Result<Vec<Score>, String> {
     }
     let rewards = answer.get("rewards").and_then(Value::as_array).ok_or_else(nonsense)?;
     if rewards.len() != n {
-        return Ok(failed(&format!("it gave {} rewards for {n} completions", rewards.len()), n));
+        return Ok(failed(&miscounted("reward", rewards.len(), n), n));
     }
     let score = |reward: &Value| match reward {
         Value::Null => Score::NotApplicable,
@@ -224,7 +230,7 @@ mod tests {
             },
             Err(reason) => reason,
         };
-        assert_eq!(reason(r#"{"rewards": [1, 2]}"#), "it gave 2 rewards for 1 completions");
+        assert_eq!(reason(r#"{"rewards": [1, 2]}"#), "it gave 2 rewards for 1 completion");
         assert_eq!(reason(r#"{"rewards": [true]}"#), "it gave true, which is no number");
         assert_eq!(reason(r#"{"error": "no"}"#), "no");
         for nonsense in ["hello", "{\"rewards\": NaN}", "[1]", "{}", ""] {

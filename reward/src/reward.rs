@@ -1,5 +1,7 @@
 //! What a reward is: a function of completions.
 
+use std::path::PathBuf;
+
 use datasets::{Prompt, Row};
 
 use crate::outcome::Outcome;
@@ -61,6 +63,17 @@ pub trait Reward {
         Ok(())
     }
 
+    /// The file that holds what it said of itself besides its scores, if it said anything.
+    fn log(&self) -> Option<PathBuf> {
+        None
+    }
+
     /// One score for each sample.
     fn score(&mut self, samples: &[Sample]) -> Vec<Score>;
+}
+
+/// `"it gave 1 reward for 3 completions"`.
+pub(crate) fn miscounted(what: &str, given: usize, samples: usize) -> String {
+    let counted = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+    format!("it gave {} for {}", counted(given, what), counted(samples, "completion"))
 }

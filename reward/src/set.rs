@@ -1,9 +1,10 @@
 //! Several rewards with weights, behind which no failure is hidden.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 
 use crate::outcome::Outcome;
-use crate::reward::{Reward, Sample, Score};
+use crate::reward::{Reward, Sample, Score, miscounted};
 
 /// Rewards and what each counts.
 pub struct RewardSet {
@@ -21,6 +22,16 @@ pub struct Judged {
 }
 
 impl Judged {
+    /// Number of the first reward that failed, and why.
+    pub fn failure<'a>(&'a self) -> Option<(usize, &'a str)> {
+        let reason = |score: &'a Score| match score {
+            Score::Timeout => Some("it did not answer within reward_timeout"),
+            Score::Error(reason) => Some(reason.as_str()),
+            _ => None,
+        };
+        self.scores.iter().enumerate().find_map(|(i, score)| Some((i, reason(score)?)))
+    }
+
     fn new(scores: Vec<Score>, weights: &[f64]) -> Self {
         let mut reward = None;
         for (score, weight) in scores.iter().zip(weights) {
@@ -56,7 +67,7 @@ impl RewardSet {
         let weights = if weights.is_empty() { vec![1.0; rewards.len()] } else { weights };
         if weights.len() != rewards.len() {
             let (weights, rewards) = (weights.len(), rewards.len());
-            return Err(format!("{weights} weights were given for {rewards} rewards"));
+            return Err(format!("reward_weights has {weights} of {rewards} weights, one a reward"));
         }
         let set = RewardSet { rewards, weights };
         let names = set.names();
@@ -65,6 +76,11 @@ impl RewardSet {
             Some((_, name)) => Err(format!("two rewards are called {name}")),
             None => Ok(set),
         }
+    }
+
+    /// The log of each reward, if it has written any.
+    pub fn logs(&self) -> Vec<Option<PathBuf>> {
+        self.rewards.iter().map(|reward| reward.log()).collect()
     }
 
     /// The rewards' names.
@@ -78,7 +94,7 @@ impl RewardSet {
     /// The first that cannot, by name.
     pub fn start(&mut self) -> Result<(), String> {
         self.rewards.iter_mut().try_for_each(|reward| {
-            reward.start().map_err(|error| format!("{}: {error}", reward.name()))
+            reward.start().map_err(|error| format!("reward {}: {error}", reward.name()))
         })
     }
 
@@ -100,8 +116,7 @@ fn checked(reward: &mut dyn Reward, samples: &[Sample]) -> Vec<Score> {
     let scores = match catch_unwind(AssertUnwindSafe(|| reward.score(samples))) {
         Ok(scores) if scores.len() == samples.len() => scores,
         Ok(scores) => {
-            let (got, wanted) = (scores.len(), samples.len());
-            let reason = format!("it gave {got} scores for {wanted} completions");
+            let reason = miscounted("score", scores.len(), samples.len());
             return vec![Score::Error(reason); samples.len()];
         }
         Err(_) => return vec![Score::Error("it panicked".to_string()); samples.len()],
@@ -191,7 +206,7 @@ mod tests {
             vec![Box::new(Fixed("a", vec![])), Box::new(Fixed("a", vec![]))]
         };
         let refused = |weights| RewardSet::new(two(), weights).err().unwrap();
-        assert_eq!(refused(vec![1.0]), "1 weights were given for 2 rewards");
+        assert_eq!(refused(vec![1.0]), "reward_weights has 1 of 2 weights, one a reward");
         assert_eq!(refused(vec![]), "two rewards are called a");
     }
 }

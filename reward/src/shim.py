@@ -18,6 +18,10 @@ os.dup2(2, 1)
 sys.stdout = sys.stderr
 
 
+class Refused(Exception):
+    """What is wrong with a reward, in words of its own."""
+
+
 def say(message):
     answers.write(json.dumps(message) + "\n")
     answers.flush()
@@ -32,15 +36,15 @@ def chosen(module, path, name):
     public = {key: value for key, value in own.items() if not key.startswith("_")}
     if name:
         if name not in own:
-            raise ValueError(f"{path} has no function {name}; it has {', '.join(public) or 'none'}")
+            raise Refused(f"{path} has no function {name}; it has {', '.join(public) or 'none'}")
         return own[name]
     named = {key: value for key, value in public.items() if "reward" in key}
     for some in (public, named):
         if len(some) == 1:
             return next(iter(some.values()))
     if not public:
-        raise ValueError(f"{path} has no function")
-    raise ValueError(f"{path} has several functions ({', '.join(public)}): name one as {path}:function")
+        raise Refused(f"{path} has no function")
+    raise Refused(f"{path} has several functions ({', '.join(public)}): name one as {path}:function")
 
 
 def number(value):
@@ -54,11 +58,22 @@ def number(value):
     return value if math.isfinite(value) else f"it gave {value}"
 
 
-def call(function, request):
+def arguments(function, request):
+    """What the function asks for of the call; without **kwargs it gets nothing else."""
     parameters = inspect.signature(function).parameters.values()
-    if not any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters):
-        names = {p.name for p in parameters}
-        request = {key: value for key, value in request.items() if key in names}
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    plain = {p.name: p for p in parameters if p.kind not in variadic}
+    wanted = [name for name, p in plain.items() if p.default is p.empty and name not in request]
+    if wanted:
+        names, there = ", ".join(wanted), ", ".join(request)
+        raise Refused(f"{function.__name__} wants {names}, which the rows do not have; it can get {there}")
+    if any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return request
+    return {key: value for key, value in request.items() if key in plain}
+
+
+def call(function, request):
+    request = arguments(function, request)
     rewards = function(**request)
     if inspect.isawaitable(rewards):
 
@@ -68,13 +83,20 @@ def call(function, request):
         rewards = asyncio.run(result())
     if hasattr(rewards, "tolist"):
         rewards = rewards.tolist()
+    if not isinstance(rewards, (list, tuple)):
+        wanted = "a list of one number a completion"
+        raise Refused(f"{function.__name__} returned {rewards!r:.80} and not {wanted}")
     return {"rewards": [number(value) for value in rewards]}
 
 
 def reason(error, path):
     """One line: where in the user's file, and what."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    place = f"{os.path.basename(path)} line {frames[-1].lineno}: " if frames else ""
+    if isinstance(error, Refused):
+        return str(error)
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        lines.append(error.lineno)
+    place = f"{os.path.basename(path)} line {lines[-1]}: " if lines else ""
     what = traceback.format_exception_only(type(error), error)[-1].strip()
     return place + what
 

@@ -172,6 +172,8 @@ fn end_of(path: &Path) -> Option<String> {
 fn ended(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
+        (Some(126), _) => "it ended with exit code 126: the command cannot be executed".to_string(),
+        (Some(127), _) => "it ended with exit code 127: there is no such command".to_string(),
         (Some(code), _) => format!("it ended with exit code {code}"),
         (None, Some(signal)) => format!("it was killed by signal {signal}"),
         (None, None) => "it ended".to_string(),

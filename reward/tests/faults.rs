@@ -142,9 +142,9 @@ fn what_is_wrong_with_a_file_shows_when_it_is_started() {
     for (text, wanted) in [
         (
             "import no_such_module\ndef f(completions):\n    return []\n",
-            "mine: mine.py line 1: ModuleNotFoundError: No module named 'no_such_module'",
+            "reward mine: mine.py line 1: ModuleNotFoundError: No module named 'no_such_module'",
         ),
-        ("def f(:\n", "SyntaxError"),
+        ("x = 1\ndef f(:\n", "mine.py line 2: SyntaxError"),
         ("x = 1\n", "mine.py has no function"),
         ("def f(completions): pass\ndef g(completions): pass\n", "has several functions (f, g)"),
         ("raise SystemExit(3)\n", "it ended with exit code 3"),
@@ -184,7 +184,41 @@ fn what_is_no_reward_is_told_for_its_sample_alone() {
 fn the_wrong_number_of_rewards_is_told() {
     let Some((dir, file)) = python("def f(completions):\n    return [1.0]\n") else { return };
     let judged = score(&mut set(file.to_str().unwrap(), &options(dir.path(), 1)), &["a"; 3]);
-    assert_eq!(reason(&judged), "it gave 1 rewards for 3 completions");
+    assert_eq!(reason(&judged), "it gave 1 reward for 3 completions");
+}
+
+#[test]
+fn a_function_that_returns_no_list_or_wants_a_column_that_is_not_there_is_told() {
+    for (text, wanted) in [
+        (
+            "def f(completions):\n    pass\n",
+            "f returned None and not a list of one number a completion",
+        ),
+        (
+            "def f(completions):\n    return {'a': 1}\n",
+            "f returned {'a': 1} and not a list of one number a completion",
+        ),
+        (
+            "def f(completions, solution, level, top=3):\n    return [1.0]\n",
+            "f wants solution, level, which the rows do not have; it can get answer, prompts, \
+             completions, completion_ids",
+        ),
+    ] {
+        let Some((dir, file)) = python(text) else { return };
+        let judged = score(&mut set(file.to_str().unwrap(), &options(dir.path(), 1)), &["a"]);
+        assert_eq!(reason(&judged), wanted);
+    }
+}
+
+#[test]
+fn a_log_is_named_once_it_holds_something() {
+    let text = "def f(completions):\n    if completions[0] == 'b':\n        print('b')\n    return [1.0]\n";
+    let Some((dir, file)) = python(text) else { return };
+    let mut set = set(file.to_str().unwrap(), &options(dir.path(), 1));
+    score(&mut set, &["a"]);
+    assert_eq!(set.logs(), [None]);
+    score(&mut set, &["b"]);
+    assert_eq!(set.logs(), [Some(dir.path().join("rewards/mine-0.stderr.log"))]);
 }
 
 #[test]
@@ -248,5 +282,5 @@ fn processes_end_with_their_reward_and_what_they_started_too() {
 fn a_command_that_does_not_exist_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let judged = score(&mut set("process:no_such_command x", &options(dir.path(), 1)), &["a"]);
-    assert!(reason(&judged).contains("it ended with exit code 127"), "{judged:?}");
+    assert!(reason(&judged).contains("exit code 127: there is no such command"), "{judged:?}");
 }

@@ -10,9 +10,10 @@ use super::{CompletionRow, Event, MetricLine, Sink};
 use crate::Result;
 
 /// Metrics shown at a logging step, in this order, where they are given.
-const LEADING: [&str; 13] = [
+const LEADING: [&str; 14] = [
     "reward",
     "reward_std",
+    "reward_failures",
     "frac_reward_zero_std",
     "loss",
     "grad_norm",
@@ -26,6 +27,9 @@ const LEADING: [&str; 13] = [
     "time/train",
 ];
 
+/// Metrics shown behind a bar.
+const HEADLINE: [&str; 3] = ["reward", "reward_failures", "loss"];
+
 enum Output {
     Bar(ProgressBar),
     Plain(Box<dyn Write>),
@@ -37,7 +41,8 @@ pub struct Terminal {
     pace: Pace,
     step: u64,
     total_steps: u64,
-    loss: String,
+    /// What stands behind the bar besides the speed.
+    headline: String,
 }
 
 impl Terminal {
@@ -59,7 +64,7 @@ impl Terminal {
     }
 
     fn new(output: Output) -> Self {
-        Self { output, pace: Pace::default(), step: 0, total_steps: 0, loss: String::new() }
+        Self { output, pace: Pace::default(), step: 0, total_steps: 0, headline: String::new() }
     }
 
     fn say(&mut self, line: &str) {
@@ -105,13 +110,17 @@ impl Terminal {
     }
 
     fn logged(&mut self, line: &MetricLine) {
-        let loss = line.metrics.get("loss");
-        self.loss = loss.map(|loss| format!("loss {}", number(loss))).unwrap_or_default();
+        let shown = HEADLINE.iter().filter_map(|name| Some((*name, line.metrics.get(name)?)));
+        let shown = shown.filter(|(name, value)| tells(name, *value));
+        let shown = shown.map(|(name, value)| format!("{name} {}", number(value)));
+        self.headline = shown.collect::<Vec<_>>().join("  ");
         match &self.output {
-            Output::Bar(bar) => bar.set_message(format!("{}  {}", self.loss, self.speed())),
+            Output::Bar(bar) => bar.set_message(format!("{}  {}", self.headline, self.speed())),
             Output::Plain(_) => {
-                let shown =
-                    LEADING.iter().filter_map(|name| Some((*name, line.metrics.get(name)?)));
+                let shown = LEADING
+                    .iter()
+                    .filter_map(|name| Some((*name, line.metrics.get(name)?)))
+                    .filter(|(name, value)| tells(name, *value));
                 let text = format!("{}{}  {}", self.place(line.step), columns(shown), self.speed());
                 self.say(text.trim_end());
             }
@@ -135,7 +144,7 @@ impl Terminal {
         self.pace.push(tokens, seconds);
         if let Output::Bar(bar) = &self.output {
             bar.set_position(step);
-            bar.set_message(format!("{}  {}", self.loss, self.speed()));
+            bar.set_message(format!("{}  {}", self.headline, self.speed()));
         }
     }
 }
@@ -150,7 +159,8 @@ impl Sink for Terminal {
             Event::Step { step, tokens, seconds } => self.stepped(*step, *tokens, *seconds),
             Event::Logged(line) => self.logged(line),
             Event::Evaluated(line) => {
-                let shown = line.metrics.iter().filter(|(name, _)| is_shown(name));
+                let shown = line.metrics.iter();
+                let shown = shown.filter(|(name, value)| is_shown(name) && tells(name, *value));
                 let text = self.place(line.step) + &columns(shown);
                 self.say(&text);
             }
@@ -180,6 +190,11 @@ fn is_shown(name: &str) -> bool {
 /// `"  loss    1.2345  grad_norm    0.5000"`, columns of the same width in every line.
 fn columns<'a>(metrics: impl Iterator<Item = (&'a str, f64)>) -> String {
     metrics.map(|(name, value)| format!("  {name} {:>9}", number(value))).collect()
+}
+
+/// Whether a metric has something to tell: shares of failures only where there are any.
+fn tells(name: &str, value: f64) -> bool {
+    value != 0.0 || !name.ends_with("reward_failures")
 }
 
 /// Five significant digits or so: `0.4200`, `12.345`, `2.00e-4`.
@@ -262,10 +277,26 @@ mod tests {
         let page = Page::default();
         let metrics = Metrics::new().with("eval_accuracy", 0.5).with("epoch", 1.0);
         let metrics = metrics.with("eval_reward_outcome/right", 4.0);
+        let metrics = metrics.with("eval_reward_failures", 0.0);
         let mut terminal = Terminal::plain(page.clone());
         terminal.take(&Event::Evaluated(MetricLine::new(3, metrics))).unwrap();
         let text = String::from_utf8(page.0.borrow().clone()).unwrap();
         assert_eq!(text, "step 3/0  eval_accuracy    0.5000\n");
+    }
+
+    #[test]
+    fn failing_rewards_are_shown_where_there_are_any() {
+        let page = Page::default();
+        let mut terminal = Terminal::plain(page.clone());
+        for (step, share) in [(1, 0.0), (2, 0.25)] {
+            let metrics = Metrics::new().with("reward", 1.0).with("reward_failures", share);
+            terminal.take(&Event::Logged(MetricLine::new(step, metrics))).unwrap();
+        }
+        let text = String::from_utf8(page.0.borrow().clone()).unwrap();
+        assert_eq!(
+            text,
+            "step 1/0  reward    1.0000\nstep 2/0  reward    1.0000  reward_failures    0.2500\n"
+        );
     }
 
     #[test]
@@ -275,10 +306,11 @@ mod tests {
         let name = "sft".to_string();
         terminal.take(&Event::RunStarted { name, done_steps: 5, total_steps: 9 }).unwrap();
         assert_eq!((bar.position(), bar.length()), (5, Some(9)));
-        let line = MetricLine::new(6, Metrics::new().with("loss", 0.25));
-        terminal.take(&Event::Logged(line)).unwrap();
+        let metrics = Metrics::new().with("loss", 0.25).with("reward", 1.5);
+        terminal.take(&Event::Logged(MetricLine::new(6, metrics))).unwrap();
         terminal.take(&Event::Step { step: 6, tokens: 10, seconds: 2.0 }).unwrap();
-        assert_eq!((bar.position(), bar.message()), (6, "loss 0.2500  5 tokens/s  eta 6s".into()));
+        assert_eq!(bar.position(), 6);
+        assert_eq!(bar.message(), "reward 1.5000  loss 0.2500  5 tokens/s  eta 6s");
         terminal.take(&Event::RunEnded { step: 9, message: "done".to_string() }).unwrap();
         assert!(bar.is_finished());
     }

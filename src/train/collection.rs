@@ -100,7 +100,11 @@ impl Collection {
         let spreads: Vec<f64> =
             self.groups.iter().map(|collected| deviation(&known(&collected.scored))).collect();
         let all = self.scored().count().max(1) as f64;
-        let failed = self.scored().filter(|scored| scored.judged.reward.is_none()).count();
+        let share = |is: fn(&Scored) -> bool| {
+            self.scored().filter(|scored| is(scored)).count() as f64 / all
+        };
+        let failed = share(|scored| scored.judged.failure().is_some());
+        let unscored = share(|scored| scored.judged.reward.is_none());
         let mut of_all = StepMetrics::new().with(Fold::Mean, "reward", mean(&rewards)).with(
             Fold::Mean,
             "reward_std",
@@ -108,9 +112,12 @@ impl Collection {
         );
         let judged: Vec<_> = self.scored().map(|scored| &scored.judged).collect();
         of_all.extend(metrics(&judged, names));
-        of_all.push(Fold::Mean, "reward_failures", failed as f64 / all);
+        of_all.push(Fold::Mean, "reward_failures", failed);
+        of_all.push(Fold::Mean, "reward_not_applicable", unscored - failed);
         of_all.push(Fold::Sum, "dynamic_sampling/replaced", self.replaced as f64);
         of_all.extend(self.lengths());
+        let empty = share(|scored| scored.text.trim().is_empty());
+        of_all.push(Fold::Mean, "completions/empty_ratio", empty);
         of_all.with(Fold::Mean, "time/generate", self.seconds.0).with(
             Fold::Mean,
             "time/reward",
@@ -178,7 +185,7 @@ fn fold(values: &[f64], f: fn(f64, f64) -> f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use reward::Judged;
+    use reward::{Judged, Score};
 
     fn group(rewards: &[Option<f64>]) -> Collected {
         let completion = Completion {
@@ -190,8 +197,9 @@ mod tests {
         };
         let completions = vec![completion; rewards.len()];
         let scored = rewards.iter().map(|reward| Scored {
-            text: String::new(),
-            judged: Judged { reward: *reward, scores: Vec::new() },
+            text: if *reward == Some(1.0) { "one".into() } else { " ".into() },
+            row: 1,
+            judged: Judged { reward: *reward, scores: vec![Score::NotApplicable] },
         });
         let scored = scored.collect();
         let group = Group { prompt: vec![1], prompt_id: 0, row: 0, version: 0, completions };
@@ -229,7 +237,9 @@ mod tests {
         assert_eq!((collection.wanted(), collection.rewards()[2]), (0, None));
         let metrics = collection.metrics(&[]);
         assert_eq!(metrics.get("reward"), Some(5.0 / 3.0));
-        assert_eq!(metrics.get("reward_failures"), Some(0.25));
+        assert_eq!(metrics.get("reward_failures"), Some(0.0));
+        assert_eq!(metrics.get("reward_not_applicable"), Some(0.25));
+        assert_eq!(metrics.get("completions/empty_ratio"), Some(0.5));
         assert_eq!(metrics.get("stop/eos"), Some(4.0));
     }
 }

@@ -18,7 +18,7 @@ use super::policy_gradient::{Cut, Objective, OffPolicy, Step, Sums, gradients};
 use super::prompts::{PromptTokens, digest};
 use super::rollouts::Rollouts;
 use super::run::{StepReport, Trainer};
-use super::scoring::{score, too_many_failures};
+use super::scoring::{Failures, score};
 use crate::adapter::Adapter;
 use crate::config::{GrpoConfig, OptimArgs, Reference};
 use crate::model::{Policy, TextModel};
@@ -45,6 +45,8 @@ pub struct GrpoTrainer<'a> {
     /// The order of the prompts of an epoch.
     pub(super) epoch: Option<(u64, Vec<usize>)>,
     pub(super) health: Health,
+    /// Rewards that failed since the last warnings.
+    pub(super) failures: Option<Failures>,
 }
 
 /// A prompt of a step: its number in the run, and its row.
@@ -111,6 +113,7 @@ impl<'a> GrpoTrainer<'a> {
             pending: None,
             epoch: None,
             health: Health::default(),
+            failures: None,
         })
     }
 
@@ -178,7 +181,7 @@ impl<'a> GrpoTrainer<'a> {
     ///
     /// # Errors
     /// [`Error::Interrupted`] if more than `max_reward_failures` of the completions have none.
-    pub fn score(&self, groups: Vec<Group>, rewards: &mut RewardSet) -> Result<Vec<Collected>> {
+    pub fn score(&mut self, groups: Vec<Group>, rewards: &mut RewardSet) -> Result<Vec<Collected>> {
         let all: Vec<_> = groups
             .iter()
             .flat_map(|group| {
@@ -186,10 +189,11 @@ impl<'a> GrpoTrainer<'a> {
             })
             .collect();
         let scored = score(&self.text.tokenizer, rewards, &all)?;
-        let judged: Vec<_> = scored.iter().map(|scored| &scored.judged).collect();
-        let most = self.config.reward.max_reward_failures;
-        if let Some(reason) = too_many_failures(&judged, &rewards.names(), most) {
-            return Err(Error::Interrupted(reason));
+        if let Some(failures) = Failures::of(&scored, rewards) {
+            if failures.share() > self.config.reward.max_reward_failures {
+                return Err(Error::Interrupted(failures.to_string()));
+            }
+            self.failures = Some(failures);
         }
         let mut scored = scored.into_iter();
         let of_group = |group: Group| Collected {

@@ -5,7 +5,7 @@ use reward::RewardSet;
 
 use super::grpo::GrpoTrainer;
 use super::run::StepReport;
-use super::scoring::{score, too_many_failures};
+use super::scoring::{Failures, score};
 use crate::config::LossType;
 use crate::rollout::{GenerateOptions, Generator, sample_groups};
 use crate::{Error, Result};
@@ -19,7 +19,7 @@ impl GrpoTrainer<'_> {
     ///
     /// # Errors
     /// If no completion gets a reward because a reward fails.
-    pub fn rehearse(&self, rewards: &mut RewardSet) -> Result<Option<String>> {
+    pub fn rehearse(&self, rewards: &mut RewardSet) -> Result<Vec<String>> {
         let rows = self.prompts.len().min(REHEARSED);
         let options = GenerateOptions { max_batch: REHEARSED, ..self.options.clone() };
         let (policy, adapters) = (self.learner.policy(), self.learner.adapters());
@@ -32,11 +32,10 @@ impl GrpoTrainer<'_> {
             .flat_map(|group| group.completions.iter().map(|c| (&self.prompts[group.row], c)))
             .collect();
         let scored = score(&self.text.tokenizer, rewards, &pairs)?;
-        let judged: Vec<_> = scored.iter().map(|scored| &scored.judged).collect();
-        let known: Vec<f64> = judged.iter().filter_map(|judged| judged.reward).collect();
+        let known: Vec<f64> = scored.iter().filter_map(|scored| scored.judged.reward).collect();
+        let failures = Failures::of(&scored, rewards).map(|failures| failures.to_string());
         if known.is_empty() {
-            let reason = too_many_failures(&judged, &rewards.names(), 0.0);
-            let reason = reason.unwrap_or_else(|| {
+            let reason = failures.unwrap_or_else(|| {
                 "no reward is applicable to any of the completions that it was tried on".to_string()
             });
             return Err(Error::failure(format!(
@@ -45,19 +44,24 @@ impl GrpoTrainer<'_> {
             )));
         }
         let same = known.iter().all(|reward| *reward == known[0]);
-        Ok(same.then(|| {
+        let same = same.then(|| {
             format!(
                 "all of {} completions that the reward was tried on got {}: if that goes on there is \
                  nothing to learn",
                 known.len(),
                 known[0]
             )
-        }))
+        });
+        let failures = failures.map(|failures| format!("before the run: {failures}"));
+        Ok(failures.into_iter().chain(same).collect())
     }
 
     /// What the user should know of the run after a step.
     pub fn warnings(&mut self, report: &StepReport) -> Vec<String> {
-        self.health.watch(report.step, &report.metrics.metrics())
+        let failures = self.failures.take();
+        let failed = failures.and_then(|failures| self.health.failed(report.step, &failures));
+        let signs = self.health.watch(report.step, &report.metrics.metrics());
+        failed.into_iter().chain(signs).collect()
     }
 
     /// Why the loss that a user sees says nothing of progress, if it does not.

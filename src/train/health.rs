@@ -1,5 +1,6 @@
 //! Signs that a policy-gradient run goes wrong, and what to try.
 
+use super::scoring::Failures;
 use crate::report::Metrics;
 
 /// Steps in a row that a sign must last.
@@ -47,10 +48,10 @@ const SIGNS: [Sign; 6] = [
                learning_rate or a higher beta",
     },
     Sign {
-        metric: "reward_failures",
-        is_bad: |share| share > 0.1,
-        says: "rewards fail for more than a tenth of the completions, which are left out: see their \
-               messages under rewards/ in output_dir, or raise reward_timeout",
+        metric: "completions/empty_ratio",
+        is_bad: |share| share >= 0.25,
+        says: "many completions are empty: where wrong answers get less than empty ones the policy \
+               learns to say nothing; give them 0, and let right ones earn less the longer they are",
     },
 ];
 
@@ -65,9 +66,23 @@ struct Seen {
 #[derive(Clone, Debug, Default)]
 pub struct Health {
     seen: [Seen; SIGNS.len()],
+    /// Failing rewards as they were last told: when, of which reward, and why.
+    failed: Option<(u64, String, String)>,
 }
 
 impl Health {
+    /// Takes in that rewards failed; returns the warning for the first time, for a new reason, and now
+    /// and then.
+    pub fn failed(&mut self, step: u64, failures: &Failures) -> Option<String> {
+        let known = self.failed.as_ref().is_some_and(|(told, name, reason)| {
+            step < told + QUIET && (name, reason) == (&failures.name, &failures.reason)
+        });
+        (!known).then(|| {
+            self.failed = Some((step, failures.name.clone(), failures.reason.clone()));
+            format!("step {step}: {failures}; they are left out of the loss")
+        })
+    }
+
     /// Takes in a step's metrics; returns what the user should know now.
     pub fn watch(&mut self, step: u64, metrics: &Metrics) -> Vec<String> {
         let mut warnings = Vec::new();
@@ -112,6 +127,31 @@ mod tests {
     }
 
     #[test]
+    fn failing_rewards_are_told_at_once_for_a_new_reason_and_now_and_then() {
+        let mut health = Health::default();
+        let failures = |reason: &str| Failures {
+            count: 3,
+            all: 12,
+            name: "mine".into(),
+            reason: reason.into(),
+            row: 7,
+            log: None,
+        };
+        assert_eq!(
+            health.failed(1, &failures("it gave nan")).unwrap(),
+            "step 1: reward mine failed for 3 of 12 completions (first of row 7): it gave nan; they \
+             are left out of the loss"
+        );
+        let told: Vec<u64> = (2..=120)
+            .filter(|step| {
+                let reason = if *step < 10 { "it gave nan" } else { "no" };
+                health.failed(*step, &failures(reason)).is_some()
+            })
+            .collect();
+        assert_eq!(told, [10, 60, 110]);
+    }
+
+    #[test]
     fn every_sign_is_found() {
         for (name, value) in [
             ("frac_reward_zero_std", 1.0),
@@ -119,7 +159,7 @@ mod tests {
             ("entropy", 0.0),
             ("clip_ratio/region_mean", 0.5),
             ("kl", 2.0),
-            ("reward_failures", 0.2),
+            ("completions/empty_ratio", 0.5),
         ] {
             let mut health = Health::default();
             let told: usize = (1..=5).map(|step| watch(&mut health, step, name, value)).sum();

@@ -1,5 +1,7 @@
 //! The prompts of a policy-gradient run: found, rendered, tokenised.
 
+use std::collections::BTreeSet;
+
 use datasets::{Grader, Prompt, PromptRow, Row, Task, Template};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -12,6 +14,8 @@ use crate::{Error, Result};
 
 /// Rows to sample completions for.
 pub struct PromptData {
+    /// What errors call it.
+    pub name: String,
     /// Those that are trained on.
     pub train: Vec<PromptRow>,
     /// Those that are evaluated on.
@@ -59,7 +63,8 @@ impl PromptData {
         let rows = |problems: &[datasets::Problem]| {
             problems.iter().map(datasets::Problem::prompt_row).collect()
         };
-        Ok(PromptData { train: rows(&train), test: rows(&test), grader: task.grader() })
+        let name = task.name().to_string();
+        Ok(PromptData { name, train: rows(&train), test: rows(&test), grader: task.grader() })
     }
 
     fn of_rows(args: &DataArgs, seed: u64) -> Result<Self> {
@@ -75,7 +80,25 @@ impl PromptData {
             template.prompt_row(*number as u64 - 1, row).map_err(named)
         };
         let rows = |rows: &[Numbered<Row>]| rows.iter().map(row).collect::<Result<_>>();
-        Ok(PromptData { train: rows(&train)?, test: rows(&test)?, grader: None })
+        let name = path.display().to_string();
+        Ok(PromptData { name, train: rows(&train)?, test: rows(&test)?, grader: None })
+    }
+
+    /// What the user should know of the rows: columns that only some of them have.
+    pub fn advice(&self) -> Vec<String> {
+        let rows = || self.train.iter().chain(&self.test);
+        let names: BTreeSet<&String> = rows().flat_map(|row| row.columns.keys()).collect();
+        let lacking = |name: &&String| -> Option<String> {
+            let without = || rows().filter(|row| !row.columns.contains_key(*name));
+            let (first, count) = (without().map(|row| row.id + 1).min()?, without().count());
+            Some(format!(
+                "{}: {count} of {} rows, row {first} the first, have no column {name}: rewards get \
+                 null for it",
+                self.name,
+                rows().count()
+            ))
+        };
+        names.iter().filter_map(lacking).collect()
     }
 
     /// Token ids of the prompts, training rows first.
@@ -88,6 +111,7 @@ impl PromptData {
         context: usize,
     ) -> Result<(Vec<PromptTokens>, Vec<PromptTokens>)> {
         let _phase = debug_span!("tokenize").entered();
+        let name = &self.name;
         let encode = |row: PromptRow| -> Result<PromptTokens> {
             let input_ids = match &row.prompt {
                 Prompt::Text(prompt) => text.tokenizer.encode(prompt, true)?,
@@ -95,9 +119,11 @@ impl PromptData {
             };
             let (number, len) = (row.id + 1, input_ids.len());
             match len {
-                0 => Err(Error::failure(format!("row {number}: the prompt has no token"))),
-                _ if len >= context => Err(Error::failure(format!(
-                    "row {number}: the prompt has {len} tokens, and the model's context is \
+                0 => Err(Error::usage(format!(
+                    "{name}: row {number}: the prompt is empty: write one or remove the row"
+                ))),
+                _ if len >= context => Err(Error::usage(format!(
+                    "{name}: row {number}: the prompt has {len} tokens, and the model's context is \
                      {context}: shorten or remove it"
                 ))),
                 _ => Ok(PromptTokens { row, input_ids }),

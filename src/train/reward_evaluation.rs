@@ -9,7 +9,7 @@ use super::grpo::GrpoTrainer;
 use super::loss::advantage::{deviation, mean};
 use super::prompts::PromptTokens;
 use super::run::{Evaluation, Trainer};
-use super::scoring::{Scored, score, too_many_failures, value};
+use super::scoring::{Failures, Scored, score, value};
 use crate::eval::Tally;
 use crate::model::TextModel;
 use crate::report::{Metrics, Progress};
@@ -59,11 +59,13 @@ impl Evaluation<GrpoTrainer<'_>> for RewardEvaluation<'_> {
         let pairs: Vec<_> = self.prompts.iter().zip(&completions).collect();
         let rewards = &mut self.rewards.borrow_mut();
         let scored = score(&self.text.tokenizer, rewards, &pairs)?;
-        let judged: Vec<_> = scored.iter().map(|scored| &scored.judged).collect();
-        if let Some(reason) = too_many_failures(&judged, &rewards.names(), self.most_failures) {
-            return Err(Error::Interrupted(reason));
+        let failures = Failures::of(&scored, rewards);
+        let share = failures.as_ref().map_or(0.0, Failures::share);
+        if let Some(failures) = failures.filter(|_| share > self.most_failures) {
+            return Err(Error::Interrupted(failures.to_string()));
         }
         let mut metrics = metrics(&scored, &rewards.names());
+        metrics.set("eval_reward_failures", share);
         let lengths: Vec<f64> = completions.iter().map(|c| c.tokens.len() as f64).collect();
         let cut = completions.iter().filter(|c| c.stop == StopReason::Length).count();
         metrics.set("eval_completions/mean_length", mean(&lengths));

@@ -1,6 +1,7 @@
 //! Completions as text, and what their rewards are.
 
-use std::path::Path;
+use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use datasets::Grader;
@@ -15,7 +16,8 @@ use crate::rollout::Completion;
 use crate::train::loss::advantage::{deviation, mean};
 use crate::{Error, Result};
 
-/// The rewards that a configuration names.
+/// The rewards that a configuration names; what their processes write to their standard error goes
+/// into files of `stderr_dir`, or without it to that of this program.
 ///
 /// # Errors
 /// Usage: names the reward that there is not.
@@ -23,14 +25,14 @@ pub fn rewards(
     args: &RewardArgs,
     grader: Option<Grader>,
     max_completion_length: usize,
-    output_dir: &Path,
+    stderr_dir: Option<PathBuf>,
 ) -> Result<RewardSet> {
     let options = ParseOptions {
         default_grader: grader,
         max_completion_length,
         timeout: Duration::from_secs_f64(args.reward_timeout),
         num_workers: args.reward_num_workers,
-        stderr_dir: Some(output_dir.join("rewards")),
+        stderr_dir,
     };
     let named = |spec: &String| {
         parse(spec, &options).map_err(|error| Error::usage(format!("reward_funcs: {error}")))
@@ -44,6 +46,8 @@ pub fn rewards(
 pub struct Scored {
     /// Its text, without the tokens that end it.
     pub text: String,
+    /// Number of its prompt's row, from 1.
+    pub row: u64,
     /// Its reward, and the score of each reward function.
     pub judged: Judged,
 }
@@ -72,26 +76,57 @@ pub fn score(
         })
         .collect();
     let judged = rewards.score(&samples);
-    Ok(texts.into_iter().zip(judged).map(|(text, judged)| Scored { text, judged }).collect())
+    let rows = completions.iter().map(|(prompt, _)| prompt.row.id + 1);
+    let all = rows.zip(texts).zip(judged);
+    Ok(all.map(|((row, text), judged)| Scored { text, row, judged }).collect())
 }
 
-/// Why the first of the scores that failed did, if more than `most` of all samples have one.
-pub fn too_many_failures(judged: &[&Judged], names: &[&str], most: f64) -> Option<String> {
-    let failure = |score: &Score| match score {
-        Score::Timeout => Some("it did not answer in time".to_string()),
-        Score::Error(reason) => Some(reason.clone()),
-        _ => None,
-    };
-    let of_sample = |judged: &&Judged| {
-        judged.scores.iter().zip(names).find_map(|(score, name)| Some((*name, failure(score)?)))
-    };
-    let failed: Vec<(&str, String)> = judged.iter().filter_map(of_sample).collect();
-    if failed.len() as f64 <= most * judged.len() as f64 {
-        return None;
+/// Completions whose rewards failed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Failures {
+    /// How many they are.
+    pub count: usize,
+    /// How many completions were scored.
+    pub all: usize,
+    /// The reward that failed for the first of them.
+    pub name: String,
+    /// Why it did.
+    pub reason: String,
+    /// Number of that completion's row, from 1.
+    pub row: u64,
+    /// The file with what the reward said besides, if it said anything.
+    pub log: Option<PathBuf>,
+}
+
+impl Failures {
+    /// Those among scored completions, if there are any.
+    pub fn of(scored: &[Scored], rewards: &RewardSet) -> Option<Self> {
+        let failed = || scored.iter().filter(|scored| scored.judged.failure().is_some());
+        let first = failed().next()?;
+        let (reward, reason) = first.judged.failure()?;
+        Some(Failures {
+            count: failed().count(),
+            all: scored.len(),
+            name: rewards.names()[reward].to_string(),
+            reason: reason.to_string(),
+            row: first.row,
+            log: rewards.logs().swap_remove(reward),
+        })
     }
-    let (name, reason) = failed.first()?;
-    let (count, all) = (failed.len(), judged.len());
-    Some(format!("{name} failed for {count} of {all} completions: {reason}"))
+
+    /// Their share of all completions.
+    pub fn share(&self) -> f64 {
+        self.count as f64 / self.all as f64
+    }
+}
+
+impl fmt::Display for Failures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Failures { count, all, name, reason, row, log } = self;
+        let which = if count < all { format!(" (first of row {row})") } else { String::new() };
+        write!(f, "reward {name} failed for {count} of {all} completions{which}: {reason}")?;
+        log.as_ref().map_or(Ok(()), |log| write!(f, " (more in {})", log.display()))
+    }
 }
 
 /// The rewards of a step under TRL's names, and how many completions came to each outcome.

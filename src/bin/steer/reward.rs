@@ -140,7 +140,10 @@ fn table(judged: &[Judged], names: &[&str], seconds: f64) -> String {
         );
     }
     let known: Vec<f64> = judged.iter().filter_map(|judged| judged.reward).collect();
-    let mean = known.iter().sum::<f64>() / known.len().max(1) as f64;
+    let mean = match known.len() {
+        0 => "none".to_string(),
+        n => format!("{:.4}", known.iter().sum::<f64>() / n as f64),
+    };
     let mut counts = format!("{} of {} completions have a reward", known.len(), judged.len());
     for outcome in Outcome::ALL {
         match judged.iter().filter(|judged| judged.outcome() == Some(outcome)).count() {
@@ -148,7 +151,7 @@ fn table(judged: &[Judged], names: &[&str], seconds: f64) -> String {
             count => counts += &format!(", {count} {outcome}"),
         }
     }
-    lines.push(format!("{counts}; mean {mean:.4}; {seconds:.3} s\n"));
+    lines.push(format!("{counts}; mean {mean}; {seconds:.3} s\n"));
     lines.join("\n")
 }
 
