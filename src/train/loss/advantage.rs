@@ -86,9 +86,14 @@ fn whiten(values: &mut [Option<f64>]) {
     values.iter_mut().flatten().for_each(|value| *value = (*value - mean) / scale);
 }
 
-/// The mean; 0 of nothing.
+/// The mean; 0 of nothing, and exact where all values are equal, so that such a group has no
+/// advantage and no deviation left over from rounding.
 pub fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
+    match values {
+        [] => 0.0,
+        [first, rest @ ..] if rest.iter().all(|value| value == first) => *first,
+        _ => values.iter().sum::<f64>() / values.len() as f64,
+    }
 }
 
 /// The standard deviation with n - 1; 0 of fewer than two.
@@ -127,6 +132,16 @@ mod tests {
         assert!(close(&values(&scores, 4, scaled), &want));
         let plain = values(&scores, 4, Baseline::Group(ScaleRewards::None));
         assert!(close(&plain, &[0.5, -0.5, -0.5, 0.5].map(Some)));
+    }
+
+    #[test]
+    fn equal_scores_have_no_advantage_and_no_deviation() {
+        let scores = [0.1; 3];
+        assert_ne!(scores.iter().sum::<f64>() / 3.0, scores[0], "rounding would show here");
+        assert_eq!((mean(&scores), deviation(&scores)), (scores[0], 0.0));
+        for baseline in [Baseline::Group(ScaleRewards::Group), Baseline::LeaveOneOut] {
+            assert_eq!(values(&scores.map(Some), 3, baseline), [Some(0.0); 3]);
+        }
     }
 
     #[test]
