@@ -48,7 +48,7 @@ fn run(config: &GrpoConfig) -> Result<()> {
     let longest = config.sampling.longest_completion(config.data.dataset()?);
     let logs = (!run_args.dry_run).then(|| run_args.output_dir.join("rewards"));
     let mut rewards = rewards(&config.reward, data.grader, longest, logs)?;
-    let advice = data.advice();
+    data.advice().iter().for_each(|text| cli::warn(text));
     let (train, test) = data.tokenise(&text, shape.max_position_embeddings)?;
     check_evaluations(run_args, test.len())?;
     let engine = config.model.engine()?;
@@ -62,7 +62,6 @@ fn run(config: &GrpoConfig) -> Result<()> {
 
     // ---- model and trainer -------------------------------------------------------------------
     let mut claim = claim_output_dir(run_args, &resolved)?;
-    claim.warnings.extend(advice);
     let name = &config.model.model_name_or_path;
     let (model, base) = LoadedModel::load_with_base(name, config.model.storage(), &engine)?;
     warn_of_other_model(config.adapter.adapter_name_or_path.as_slice(), || Ok(base.clone()))?;

@@ -97,7 +97,7 @@ fn a_missing_model_or_data_file() {
     place.refused(&["--model_name_or_path", none], 2, &[none, "not found", "give a folder"]);
     place.refused(&["--model_name_or_path", "smolm2-135m-instruct"], 2, &["did you mean"]);
     let rows = format!("{none}.jsonl");
-    place.refused(&["--dataset_name", &rows], 2, &[&rows, "JSONL"]);
+    place.refused(&["--dataset_name", &rows], 2, &[&rows, "no such file"]);
     place.refused(&["--dataset_name", "listop"], 2, &["did you mean listops"]);
     place.refused(&["--chat_template_path", none], 1, &[none, "no such file"]);
     fs::remove_file(place.model.join("model.safetensors")).unwrap();

@@ -220,9 +220,9 @@ fn a_reward_that_fails_for_some_leaves_them_out_and_counts_them() {
     assert_eq!(series(&place.dir("run"), "reward_failures"), [0.25; 3]);
     assert_eq!(series(&place.dir("run"), "reward_not_applicable"), [0.25; 3]);
     assert_eq!(said.matches("  reward_failures    0.2500").count(), 3, "{said}");
-    let warning = "warning: step 1: reward mine failed for 3 of 12 completions (first of row ";
+    let warning = "warning: step 1: reward mine failed for 3 of 12 completions, first in row ";
     assert_eq!(said.matches(warning).count(), 1, "{said}");
-    assert!(said.contains("): it gave nan; they are left out of the loss"), "{said}");
+    assert!(said.contains(": it gave nan; they are left out of the loss"), "{said}");
     assert!(said.contains("warning: before the run: reward mine failed for 2 of 8"), "{said}");
 }
 
@@ -234,7 +234,7 @@ fn a_reward_that_always_fails_stops_before_anything_is_trained_and_leaves_the_fo
             "accuracy_reward",
             "no gold answer in a column answer, solution, gold; its columns: completion",
         ),
-        ("process:exit_at_once", "it ended with exit code 127: there is no such command"),
+        ("regex_reward(pattern=a) accuracy_reward", "no gold answer in a column"),
     ] {
         let failed = place.run("run", &format!("--reward_funcs {reward}"));
         let said = failed.sentence(1).to_string();
@@ -260,7 +260,30 @@ fn a_rehearsal_starts_rewards_and_leaves_nothing() {
     let wanted =
         "reward mine: mine.py line 1: ModuleNotFoundError: No module named 'no_such_module'";
     assert_eq!(said, wanted);
+    let tried = place.run("run", "--reward_funcs process:no_such_command --dry_run");
+    let wanted = "reward no_such_command: it ended with exit code 127: there is no such command";
+    assert_eq!(tried.sentence(1), wanted);
     assert!(!place.dir("run").exists());
+}
+
+#[test]
+fn failures_in_an_evaluation_are_told_and_are_no_wrong_answers() {
+    let Some(place) = place() else { return };
+    let file = place.dir("mine.py");
+    let some = "def mine(completions, **kwargs):\n    return [float('nan') if i % 2 == 0 else 2.0 \
+                for i, c in enumerate(completions)]\n";
+    fs::write(&file, some).unwrap();
+    let ran = place.run("run", &format!("--reward_funcs {} --max_steps 1", text(&file)));
+    if ran.stderr.contains("python3 cannot be started") {
+        return eprintln!("SKIPPED: python3 is missing");
+    }
+    let said = ran.ok().stderr;
+    assert_eq!(series(&place.dir("run"), "eval_reward_failures"), [0.5; 2]);
+    assert_eq!(series(&place.dir("run"), "eval_reward"), [2.0; 2]);
+    assert!(series(&place.dir("run"), "eval_accuracy").is_empty());
+    let warning = "warning: evaluation: reward mine failed for 2 of 4 completions, first in row ";
+    assert_eq!(said.matches(warning).count(), 2, "{said}");
+    assert!(said.contains("reward before: 2.000 [2.000, 2.000]"), "{said}");
 }
 
 #[test]

@@ -45,16 +45,18 @@ impl Flags {
             Some("f32") => WeightDtype::F32,
             _ => WeightDtype::Bf16,
         };
-        let precision = match self.value("--matmul_precision") {
-            Some("high") => MatmulPrecision::High,
-            Some("medium") => MatmulPrecision::Medium,
-            Some("highest") | None => MatmulPrecision::Highest,
-            Some(other) => {
-                return Err(Error::usage(format!("there is no matmul_precision {other}")));
-            }
-        };
-        let engine = Engine::new(Device::Cpu, precision);
+        let engine = Engine::new(Device::Cpu, self.precision()?);
         LoadedModel::load("smollm2-135m-instruct", Some(dtype), &engine)
+    }
+
+    /// `--matmul_precision` (highest).
+    pub fn precision(&self) -> Result<MatmulPrecision> {
+        match self.value("--matmul_precision") {
+            Some("high") => Ok(MatmulPrecision::High),
+            Some("medium") => Ok(MatmulPrecision::Medium),
+            Some("highest") | None => Ok(MatmulPrecision::Highest),
+            Some(other) => Err(Error::usage(format!("there is no matmul_precision {other}"))),
+        }
     }
 
     /// Post-block linear steering of rank 8, or with `--adapter lora` LoRA of rank 8 on all seven

@@ -86,9 +86,20 @@ def llama(sequences, precision, dtype):
     )
 
 
+def matmul(rows, precision, dtype):
+    """Products and input gradients of all blocks; PyTorch's are oneDNN's in bf16, MKL's in f32."""
+    return Case(
+        name=f"matmul-{rows}-{precision}",
+        row=f"products of {rows} rows, `{precision}` / PyTorch {dtype}",
+        ours=["matmul", "--rows", str(rows), "--matmul_precision", precision],
+        theirs=["matmul.py", "--rows", str(rows), "--dtype", dtype],
+    )
+
+
 PRECISIONS = [("highest", "f32"), ("high", "f32"), ("medium", "bf16")]
 ADAPTERS = ("steering", "lora")
 CASES = [
+    *(matmul(rows, *pair) for rows in (64, 512, 2048) for pair in PRECISIONS),
     *(sft(adapter, *pair) for adapter in ADAPTERS for pair in PRECISIONS),
     *(grpo(adapter, *pair) for adapter in ADAPTERS for pair in PRECISIONS),
     *(trl(precision) for precision in ("high", "medium")),

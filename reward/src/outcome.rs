@@ -23,6 +23,11 @@ impl Outcome {
     pub const ALL: [Outcome; 5] =
         [Outcome::Right, Outcome::Wrong, Outcome::Unparsable, Outcome::Timeout, Outcome::Error];
 
+    /// Whether it says that a reward failed, and nothing of the completion.
+    pub fn is_failure(self) -> bool {
+        matches!(self, Outcome::Timeout | Outcome::Error)
+    }
+
     /// The name in files and logs: `right`, `wrong`, `unparsable`, `timeout`, `error`.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -172,7 +172,10 @@ fn completion(sample: &Sample) -> Value {
 /// The scores of an answer for `n` samples.
 fn scores(line: &str, n: usize) -> Result<Vec<Score>, String> {
     let start: String = line.chars().take(80).collect();
-    let nonsense = || format!("it answered {start:?}, which is not {{\"rewards\": [...]}}");
+    let not_json = ["NaN", "Infinity"].iter().find(|name| line.contains(**name));
+    let hint = not_json.map(|name| format!(" ({name} is no JSON: null stands for does not apply)"));
+    let hint = hint.unwrap_or_default();
+    let nonsense = || format!("it answered {start:?}, which is not {{\"rewards\": [...]}}{hint}");
     let answer: Value = serde_json::from_str(line).map_err(|_| nonsense())?;
     if let Some(error) = answer.get("error") {
         return Ok(failed(error.as_str().unwrap_or("it failed without a reason"), n));
@@ -233,6 +236,10 @@ mod tests {
         assert_eq!(reason(r#"{"rewards": [1, 2]}"#), "it gave 2 rewards for 1 completion");
         assert_eq!(reason(r#"{"rewards": [true]}"#), "it gave true, which is no number");
         assert_eq!(reason(r#"{"error": "no"}"#), "no");
+        assert!(
+            reason("{\"rewards\": [NaN]}")
+                .ends_with("(NaN is no JSON: null stands for does not apply)")
+        );
         for nonsense in ["hello", "{\"rewards\": NaN}", "[1]", "{}", ""] {
             assert!(reason(nonsense).contains("which is not"), "{nonsense}");
         }

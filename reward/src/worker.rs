@@ -16,7 +16,7 @@ use crate::process::Program;
 /// Bytes of the standard error's end that an error quotes.
 const QUOTED: u64 = 300;
 
-/// How long a process that closed its output has to end.
+/// How long a process that closed its output, or cannot run, has to end.
 const GRACE: Duration = Duration::from_millis(50);
 
 /// Why a call has no answer.
@@ -65,8 +65,9 @@ impl Worker {
         thread::spawn(move || read_lines(BufReader::new(stdout), to_read));
         let stderr = stderr.map(Path::to_path_buf);
         let mut worker = Worker { child, requests, answers, stderr, status: None };
-        if program.says_ready {
-            worker.wait_until_ready(timeout)?;
+        match program.says_ready {
+            true => worker.wait_until_ready(timeout)?,
+            false => worker.refuse_if_gone()?,
         }
         Ok(worker)
     }
@@ -84,6 +85,15 @@ impl Worker {
             (Some(_), _) => Ok(()),
             (None, Some(error)) => Err(error.to_string()),
             (None, None) => Err(format!("it began with {line:?}")),
+        }
+    }
+
+    /// Gives a process that says nothing first a moment in which one that cannot run ends.
+    fn refuse_if_gone(&mut self) -> Result<(), String> {
+        thread::sleep(GRACE);
+        match self.child.try_wait() {
+            Ok(None) => Ok(()),
+            _ => Err(self.obituary()),
         }
     }
 

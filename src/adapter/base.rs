@@ -35,7 +35,7 @@ pub fn warn_of_other_model(
     model: impl FnOnce() -> Result<BaseModel>,
 ) -> Result<()> {
     for warning in warnings(folders, model)? {
-        eprintln!("warning: {warning}");
+        crate::cli::warn(&warning);
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! The groups of a step while they are collected, and what is told of them.
 
+use datasets::Row;
+
 use super::checkpoint::DataCursor;
 use super::loss::advantage::{deviation, mean};
 use super::scoring::{Scored, metrics, value};
@@ -105,11 +107,11 @@ impl Collection {
         };
         let failed = share(|scored| scored.judged.failure().is_some());
         let unscored = share(|scored| scored.judged.reward.is_none());
-        let mut of_all = StepMetrics::new().with(Fold::Mean, "reward", mean(&rewards)).with(
-            Fold::Mean,
-            "reward_std",
-            mean(&spreads),
-        );
+        let mut of_all = StepMetrics::new();
+        if !rewards.is_empty() {
+            of_all.push(Fold::Mean, "reward", mean(&rewards));
+            of_all.push(Fold::Mean, "reward_std", mean(&spreads));
+        }
         let judged: Vec<_> = self.scored().map(|scored| &scored.judged).collect();
         of_all.extend(metrics(&judged, names));
         of_all.push(Fold::Mean, "reward_failures", failed);
@@ -146,19 +148,20 @@ impl Collection {
         metrics
     }
 
-    /// The completions as rows of a table; `prompt` is the text of a group's prompt.
+    /// The completions as rows of a table; `about` gives the text of a group's prompt and the further
+    /// columns of its row.
     ///
     /// # Errors
-    /// The first error of `prompt`.
+    /// The first error of `about`.
     pub fn rows(
         &self,
         step: u64,
         names: &[&str],
-        prompt: impl Fn(&Group) -> Result<String>,
+        about: impl Fn(&Group) -> Result<(String, Row)>,
     ) -> Result<Vec<CompletionRow>> {
         let mut rows = Vec::new();
         for Collected { group, scored } in &self.groups {
-            let prompt = prompt(group)?;
+            let (prompt, columns) = about(group)?;
             for (completion, scored) in group.completions.iter().zip(scored) {
                 let scores = names.iter().zip(&scored.judged.scores);
                 rows.push(CompletionRow {
@@ -171,6 +174,7 @@ impl Collection {
                     outcome: scored.judged.outcome().map(|outcome| outcome.as_str()),
                     stop: completion.stop.as_str(),
                     tokens: completion.tokens.len() as u64,
+                    columns: columns.clone(),
                 });
             }
         }
@@ -227,6 +231,15 @@ mod tests {
         assert_eq!(metrics.get("dynamic_sampling/replaced"), Some(3.0));
         assert_eq!(metrics.get("time/generate"), Some(3.0));
         assert_eq!(collection.rewards().len(), 6);
+    }
+
+    #[test]
+    fn a_step_without_a_reward_has_none_in_its_metrics() {
+        let mut collection = Collection::new(DataCursor::default(), 1, 0);
+        collection.add(vec![group(&[None, None])], (0.0, 0.0));
+        let metrics = collection.metrics(&[]);
+        assert_eq!((metrics.get("reward"), metrics.get("reward_std")), (None, None));
+        assert_eq!(metrics.get("reward_not_applicable"), Some(1.0));
     }
 
     #[test]

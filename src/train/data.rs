@@ -305,6 +305,9 @@ fn locate(name: &str) -> Result<PathBuf> {
     if id && !file {
         return hub::fetch_dataset(name);
     }
+    if file {
+        return Err(Error::usage(format!("dataset_name: {name}: no such file")));
+    }
     let tasks = Task::names().join(", ");
     Err(Error::usage(format!(
         "no data set '{name}': give a task ({tasks}), a JSONL, JSON or parquet file, a folder, or \

@@ -305,7 +305,8 @@ impl<'a> GrpoTrainer<'a> {
     pub fn rows(&self, collection: &Collection, names: &[&str]) -> Result<Vec<CompletionRow>> {
         let step = self.learner.state().global_step + 1;
         collection.rows(step, names, |group| {
-            self.text.tokenizer.decode(&self.prompts[group.row].input_ids, false)
+            let PromptTokens { row, input_ids } = &self.prompts[group.row];
+            Ok((self.text.tokenizer.decode(input_ids, false)?, row.columns.clone()))
         })
     }
 }

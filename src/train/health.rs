@@ -139,7 +139,7 @@ mod tests {
         };
         assert_eq!(
             health.failed(1, &failures("it gave nan")).unwrap(),
-            "step 1: reward mine failed for 3 of 12 completions (first of row 7): it gave nan; they \
+            "step 1: reward mine failed for 3 of 12 completions, first in row 7: it gave nan; they \
              are left out of the loss"
         );
         let told: Vec<u64> = (2..=120)

@@ -32,10 +32,10 @@ impl Evaluation<SftTrainer<'_>> for HeldOut<'_> {
             .with("eval_mean_token_accuracy", totals.mean_token_accuracy()))
     }
 
-    fn answers(&self, trainer: &SftTrainer) -> Result<Metrics> {
+    fn answers(&self, trainer: &SftTrainer) -> Result<(Metrics, Option<String>)> {
         let mut metrics = Metrics::new();
         (self.accuracy)(trainer)?.write(&mut metrics);
-        Ok(metrics)
+        Ok((metrics, None))
     }
 }
 

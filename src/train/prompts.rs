@@ -84,21 +84,10 @@ impl PromptData {
         Ok(PromptData { name, train: rows(&train)?, test: rows(&test)?, grader: None })
     }
 
-    /// What the user should know of the rows: columns that only some of them have.
+    /// What the user should know of the rows, as [`uneven`] says it.
     pub fn advice(&self) -> Vec<String> {
-        let rows = || self.train.iter().chain(&self.test);
-        let names: BTreeSet<&String> = rows().flat_map(|row| row.columns.keys()).collect();
-        let lacking = |name: &&String| -> Option<String> {
-            let without = || rows().filter(|row| !row.columns.contains_key(*name));
-            let (first, count) = (without().map(|row| row.id + 1).min()?, without().count());
-            Some(format!(
-                "{}: {count} of {} rows, row {first} the first, have no column {name}: rewards get \
-                 null for it",
-                self.name,
-                rows().count()
-            ))
-        };
-        names.iter().filter_map(lacking).collect()
+        let rows: Vec<&PromptRow> = self.train.iter().chain(&self.test).collect();
+        uneven(&self.name, &rows)
     }
 
     /// Token ids of the prompts, training rows first.
@@ -119,10 +108,10 @@ impl PromptData {
             };
             let (number, len) = (row.id + 1, input_ids.len());
             match len {
-                0 => Err(Error::usage(format!(
+                _ if is_empty(&row.prompt) || len == 0 => Err(Error::usage(format!(
                     "{name}: row {number}: the prompt is empty: write one or remove the row"
                 ))),
-                _ if len >= context => Err(Error::usage(format!(
+                _ if len >= context => Err(Error::failure(format!(
                     "{name}: row {number}: the prompt has {len} tokens, and the model's context is \
                      {context}: shorten or remove it"
                 ))),
@@ -135,6 +124,35 @@ impl PromptData {
         };
         Ok((all(self.train)?, all(self.test)?))
     }
+}
+
+/// Whether there is nothing to answer to: the last message has no content.
+fn is_empty(prompt: &Prompt) -> bool {
+    let Prompt::Messages(messages) = prompt else { return false };
+    let content = messages.last().map(|message| &message["content"]);
+    content.and_then(|content| content.as_str()).is_some_and(|text| text.trim().is_empty())
+}
+
+/// Where rows of the data set `name` differ in what they hold: columns that only some of them have, and
+/// prompts of text beside prompts of messages.
+pub fn uneven(name: &str, rows: &[&PromptRow]) -> Vec<String> {
+    let names: BTreeSet<&String> = rows.iter().flat_map(|row| row.columns.keys()).collect();
+    let some = |is: &dyn Fn(&PromptRow) -> bool| -> Option<String> {
+        let numbers = || rows.iter().filter(|row| is(row)).map(|row| row.id + 1);
+        let (first, count) = (numbers().min()?, numbers().count());
+        Some(format!("{name}: {count} of {} rows, row {first} the first,", rows.len()))
+    };
+    let lacking = |column: &&String| {
+        let told = some(&|row| !row.columns.contains_key(*column))?;
+        Some(format!("{told} have no column {column}: rewards get null for it"))
+    };
+    let is_text = |row: &PromptRow| matches!(row.prompt, Prompt::Text(_));
+    let mixed = rows.iter().any(|row| !is_text(row)).then(|| some(&is_text)).flatten();
+    let mixed = mixed.map(|told| {
+        told + " have a prompt of text and the others one of messages: rewards get completions of both \
+                kinds"
+    });
+    names.iter().filter_map(lacking).chain(mixed).collect()
 }
 
 /// SHA-256 of prompts, in hex: equal for the same tokens and columns in the same order.

@@ -33,9 +33,9 @@ pub struct RewardEvaluation<'a> {
 }
 
 impl Evaluation<GrpoTrainer<'_>> for RewardEvaluation<'_> {
-    fn answers(&self, trainer: &GrpoTrainer) -> Result<Metrics> {
+    fn answers(&self, trainer: &GrpoTrainer) -> Result<(Metrics, Option<String>)> {
         if self.prompts.is_empty() {
-            return Ok(Metrics::new());
+            return Ok((Metrics::new(), None));
         }
         let sampling = SamplingParams::greedy();
         let options = GenerateOptions { sampling, ..trainer.options().clone() };
@@ -61,8 +61,9 @@ impl Evaluation<GrpoTrainer<'_>> for RewardEvaluation<'_> {
         let scored = score(&self.text.tokenizer, rewards, &pairs)?;
         let failures = Failures::of(&scored, rewards);
         let share = failures.as_ref().map_or(0.0, Failures::share);
-        if let Some(failures) = failures.filter(|_| share > self.most_failures) {
-            return Err(Error::Interrupted(failures.to_string()));
+        let failures = failures.map(|failures| failures.to_string());
+        if let Some(failures) = failures.clone().filter(|_| share > self.most_failures) {
+            return Err(Error::Interrupted(failures));
         }
         let mut metrics = metrics(&scored, &rewards.names());
         metrics.set("eval_reward_failures", share);
@@ -70,12 +71,14 @@ impl Evaluation<GrpoTrainer<'_>> for RewardEvaluation<'_> {
         let cut = completions.iter().filter(|c| c.stop == StopReason::Length).count();
         metrics.set("eval_completions/mean_length", mean(&lengths));
         metrics.set("eval_completions/clipped_ratio", cut as f64 / lengths.len() as f64);
-        Ok(metrics)
+        let warning =
+            failures.map(|failures| format!("{failures}; they are left out of the means"));
+        Ok((metrics, warning))
     }
 }
 
-/// Mean rewards, the whole one with its 95 % interval (normal approximation), and the accuracy if
-/// completions were graded.
+/// Mean rewards, the whole one with its 95 % interval (normal approximation), and the accuracy of the
+/// completions that were graded, if any were.
 fn metrics(scored: &[Scored], names: &[&str]) -> Metrics {
     let mut metrics = Metrics::new();
     let rewards: Vec<f64> = scored.iter().filter_map(|scored| scored.judged.reward).collect();
@@ -92,9 +95,10 @@ fn metrics(scored: &[Scored], names: &[&str]) -> Metrics {
             metrics.set(format!("eval_rewards/{name}/mean"), mean(&values));
         }
     }
-    let outcomes: Vec<Outcome> = scored.iter().filter_map(|s| s.judged.outcome()).collect();
-    if !outcomes.is_empty() {
-        Tally::new(outcomes.into_iter()).write(&mut metrics);
+    let outcomes = scored.iter().filter_map(|s| s.judged.outcome());
+    let graded: Vec<Outcome> = outcomes.filter(|outcome| !outcome.is_failure()).collect();
+    if !graded.is_empty() {
+        Tally::new(graded.into_iter()).write(&mut metrics);
     }
     metrics
 }

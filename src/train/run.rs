@@ -68,11 +68,11 @@ pub trait Evaluation<T> {
         Ok(Metrics::new())
     }
 
-    /// Metrics of generated answers to held-out prompts.
+    /// Metrics of generated answers to held-out prompts, and what the user should know of them.
     ///
     /// # Errors
     /// If the evaluation fails.
-    fn answers(&self, trainer: &T) -> Result<Metrics>;
+    fn answers(&self, trainer: &T) -> Result<(Metrics, Option<String>)>;
 }
 
 /// A run and its folder.
@@ -233,13 +233,16 @@ impl Run {
     ) -> Result<MetricLine> {
         let mut metrics = if loss { held_out.loss(trainer)? } else { Metrics::new() };
         if answers && self.train.eval_accuracy != EvalAccuracy::No {
-            let answers = match held_out.answers(trainer) {
+            let (answers, warning) = match held_out.answers(trainer) {
                 Err(Error::Interrupted(reason)) => {
                     return Err(self.interrupted(trainer, &format!("evaluation: {reason}")));
                 }
                 answers => answers?,
             };
             answers.iter().for_each(|(name, value)| metrics.set(name, value));
+            if let Some(warning) = warning {
+                self.reporter.emit(Event::Warning(format!("evaluation: {warning}")))?;
+            }
         }
         let state = trainer.learner_mut().state_mut();
         let step = state.global_step;

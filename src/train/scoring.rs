@@ -123,7 +123,7 @@ impl Failures {
 impl fmt::Display for Failures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Failures { count, all, name, reason, row, log } = self;
-        let which = if count < all { format!(" (first of row {row})") } else { String::new() };
+        let which = if count < all { format!(", first in row {row}") } else { String::new() };
         write!(f, "reward {name} failed for {count} of {all} completions{which}: {reason}")?;
         log.as_ref().map_or(Ok(()), |log| write!(f, " (more in {})", log.display()))
     }

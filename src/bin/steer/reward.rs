@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use datasets::{Prompt, Row, Template, read_rows};
+use datasets::{PromptRow, Row, Template, read_rows};
 use reward::{Judged, Outcome, ParseOptions, RewardSet, Sample, Score, parse};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use steersman::config::{RewardArgs, RunConfig};
+use steersman::train::prompts::uneven;
 use steersman::{Error, Result, cli};
 
 /// Flags of `steer reward test`.
@@ -48,10 +49,9 @@ impl RunConfig for RewardTestArgs {
 
 /// A completion of the file.
 struct Tried {
-    prompt: Prompt,
+    row: PromptRow,
     completion: String,
     ids: Vec<u32>,
-    columns: Row,
 }
 
 /// Runs the command.
@@ -73,10 +73,10 @@ pub fn run(args: &RewardTestArgs) -> Result<()> {
     let samples: Vec<Sample> = tried
         .iter()
         .map(|tried| Sample {
-            prompt: &tried.prompt,
+            prompt: &tried.row.prompt,
             completion: &tried.completion,
             completion_ids: &tried.ids,
-            columns: &tried.columns,
+            columns: &tried.row.columns,
         })
         .collect();
     let start = Instant::now();
@@ -99,22 +99,20 @@ fn read(args: &RewardTestArgs) -> Result<Vec<Tried>> {
     let rows = read_rows(path)?;
     let row = |(i, row): (usize, &Row)| -> Result<Tried> {
         let mut row = row.clone();
+        let named = |what: &str| Error::usage(format!("{}: row {}: {what}", path.display(), i + 1));
         let said = row.shift_remove("completion");
-        let completion = said.as_ref().and_then(text_of).ok_or_else(|| {
-            let place = path.display();
-            Error::usage(format!("{place}: row {}: no column completion with a text", i + 1))
-        })?;
+        let completion = said.as_ref().and_then(text_of);
+        let completion = completion.ok_or_else(|| named("no column completion with a text"))?;
         row.entry("prompt").or_insert(Value::String(String::new()));
-        let prompt = Template::default().prompt_row(i as u64, &row)?;
+        let row = Template::default().prompt_row(i as u64, &row);
+        let row = row.map_err(|error| named(&error.to_string()))?;
         let words = completion.split_whitespace().count() as u32;
-        Ok(Tried {
-            prompt: prompt.prompt,
-            completion,
-            ids: (0..words).collect(),
-            columns: prompt.columns,
-        })
+        Ok(Tried { row, completion, ids: (0..words).collect() })
     };
-    rows.iter().enumerate().map(row).collect()
+    let tried = rows.iter().enumerate().map(row).collect::<Result<Vec<_>>>()?;
+    let rows: Vec<&PromptRow> = tried.iter().map(|tried| &tried.row).collect();
+    uneven(&path.display().to_string(), &rows).iter().for_each(|text| cli::warn(text));
+    Ok(tried)
 }
 
 /// The text of a completion: text itself, or the content of its one message.
@@ -142,6 +140,9 @@ fn table(judged: &[Judged], names: &[&str], seconds: f64) -> String {
     let known: Vec<f64> = judged.iter().filter_map(|judged| judged.reward).collect();
     let mean = match known.len() {
         0 => "none".to_string(),
+        n if n > 1 && known.iter().all(|reward| *reward == known[0]) => {
+            format!("{:.4}, all the same", known[0])
+        }
         n => format!("{:.4}", known.iter().sum::<f64>() / n as f64),
     };
     let mut counts = format!("{} of {} completions have a reward", known.len(), judged.len());
@@ -160,7 +161,7 @@ fn told(score: &Score) -> String {
         Score::Value(value) => format!("{value}"),
         Score::Graded(value, outcome) => format!("{value} ({outcome})"),
         Score::NotApplicable => "none".to_string(),
-        Score::Timeout => "no answer in time".to_string(),
+        Score::Timeout => "no answer within reward_timeout".to_string(),
         Score::Error(reason) => reason.clone(),
     }
 }
