@@ -4,7 +4,7 @@
 //!
 //! `cargo bench --bench sft_step -- [--adapter steering|lora] [--steps N] [--losses N] [--sequences N]
 //! [--length T] [--micro_batch_tokens N] [--checkpointing] [--dtype f32|bf16]
-//! [--matmul_precision highest|high|medium] [--profile TRACE]`
+//! [--matmul_precision highest|high|medium] [--learning_rate 1e-3] [--profile TRACE]`
 //!
 //! Steering is post-block, linear, of rank 8; LoRA is of rank 8 on all seven matrices. The last line
 //! of the output is `key value ...`; with `--losses` it is the loss of each of N steps.
@@ -26,8 +26,6 @@ use steersman::train::optimizer::{AdamW, AdamWConfig};
 use steersman::train::update::apply;
 use steersman::{Result, profile};
 
-const RATES: LearningRates = LearningRates { steering: 1e-3, lora: 1e-3 };
-
 fn main() -> Result<()> {
     steersman::cli::start_up()?;
     let flags = Flags::new();
@@ -42,10 +40,12 @@ fn run(flags: &Flags) -> Result<()> {
     let examples = examples(count("--sequences").unwrap_or(8), count("--length").unwrap_or(256));
     let passes = Passes { gradient_checkpointing: flags.has("--checkpointing"), neftune: None };
     let tokens = count("--micro_batch_tokens").unwrap_or_else(part_tokens);
+    let rate = flags.value("--learning_rate").and_then(|rate| rate.parse().ok()).unwrap_or(1e-3);
+    let rates = LearningRates { steering: rate, lora: rate };
     let mut step = || -> Result<(f64, f64, f64)> {
         let (start, cpu) = (Instant::now(), cpu_time());
         let (totals, gradients) = gradients(&model.policy, &adapters, &examples, tokens, passes)?;
-        update(&mut optimizer, &mut adapters, gradients)?;
+        update(&mut optimizer, &mut adapters, gradients, rates)?;
         Ok((start.elapsed().as_secs_f64(), cpu_time() - cpu, totals.loss()))
     };
     if let Some(steps) = count("--losses") {
@@ -93,8 +93,9 @@ fn update(
     optimizer: &mut AdamW,
     adapters: &mut [Box<dyn Adapter>],
     gradients: Gradients,
+    rates: LearningRates,
 ) -> Result<()> {
     let flat = |(key, tensor): (String, Tensor)| Ok((key, tensor.flatten_all()?.to_vec1()?));
     let flat = gradients.into_iter().map(flat).collect::<Result<_>>()?;
-    apply(optimizer, adapters, &flat, RATES, 0.0)
+    apply(optimizer, adapters, &flat, rates, 0.0)
 }

@@ -41,6 +41,11 @@ pub fn warn(text: &str) {
     eprintln!("warning: {text}");
 }
 
+/// Tells the user something that explains what comes, on the standard error.
+pub fn note(text: &str) {
+    eprintln!("note: {text}");
+}
+
 fn reader_is_gone(error: &Error) -> bool {
     match error {
         Error::Io { path, source } => {

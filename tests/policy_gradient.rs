@@ -7,7 +7,7 @@ use common::passes::{Adapters, adapter_sets, assert_same_bits, joint, lora, seve
 use common::{policy_stored_as, relative, shared};
 use steersman::config::{KlEstimator, LossType};
 use steersman::model::Policy;
-use steersman::ops::{Engine, Gradients, MatmulPrecision, WeightDtype};
+use steersman::ops::{Engine, Gradients, WeightDtype};
 use steersman::rollout::{GenerateOptions, Generator, Group, SamplingParams, sample_groups};
 use steersman::train::loss::policy::{Normaliser, PolicyLoss};
 use steersman::train::policy_gradient::{
@@ -225,8 +225,11 @@ fn the_entropy_bonus_is_the_mean_over_the_tokens_that_count() {
 fn completions_of_another_sampler_weigh_what_their_probabilities_say() {
     let Some(policy) = policy("llama3-scaled-rope") else { return };
     let adapters: Adapters = vec![lora(&policy)];
-    let sampler = policy.at_precision(MatmulPrecision::Medium);
-    let groups = sampled(&sampler, &adapters, SamplingParams::default());
+    let mut groups = sampled(&policy, &adapters, SamplingParams::default());
+    // as if the sampler had been less precise
+    let logps =
+        groups.iter_mut().flat_map(|group| &mut group.completions).flat_map(|c| &mut c.logps);
+    logps.enumerate().for_each(|(i, logp)| *logp += 0.01 * (i % 7) as f32 - 0.02);
     let objective = objective(PolicyLoss::default(), 0.0, SamplingParams::default());
     let (reference, chosen, advantages) = (&[][..], &[][..], &advantages()[..]);
     let normaliser = Normaliser { completions: 11, tokens: 60, max_completion_length: 9 };

@@ -3,7 +3,7 @@ README's table.
 
 usage: python benches/vs_pytorch/compare.py [CASE ...] [--pairs 5] [--steps 1] [--threads N]
        python benches/vs_pytorch/compare.py --list
-       python benches/vs_pytorch/compare.py [CASE ...] --losses [10]
+       python benches/vs_pytorch/compare.py [CASE ...] --losses [10] [--learning_rate 1e-3]
 needs: pip install -r benches/vs_pytorch/requirements.txt
 
 A CASE is a name of --list or the beginning of one; without any, all run. Both sides have the same
@@ -156,11 +156,15 @@ def compare(case, commands, pairs, threads):
 
 
 def compare_losses(case, commands, threads):
-    ours, theirs = [list(map(float, last_line(c, threads)[1:])) for c in commands]
-    apart = max(abs(a - b) for a, b in zip(ours, theirs))
-    print(f"{case.row}: losses at most {apart:.1e} apart")
-    for step, (a, b) in enumerate(zip(ours, theirs), 1):
-        print(f"  step {step:2}: {a:.6f}  PyTorch {b:.6f}  {a - b:+.1e}", flush=True)
+    """Losses of steps of both sides, and of PyTorch in f64, which shows what rounding alone does to them."""
+    ours, theirs = commands
+    exact = [*theirs, "--dtype", "f64"]
+    ours, theirs, exact = [list(map(float, last_line(c, threads)[1:])) for c in (ours, theirs, exact)]
+    print(f"{case.row}, losses; in brackets the distance from PyTorch f64")
+    for step, (a, b, c) in enumerate(zip(ours, theirs, exact), 1):
+        print(f"  step {step:2}: {a:.6f} [{a - c:+.1e}]  PyTorch {b:.6f} [{b - c:+.1e}]", flush=True)
+    for name, a, b in (("the two", ours, theirs), ("ours and f64", ours, exact), ("PyTorch and f64", theirs, exact)):
+        print(f"  {name}: at most {max(abs(x - y) for x, y in zip(a, b)):.1e} apart", flush=True)
 
 
 def main():
@@ -170,6 +174,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1, help="measured steps of a run, after a first one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--losses", type=int, nargs="?", const=10, help="losses of so many steps, no times")
+    parser.add_argument("--learning_rate", default="1e-3", help="of --losses")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     if args.losses:
@@ -183,7 +188,8 @@ def main():
         sys.exit(0 if args.list else f"no case is called {' or '.join(args.cases)}; these are all")
     model = fetch_model()
     programs = {bench: build(bench) for bench in {case.ours[0] for case in chosen}}
-    flags = ["--losses", str(args.losses)] if args.losses else ["--steps", str(args.steps)]
+    losses = ["--losses", str(args.losses), "--learning_rate", args.learning_rate]
+    flags = losses if args.losses else ["--steps", str(args.steps)]
     rows = []
     for case in chosen:
         twin = [sys.executable, os.path.join(HERE, case.theirs[0]), model]

@@ -4,7 +4,8 @@
 or PEFT's LoRA r8 on all linear layers. With f32 the matrices are rounded to bf16 and widened again, so
 that both sides have the same numbers. The last line of the output is `key value ...`.
 
-usage: python sft_step.py GGUF [--adapter steering|lora] [--steps N] [--losses N] [--dtype f32|bf16]
+usage: python sft_step.py GGUF [--adapter steering|lora] [--steps N] [--losses N] [--dtype f32|bf16|f64]
+                          [--learning_rate 1e-3]
 """
 
 import argparse
@@ -16,7 +17,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
-SEQUENCES, LENGTH, RATE = 8, 256, 1e-3
+SEQUENCES, LENGTH = 8, 256
 
 
 class PostBlock(torch.nn.Module):
@@ -72,12 +73,13 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--losses", type=int)
     parser.add_argument("--dtype", default="f32")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     args = parser.parse_args()
-    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64}[args.dtype]
     model = adapt(load(args.gguf, dtype), args.adapter).train()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     start_values(trained)
-    optimizer = torch.optim.AdamW([p for _, p in trained], lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for _, p in trained], lr=args.learning_rate, weight_decay=0.0)
     position = torch.arange(SEQUENCES * LENGTH).reshape(SEQUENCES, LENGTH)
     ids = position * 7919 % 49000
 

@@ -33,7 +33,17 @@ impl ModelArgs {
                 Error::usage(format!("device {} cannot be used here: {error}", self.device))
             })?,
         };
-        Ok(Engine::new(device, self.matmul_precision.of_ops()))
+        let precision = self.matmul_precision.of_ops();
+        if device.is_cpu()
+            && precision == ops::MatmulPrecision::Medium
+            && precision.is_highest_here()
+        {
+            crate::cli::note(
+                "matmul_precision medium is computed in f32, as highest: this processor multiplies \
+                 bf16 no faster",
+            );
+        }
+        Ok(Engine::new(device, precision))
     }
 
     /// The storage of the model's matrices; nothing for the checkpoint's own.

@@ -5,8 +5,8 @@
 //! machine.
 //! Every element is the bias (or zero) plus, in order, the sums over 256 k at a time, each of them
 //! one chain of fused multiply-adds in ascending k. `medium` is a chain of pairs where the machine
-//! multiplies pairs (`matmul_dot`); where it multiplies tiles, `medium` and `high` are made of the
-//! sums of its instruction (`matmul_amx`). They then have bits of their own.
+//! multiplies pairs faster than f32 (`matmul_dot`); where it multiplies tiles, `medium` and `high` are
+//! made of the sums of its instruction (`matmul_amx`). They then have bits of their own.
 
 use std::ops::Range;
 
@@ -15,7 +15,9 @@ use super::lanes::LANES;
 #[cfg(any(target_arch = "x86_64", test))]
 use super::matmul_amx::Chunk;
 use super::matmul_form::{Form, Step};
-use super::matmul_tile::{Pair, Strip, best_panels};
+#[cfg(target_arch = "x86_64")]
+use super::matmul_tile::Pair;
+use super::matmul_tile::{Strip, best_panels};
 use super::pack::PackedMatrix;
 use super::parallel::{SharedMut, for_each, for_each_index, part, shrinking, task_count};
 
@@ -29,8 +31,40 @@ pub enum MatmulPrecision {
     /// that bf16 does not hold is cut into two bf16 halves (error about 3e-6 of the largest result
     /// with bf16 weights, up to 6e-6 with `f32` weights); on others the same as `Highest`.
     High,
-    /// Both operands rounded to bf16, `f32` sums.
+    /// Both operands rounded to bf16, `f32` sums, where the machine multiplies bf16 faster than f32;
+    /// on others the same as `High`, as in PyTorch.
     Medium,
+}
+
+impl MatmulPrecision {
+    /// Whether this machine's processor has nothing faster than `Highest` for it, and so computes that.
+    pub fn is_highest_here(self) -> bool {
+        Way::of(CpuLevel::detect(), self) == Way::Plain
+    }
+}
+
+/// How operands are multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// As `f32`.
+    Plain,
+    /// Rounded, as pairs of bf16.
+    Pairs,
+    /// Rounded, as tiles of bf16.
+    Tiles,
+    /// Cut into halves, as tiles of bf16.
+    HalfTiles,
+}
+
+impl Way {
+    fn of(level: CpuLevel, precision: MatmulPrecision) -> Self {
+        match precision {
+            MatmulPrecision::High if level.multiplies_tiles() => Way::HalfTiles,
+            MatmulPrecision::Medium if level.multiplies_tiles() => Way::Tiles,
+            MatmulPrecision::Medium if level.multiplies_pairs_fast() => Way::Pairs,
+            _ => Way::Plain,
+        }
+    }
 }
 
 /// Links of a chain, part of the definition of the result (short chains round less). A panel of
@@ -90,15 +124,27 @@ pub(crate) fn product(
     precision: MatmulPrecision,
     y: &mut [f32],
 ) {
+    product_by(Way::of(level, precision), (level, axis), x, w, bias, y);
+}
+
+/// Either product, in a way that the level has.
+pub(crate) fn product_by(
+    way: Way,
+    (level, axis): (CpuLevel, Axis),
+    x: &[f32],
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
+    y: &mut [f32],
+) {
     let Some(job) = Product::new(level, axis, x, w, bias, y) else { return };
-    let tiles = precision != MatmulPrecision::Highest && level.multiplies_tiles();
-    match precision {
+    match way {
         #[cfg(any(target_arch = "x86_64", test))]
-        MatmulPrecision::Medium if tiles => job.compute::<Chunk<1>>(),
+        Way::Tiles => job.compute::<Chunk<1>>(),
         #[cfg(any(target_arch = "x86_64", test))]
-        MatmulPrecision::High if tiles => job.compute::<Chunk<2>>(),
-        MatmulPrecision::Medium => job.compute::<Pair>(),
-        MatmulPrecision::Highest | MatmulPrecision::High => job.compute::<f32>(),
+        Way::HalfTiles => job.compute::<Chunk<2>>(),
+        #[cfg(target_arch = "x86_64")]
+        Way::Pairs => job.compute::<Pair>(),
+        _ => job.compute::<f32>(),
     }
 }
 

@@ -94,7 +94,12 @@ fn tiles_of_the_machine_agree_with_those_in_software() {
             let want = run(Emulated, axis, x, w, None, precision);
             let want: Vec<f64> = want.into_iter().map(f64::from).collect();
             let error = relative_error(&run(machine, axis, x, w, None, precision), &want);
-            let most = if machine.multiplies_tiles() || precision == Medium { 1e-6 } else { 8e-6 };
+            let most = match precision {
+                _ if machine.multiplies_tiles() => 1e-6,
+                Medium if machine.multiplies_pairs_fast() => 1e-6,
+                Medium => 8e-3,
+                _ => 8e-6,
+            };
             assert!(error < most, "{:?}, {precision:?}: {error}", sides(axis, w));
         }
     });

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::matmul::Axis;
+#[cfg(target_arch = "x86_64")]
 use super::matmul_tile::Pair;
 use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
 
@@ -17,6 +18,7 @@ pub(crate) fn copy_rows(x: &[f32], stride: usize, width: usize, into: &mut [f32]
 }
 
 /// As [`copy_rows`], rounded to pairs of bf16; an odd width is padded with zero.
+#[cfg(target_arch = "x86_64")]
 pub(crate) fn round_rows(
     level: CpuLevel,
     x: &[f32],
@@ -27,6 +29,7 @@ pub(crate) fn round_rows(
     level.run(RoundRows { x, stride, width, into });
 }
 
+#[cfg(target_arch = "x86_64")]
 struct RoundRows<'a> {
     x: &'a [f32],
     stride: usize,
@@ -34,6 +37,7 @@ struct RoundRows<'a> {
     into: &'a mut [Pair],
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Kernel for RoundRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {

@@ -6,9 +6,15 @@ use std::ops::Range;
 use super::dispatch::CpuLevel;
 use super::lanes::LANES;
 use super::matmul::{Axis, K_BLOCK, MAX_PANELS, Product, STREAM_ROWS};
-use super::matmul_fill::{copy_rows, fill_pairs, fill_panel, round_rows};
-use super::matmul_tile::{Pair, multiply, multiply_pairs};
-use super::pack::{PairRow, RowF32, Storage};
+use super::matmul_fill::{copy_rows, fill_panel};
+#[cfg(target_arch = "x86_64")]
+use super::matmul_fill::{fill_pairs, round_rows};
+use super::matmul_tile::multiply;
+#[cfg(target_arch = "x86_64")]
+use super::matmul_tile::{Pair, multiply_pairs};
+#[cfg(target_arch = "x86_64")]
+use super::pack::PairRow;
+use super::pack::{RowF32, Storage};
 
 /// The form in which the inner loop reads its operands.
 pub(crate) trait Form: Copy + Send + Sync {
@@ -85,6 +91,7 @@ impl Form for f32 {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Form for Pair {
     type Row = PairRow;
     const ZERO_ROW: PairRow = PairRow::ZERO;

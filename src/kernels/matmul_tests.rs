@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::dispatch::CpuLevel;
-use super::matmul::{Axis, MatmulPrecision, matmul, matmul_input_grad, product};
+use super::matmul::{Axis, MatmulPrecision, Way, matmul, matmul_input_grad, product, product_by};
 use super::pack::PackedMatrix;
 use super::testing::{noise, relative_error, with_threads};
 
@@ -98,25 +98,48 @@ fn every_level_gives_the_same_bits_at_highest() {
     }
 }
 
+/// A product of pairs where the machine multiplies them, however fast, or nothing (with a visible line).
+fn run_pairs(axis: Axis, x: &[f32], w: &PackedMatrix) -> Option<Vec<f32>> {
+    let level = CpuLevel::detect().min(CpuLevel::Avx512);
+    if !level.multiplies_pairs() {
+        eprintln!("SKIPPED: the machine has no AVX-512 BF16");
+        return None;
+    }
+    let (k, columns) = sides(axis, w);
+    let mut y = vec![f32::NAN; x.len() / k * columns];
+    product_by(Way::Pairs, (level, axis), x, w, None, &mut y);
+    Some(y)
+}
+
 #[test]
-fn medium_agrees_across_levels_and_has_the_same_bits_without_its_own_instructions() {
-    for (m, out, in_) in [(1, 40, 300), (3, 17, 33), (7, 576, 96), (70, 100, 513)] {
-        for w in storages(out, in_) {
-            for axis in [Axis::Output, Axis::Input] {
-                let (k, columns) = sides(axis, &w);
-                let x = noise(5, m * k);
-                let at = |level| {
-                    let mut y = vec![0.0; m * columns];
-                    product(level, axis, &x, &w, None, Medium, &mut y);
-                    y
-                };
-                let plain = at(CpuLevel::Portable);
-                assert!(at(CpuLevel::Avx2) == plain, "{m} x {k} x {columns}");
-                let wide: Vec<f64> = plain.iter().map(|y| f64::from(*y)).collect();
-                let error = relative_error(&at(CpuLevel::detect()), &wide);
-                assert!(error < 1e-6, "{m} x {k} x {columns}: {error}");
+fn rows_of_pairs_do_not_depend_on_the_batch_or_the_threads() {
+    for w in storages(192, 270).into_iter().chain(storages(33, 576)) {
+        for axis in [Axis::Output, Axis::Input] {
+            let (k, columns) = sides(axis, &w);
+            let x = noise(3, 2048 * k);
+            let Some(all) = with_threads(1, || run_pairs(axis, &x, &w)) else { return };
+            for (m, first) in MS.into_iter().flat_map(|m| [(m, 0), (m, 2048 - m)]) {
+                let part = &x[first * k..(first + m) * k];
+                let y = with_threads(2, || run_pairs(axis, part, &w)).unwrap();
+                assert!(y == all[first * columns..(first + m) * columns], "{m} rows from {first}");
             }
         }
+    }
+}
+
+#[test]
+fn medium_without_a_faster_instruction_is_highest() {
+    for w in storages(49, 270) {
+        let x = noise(5, 7 * 270);
+        let at = |level, precision| {
+            let mut y = vec![0.0; 7 * 49];
+            product(level, Axis::Output, &x, &w, None, precision, &mut y);
+            y
+        };
+        assert!(at(CpuLevel::Avx2, Medium) == at(CpuLevel::Avx2, Highest));
+        let (here, same) = (CpuLevel::detect(), Medium.is_highest_here());
+        assert_eq!(at(here, Medium) == at(here, Highest), same);
+        assert_eq!(same, !here.multiplies_tiles() && !here.multiplies_pairs_fast());
     }
 }
 
@@ -147,7 +170,7 @@ fn products_agree_with_f64() {
 }
 
 #[test]
-fn medium_is_the_product_of_rounded_operands() {
+fn products_of_pairs_are_those_of_rounded_operands() {
     let round = |x: &[f32]| x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect::<Vec<_>>();
     for (m, out, in_) in [(9, 50, 600), (5, 49, 31), (3, 17, 513), (1, 1, 1), (20, 33, 18)] {
         for w in storages(out, in_) {
@@ -160,7 +183,8 @@ fn medium_is_the_product_of_rounded_operands() {
                     Axis::Input => plain[i * in_ + j],
                 };
                 let want = exact(&round(&x), k, n, at);
-                assert!(relative_error(&run(axis, &x, &w, Medium), &want) < 1e-6);
+                let Some(y) = run_pairs(axis, &x, &w) else { return };
+                assert!(relative_error(&y, &want) < 1e-6);
             }
         }
     }

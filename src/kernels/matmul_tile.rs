@@ -8,44 +8,18 @@ use super::lanes::{Kernel, LANES, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_dot;
 
-/// An element of a row on the left.
-pub(crate) trait Left: Copy {
-    /// Link `k` of a row.
-    ///
-    /// # Safety
-    /// The row has so many links.
-    unsafe fn at(row: *const Self, k: usize) -> f32;
-}
-
 /// Two neighbouring links in bf16 bits, the first in the lower half.
+#[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub(crate) struct Pair(pub u32);
 
+#[cfg(target_arch = "x86_64")]
 impl Pair {
-    /// The links of all `pairs` in bf16 bits, one after the other where the machine puts lower halves
-    /// first, as x86 and ARM do.
+    /// The links of all `pairs` in bf16 bits, one after the other: x86 puts lower halves first.
     pub(crate) fn elements_mut(pairs: &mut [Self]) -> &mut [u16] {
-        const { assert!(cfg!(target_endian = "little")) };
         // SAFETY: a pair is two numbers without padding, of a smaller alignment.
         unsafe { std::slice::from_raw_parts_mut(pairs.as_mut_ptr().cast(), 2 * pairs.len()) }
-    }
-}
-
-impl Left for f32 {
-    #[inline(always)]
-    unsafe fn at(row: *const f32, k: usize) -> f32 {
-        // SAFETY: the caller's promise.
-        unsafe { *row.add(k) }
-    }
-}
-
-impl Left for Pair {
-    #[inline(always)]
-    unsafe fn at(row: *const Pair, k: usize) -> f32 {
-        // SAFETY: the caller's promise.
-        let pair = unsafe { (*row.add(k / 2)).0 };
-        f32::from_bits(if k.is_multiple_of(2) { pair << 16 } else { pair & 0xffff_0000 })
     }
 }
 
@@ -117,27 +91,22 @@ pub(crate) struct Strip<A, B> {
 ///
 /// # Safety
 /// The pointers are valid for the shapes that the fields state, and nobody else uses `y`.
-pub(crate) unsafe fn multiply<A: Left, B: Element>(level: CpuLevel, strip: Strip<A, B>) {
+pub(crate) unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<f32, B>) {
     level.run(Multiply(strip));
 }
 
-/// Computes a strip of pairs, two links at once where the machine can.
+/// Computes a strip of pairs, two links at once.
 ///
 /// # Safety
-/// As [`multiply`].
-pub(crate) unsafe fn multiply_pairs(level: CpuLevel, strip: Strip<Pair, u16>) {
+/// As [`multiply`]; the level multiplies pairs.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe fn multiply_pairs(_: CpuLevel, strip: Strip<Pair, u16>) {
     // SAFETY: the caller's promise.
-    unsafe {
-        #[cfg(target_arch = "x86_64")]
-        if level.multiplies_pairs() {
-            return matmul_dot::multiply(strip);
-        }
-        multiply(level, strip);
-    }
+    unsafe { matmul_dot::multiply(strip) }
 }
 
 /// A strip whose pointers are valid.
-struct Multiply<A, B>(Strip<A, B>);
+struct Multiply<B>(Strip<f32, B>);
 
 /// Panels that a strip of `rows` should take at once: two where the registers hold them, or where
 /// few rows would leave the multipliers waiting for each other.
@@ -155,7 +124,7 @@ pub(crate) fn best_panels(level: CpuLevel, rows: usize) -> usize {
 /// Rows up to which every implementation holds two panels of accumulators.
 const NARROW_ROWS: usize = 3;
 
-impl<A: Left, B: Element> Kernel for Multiply<A, B> {
+impl<B: Element> Kernel for Multiply<B> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let strip = self.0;
@@ -192,7 +161,7 @@ macro_rules! select {
     };
 }
 
-impl<A: Left, B: Element> Strip<A, B> {
+impl<B: Element> Strip<f32, B> {
     /// # Safety
     /// As [`multiply`], with `rows` at most `S::ROWS`.
     #[inline(always)]
@@ -223,7 +192,7 @@ impl<A: Left, B: Element> Strip<A, B> {
                     s.prefetch(B::place(panel, k).wrapping_add(self.ahead).cast());
                 }
                 for i in 0..ROWS {
-                    let a = s.splat(A::at(self.a.add(i * self.lda), k));
+                    let a = s.splat(*self.a.add(i * self.lda + k));
                     for p in 0..PANELS {
                         acc[i][p] = s.fma(a, b[p], acc[i][p]);
                     }
