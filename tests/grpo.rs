@@ -84,6 +84,9 @@ fn a_sampler_of_lower_precision_is_corrected_for() {
     assert_eq!(corrections.len(), 4);
     // where medium is computed as highest, sampler and trainer are the same
     let same = MatmulPrecision::Medium.is_highest_here();
+    if same {
+        eprintln!("SKIPPED in part: medium is computed as highest on this machine");
+    }
     let near = |mean: &f64| (*mean == 1.0) == same && (mean - 1.0).abs() < 0.05;
     assert!(corrections.iter().all(near), "{corrections:?}");
 }
@@ -265,8 +268,10 @@ fn a_rehearsal_starts_rewards_and_leaves_nothing() {
         "reward mine: mine.py line 1: ModuleNotFoundError: No module named 'no_such_module'";
     assert_eq!(said, wanted);
     let tried = place.run("run", "--reward_funcs process:no_such_command --dry_run");
-    let wanted = "reward no_such_command: it ended with exit code 127: there is no such command";
-    assert_eq!(tried.sentence(1), wanted);
+    assert!(
+        tried.sentence(1).starts_with("reward no_such_command: there is no program"),
+        "{tried:?}"
+    );
     assert!(!place.dir("run").exists());
 }
 

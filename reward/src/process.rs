@@ -6,7 +6,7 @@
 //! list of them, and its completion then as a list of one message of the assistant, as in TRL.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -26,6 +26,32 @@ pub(crate) struct Program {
     pub(crate) says_ready: bool,
 }
 
+impl Program {
+    /// Looks for the program that a shell command begins with.
+    ///
+    /// # Errors
+    /// If it is not there.
+    fn find(&self) -> Result<(), String> {
+        let Some(command) = self.arguments.last().and_then(|text| text.strip_prefix("exec "))
+        else {
+            return Ok(());
+        };
+        let first = command.split_whitespace().next().unwrap_or_default();
+        let plain = first.chars().all(|c| c.is_alphanumeric() || "./_-+".contains(c));
+        let paths = std::env::var_os("PATH").unwrap_or_default();
+        let found = match first.contains('/') {
+            true => Path::new(first).is_file(),
+            false => std::env::split_paths(&paths).any(|folder| folder.join(first).is_file()),
+        };
+        match found || !plain {
+            true => Ok(()),
+            false => {
+                Err(format!("there is no program {first}: give its path, or one that PATH has"))
+            }
+        }
+    }
+}
+
 /// A reward that processes compute; samples are split among its workers in order.
 pub(crate) struct ProcessReward {
     name: String,
@@ -38,6 +64,8 @@ struct Seat {
     program: Program,
     stderr: Option<PathBuf>,
     worker: Option<Worker>,
+    /// Whether its last call failed and it wrote to its standard error meanwhile.
+    told: bool,
 }
 
 impl ProcessReward {
@@ -62,6 +90,7 @@ impl ProcessReward {
                 .as_ref()
                 .map(|dir| dir.join(format!("{name}-{i}.stderr.log"))),
             worker: None,
+            told: false,
         };
         let workers = (0..options.num_workers.max(1)).map(seat).collect();
         ProcessReward { name: name.to_string(), workers, timeout: options.timeout }
@@ -75,13 +104,14 @@ impl Reward for ProcessReward {
 
     fn start(&mut self) -> Result<(), String> {
         let timeout = self.timeout;
-        self.workers.iter_mut().try_for_each(|seat| seat.ready(timeout).map(drop))
+        self.workers.iter_mut().try_for_each(|seat| {
+            seat.program.find()?;
+            seat.ready(timeout).map(drop)
+        })
     }
 
     fn log(&self) -> Option<PathBuf> {
-        let logs = self.workers.iter().filter_map(|seat| seat.stderr.as_ref());
-        let written = |log: &&PathBuf| log.metadata().is_ok_and(|file| file.len() > 0);
-        logs.clone().find(written).cloned()
+        self.workers.iter().find(|seat| seat.told).and_then(|seat| seat.stderr.clone())
     }
 
     fn score(&mut self, samples: &[Sample]) -> Vec<Score> {
@@ -109,9 +139,21 @@ impl Seat {
         Ok(self.worker.insert(worker))
     }
 
+    /// One score a sample; notes whether the log tells of a failure.
+    fn score(&mut self, samples: &[Sample], timeout: Duration) -> Vec<Score> {
+        let path = self.stderr.clone();
+        let len =
+            || path.as_ref().and_then(|path| path.metadata().ok()).map_or(0, |file| file.len());
+        let before = len();
+        let scores = self.ask(samples, timeout);
+        let failed = scores.iter().any(|score| matches!(score, Score::Error(_) | Score::Timeout));
+        self.told = failed && len() > before;
+        scores
+    }
+
     /// One score a sample. A worker that dies is started again and asked once more; one that hangs
     /// or talks nonsense is killed, and started again for the next call.
-    fn score(&mut self, samples: &[Sample], timeout: Duration) -> Vec<Score> {
+    fn ask(&mut self, samples: &[Sample], timeout: Duration) -> Vec<Score> {
         let (request, n) = (request(samples).to_string(), samples.len());
         for last in [false, true] {
             let worker = match self.ready(timeout) {

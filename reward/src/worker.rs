@@ -16,7 +16,7 @@ use crate::process::Program;
 /// Bytes of the standard error's end that an error quotes.
 const QUOTED: u64 = 300;
 
-/// How long a process that closed its output, or cannot run, has to end.
+/// How long a process that closed its output has to end.
 const GRACE: Duration = Duration::from_millis(50);
 
 /// Why a call has no answer.
@@ -65,9 +65,8 @@ impl Worker {
         thread::spawn(move || read_lines(BufReader::new(stdout), to_read));
         let stderr = stderr.map(Path::to_path_buf);
         let mut worker = Worker { child, requests, answers, stderr, status: None };
-        match program.says_ready {
-            true => worker.wait_until_ready(timeout)?,
-            false => worker.refuse_if_gone()?,
+        if program.says_ready {
+            worker.wait_until_ready(timeout)?;
         }
         Ok(worker)
     }
@@ -85,15 +84,6 @@ impl Worker {
             (Some(_), _) => Ok(()),
             (None, Some(error)) => Err(error.to_string()),
             (None, None) => Err(format!("it began with {line:?}")),
-        }
-    }
-
-    /// Gives a process that says nothing first a moment in which one that cannot run ends.
-    fn refuse_if_gone(&mut self) -> Result<(), String> {
-        thread::sleep(GRACE);
-        match self.child.try_wait() {
-            Ok(None) => Ok(()),
-            _ => Err(self.obituary()),
         }
     }
 
@@ -182,8 +172,6 @@ fn end_of(path: &Path) -> Option<String> {
 fn ended(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
-        (Some(126), _) => "it ended with exit code 126: the command cannot be executed".to_string(),
-        (Some(127), _) => "it ended with exit code 127: there is no such command".to_string(),
         (Some(code), _) => format!("it ended with exit code {code}"),
         (None, Some(signal)) => format!("it was killed by signal {signal}"),
         (None, None) => "it ended".to_string(),

@@ -212,7 +212,8 @@ fn a_function_that_returns_no_list_or_wants_a_column_that_is_not_there_is_told()
 
 #[test]
 fn a_log_is_named_once_it_holds_something() {
-    let text = "def f(completions):\n    if completions[0] == 'b':\n        print('b')\n    return [1.0]\n";
+    let text = "def f(completions):\n    if completions[0] == 'b':\n        print('b')\n    \
+                return [float('nan')]\n";
     let Some((dir, file)) = python(text) else { return };
     let mut set = set(file.to_str().unwrap(), &options(dir.path(), 1));
     score(&mut set, &["a"]);
@@ -282,5 +283,13 @@ fn processes_end_with_their_reward_and_what_they_started_too() {
 fn a_command_that_does_not_exist_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let judged = score(&mut set("process:no_such_command x", &options(dir.path(), 1)), &["a"]);
-    assert!(reason(&judged).contains("exit code 127: there is no such command"), "{judged:?}");
+    assert!(reason(&judged).contains("it ended with exit code 127"), "{judged:?}");
+    for (command, first) in [("no_such_command x", "no_such_command"), ("./none --a", "./none")] {
+        let error =
+            set(&format!("process:{command}"), &options(dir.path(), 1)).start().unwrap_err();
+        assert!(error.ends_with(&format!(
+            "there is no program {first}: give its path, or one that PATH has"
+        )));
+    }
+    set("process:cat", &options(dir.path(), 1)).start().unwrap();
 }

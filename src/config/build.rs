@@ -13,6 +13,15 @@ use crate::model::{Matrix, ModelConfig};
 use crate::ops::{self, Engine, WeightDtype};
 use crate::{Error, Result};
 
+/// Says where a key asks for a precision that this processor computes as the highest.
+pub(crate) fn note_precision(key: &str, precision: ops::MatmulPrecision) {
+    if precision == ops::MatmulPrecision::Medium && precision.is_highest_here() {
+        crate::cli::note(&format!(
+            "{key} medium is computed in f32, as highest: this processor multiplies bf16 no faster"
+        ));
+    }
+}
+
 impl ModelArgs {
     /// The engine of the named device. Tensors of one engine do not mix with those of another on the
     /// same GPU: a program makes one.
@@ -34,14 +43,8 @@ impl ModelArgs {
             })?,
         };
         let precision = self.matmul_precision.of_ops();
-        if device.is_cpu()
-            && precision == ops::MatmulPrecision::Medium
-            && precision.is_highest_here()
-        {
-            crate::cli::note(
-                "matmul_precision medium is computed in f32, as highest: this processor multiplies \
-                 bf16 no faster",
-            );
+        if device.is_cpu() {
+            note_precision("matmul_precision", precision);
         }
         Ok(Engine::new(device, precision))
     }

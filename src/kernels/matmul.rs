@@ -127,7 +127,7 @@ pub(crate) fn product(
     product_by(Way::of(level, precision), (level, axis), x, w, bias, y);
 }
 
-/// Either product, in a way that the level has.
+/// Either product in a given way. Panics if the level does not have it.
 pub(crate) fn product_by(
     way: Way,
     (level, axis): (CpuLevel, Axis),
@@ -137,6 +137,7 @@ pub(crate) fn product_by(
     y: &mut [f32],
 ) {
     let Some(job) = Product::new(level, axis, x, w, bias, y) else { return };
+    assert!(way != Way::Pairs || level.multiplies_pairs(), "the level has no pairs");
     match way {
         #[cfg(any(target_arch = "x86_64", test))]
         Way::Tiles => job.compute::<Chunk<1>>(),

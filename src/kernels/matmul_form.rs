@@ -112,7 +112,8 @@ impl Form for Pair {
                 let panel = job.k.div_ceil(2);
                 let rows = &w[step.panel * panel + step.k0 / 2..];
                 let panels = (rows.as_ptr().cast::<u16>(), panel * 2 * LANES);
-                // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
+                // SAFETY: from link k0 of its first panel on, the storage holds all of the group; the
+                // level has been checked to multiply pairs.
                 unsafe { job.columns_of(&step, panels, multiply_pairs) }
             }
             _ => {
@@ -122,7 +123,7 @@ impl Form for Pair {
                     fill_pairs(job.level, job.w, job.axis, panel + i, links.clone(), into);
                 }
                 let panels = (step.scratch.as_ptr().cast::<u16>(), rows * 2 * LANES);
-                // SAFETY: the group's panels have just been filled.
+                // SAFETY: the group's panels have just been filled; the level multiplies pairs.
                 unsafe { job.columns_of(&step, panels, multiply_pairs) }
             }
         }

@@ -106,7 +106,8 @@ impl Kind {
 fn own_columns(rows: &[CompletionRow]) -> Vec<(&String, Kind)> {
     let names: BTreeSet<&String> = rows.iter().flat_map(|row| row.columns.keys()).collect();
     let fits = |name: &&String| {
-        *name == name.trim_matches('_')
+        !name.is_empty()
+            && *name == name.trim_matches('_')
             && format!("reward_{name}") == column_name(name)
             && !name.starts_with("reward_")
             && !FIXED.contains(&name.as_str())
@@ -235,6 +236,7 @@ mod tests {
                 ("mixed".to_string(), if i == 0 { json!([1, "a"]) } else { json!("b") }),
                 ("tokens".to_string(), json!("the table's own column wins")),
                 ("no name".to_string(), json!(1)),
+                (String::new(), json!(1)),
             ]
             .into_iter()
             .collect(),

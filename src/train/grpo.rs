@@ -20,7 +20,7 @@ use super::rollouts::Rollouts;
 use super::run::{StepReport, Trainer};
 use super::scoring::{Failures, score};
 use crate::adapter::Adapter;
-use crate::config::{GrpoConfig, OptimArgs, Reference};
+use crate::config::{GrpoConfig, OptimArgs, Reference, note_precision};
 use crate::model::{Policy, TextModel};
 use crate::ops::Gradients;
 use crate::report::{CompletionRow, Fold, StepMetrics};
@@ -93,6 +93,9 @@ impl<'a> GrpoTrainer<'a> {
         };
         let sampling = config.sampling.params();
         let precision = config.sampling.precision().filter(|p| *p != policy.engine().precision());
+        if let (Some(precision), true) = (precision, policy.engine().device().is_cpu()) {
+            note_precision("rollout_matmul_precision", precision);
+        }
         Ok(GrpoTrainer {
             sampler: precision.map(|precision| policy.at_precision(precision)),
             objective: Objective { loss, entropy_coef: grpo.entropy_coef, sampling },
@@ -180,7 +183,7 @@ impl<'a> GrpoTrainer<'a> {
     /// Rewards of the completions of groups.
     ///
     /// # Errors
-    /// [`Error::Interrupted`] if more than `max_reward_failures` of the completions have none.
+    /// [`Error::Interrupted`] if a reward fails for more than `max_reward_failures` of the completions.
     pub fn score(&mut self, groups: Vec<Group>, rewards: &mut RewardSet) -> Result<Vec<Collected>> {
         let all: Vec<_> = groups
             .iter()
@@ -193,7 +196,10 @@ impl<'a> GrpoTrainer<'a> {
             if failures.share() > self.config.reward.max_reward_failures {
                 return Err(Error::Interrupted(failures.to_string()));
             }
-            self.failures = Some(failures);
+            let worse = |known: &Failures| known.count < failures.count;
+            if self.failures.as_ref().is_none_or(worse) {
+                self.failures = Some(failures);
+            }
         }
         let mut scored = scored.into_iter();
         let of_group = |group: Group| Collected {

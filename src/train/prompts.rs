@@ -90,16 +90,17 @@ impl PromptData {
         uneven(&self.name, &rows)
     }
 
-    /// Token ids of the prompts, training rows first.
+    /// Token ids of the prompts, training rows first; all rows get all columns, as [`fill`] does.
     ///
     /// # Errors
     /// If the chat template refuses a row, or a prompt leaves no room in the model's context.
     pub fn tokenise(
-        self,
+        mut self,
         text: &TextModel,
         context: usize,
     ) -> Result<(Vec<PromptTokens>, Vec<PromptTokens>)> {
         let _phase = debug_span!("tokenize").entered();
+        fill(&mut self.train.iter_mut().chain(&mut self.test).collect::<Vec<_>>());
         let name = &self.name;
         let encode = |row: PromptRow| -> Result<PromptTokens> {
             let input_ids = match &row.prompt {
@@ -123,6 +124,16 @@ impl PromptData {
             encoded.into_iter().collect()
         };
         Ok((all(self.train)?, all(self.test)?))
+    }
+}
+
+/// Gives every row the columns that others have, as null.
+pub fn fill(rows: &mut [&mut PromptRow]) {
+    let names: BTreeSet<String> = rows.iter().flat_map(|row| row.columns.keys().cloned()).collect();
+    for row in rows {
+        for name in &names {
+            row.columns.entry(name.clone()).or_insert(serde_json::Value::Null);
+        }
     }
 }
 
@@ -166,4 +177,45 @@ pub fn digest(prompts: &[PromptTokens]) -> String {
         hash.update(columns);
     }
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn row(id: u64, prompt: Prompt, columns: Value) -> PromptRow {
+        let Value::Object(columns) = columns else { panic!("no object") };
+        PromptRow { id, prompt, columns: columns.into_iter().collect() }
+    }
+
+    fn chat(text: &str) -> Prompt {
+        Prompt::Messages(vec![json!({"role": "user", "content": text})])
+    }
+
+    #[test]
+    fn uneven_rows_are_told_with_the_first_of_them_and_filled() {
+        let mut rows = [
+            row(0, chat("a"), json!({"answer": 1})),
+            row(4, Prompt::Text("b".into()), json!({})),
+            row(7, chat("c"), json!({"answer": null})),
+        ];
+        let told = uneven("my.jsonl", &rows.iter().collect::<Vec<_>>());
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(
+            told[0].starts_with("my.jsonl: 1 of 3 rows, row 5 the first, have no column answer")
+        );
+        assert!(
+            told[1].starts_with("my.jsonl: 1 of 3 rows, row 5 the first, have a prompt of text")
+        );
+        fill(&mut rows.iter_mut().collect::<Vec<_>>());
+        let answers: Vec<&Value> = rows.iter().map(|row| &row.columns["answer"]).collect();
+        assert_eq!(answers, [&json!(1), &Value::Null, &Value::Null]);
+    }
+
+    #[test]
+    fn a_message_without_content_is_no_prompt() {
+        assert!(is_empty(&chat(" ")) && !is_empty(&chat("a")));
+        assert!(!is_empty(&Prompt::Text(String::new())), "its tokens decide");
+    }
 }

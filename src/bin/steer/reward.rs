@@ -9,7 +9,7 @@ use reward::{Judged, Outcome, ParseOptions, RewardSet, Sample, Score, parse};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use steersman::config::{RewardArgs, RunConfig};
-use steersman::train::prompts::uneven;
+use steersman::train::prompts::{fill, uneven};
 use steersman::{Error, Result, cli};
 
 /// Flags of `steer reward test`.
@@ -109,9 +109,10 @@ fn read(args: &RewardTestArgs) -> Result<Vec<Tried>> {
         let words = completion.split_whitespace().count() as u32;
         Ok(Tried { row, completion, ids: (0..words).collect() })
     };
-    let tried = rows.iter().enumerate().map(row).collect::<Result<Vec<_>>>()?;
+    let mut tried = rows.iter().enumerate().map(row).collect::<Result<Vec<_>>>()?;
     let rows: Vec<&PromptRow> = tried.iter().map(|tried| &tried.row).collect();
     uneven(&path.display().to_string(), &rows).iter().for_each(|text| cli::warn(text));
+    fill(&mut tried.iter_mut().map(|tried| &mut tried.row).collect::<Vec<_>>());
     Ok(tried)
 }
 
