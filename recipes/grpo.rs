@@ -24,7 +24,7 @@ use steersman::train::prompts::PromptData;
 use steersman::train::reward_evaluation::RewardEvaluation;
 use steersman::train::run::{Run, check_evaluations};
 use steersman::train::scoring::rewards;
-use steersman::{Error, Result, cli, profile};
+use steersman::{Error, Result, cli, notice, profile};
 
 #[global_allocator]
 static HEAP: steersman::heap::Heap = steersman::heap::Heap;
@@ -48,7 +48,7 @@ fn run(config: &GrpoConfig) -> Result<()> {
     let longest = config.sampling.longest_completion(config.data.dataset()?);
     let logs = (!run_args.dry_run).then(|| run_args.output_dir.join("rewards"));
     let mut rewards = rewards(&config.reward, data.grader, longest, logs)?;
-    data.advice().iter().for_each(|text| cli::warn(text));
+    data.advice().iter().for_each(|text| notice::warn(text));
     let (train, test) = data.tokenise(&text, shape.max_position_embeddings)?;
     check_evaluations(run_args, test.len())?;
     let engine = config.model.engine()?;
@@ -81,7 +81,7 @@ fn run(config: &GrpoConfig) -> Result<()> {
 
     // ---- the run -----------------------------------------------------------------------------
     let mut run = Run::start(config, base, claim, &mut trainer)?;
-    trainer.loss_note().map_or(Ok(()), |note| run.tell(Event::Note(note.to_string())))?;
+    trainer.notes().into_iter().try_for_each(|note| run.tell(Event::Note(note)))?;
     run.evaluate_before(&mut trainer, &held_out)?;
     while run.goes_on(&trainer) {
         let shown = run.logs_next(&trainer).then_some(config.grpo.num_completions_to_print);

@@ -36,16 +36,6 @@ pub fn print(text: &str) -> Result<()> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io(STDOUT))
 }
 
-/// Tells the user of something that does not stop the program, on the standard error.
-pub fn warn(text: &str) {
-    eprintln!("warning: {text}");
-}
-
-/// Tells the user something that explains what comes, on the standard error.
-pub fn note(text: &str) {
-    eprintln!("note: {text}");
-}
-
 fn reader_is_gone(error: &Error) -> bool {
     match error {
         Error::Io { path, source } => {

@@ -17,6 +17,7 @@ pub mod files;
 pub mod heap;
 pub mod kernels;
 pub mod model;
+pub mod notice;
 pub mod ops;
 pub mod profile;
 pub mod random;

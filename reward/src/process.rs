@@ -24,19 +24,18 @@ pub(crate) struct Program {
     pub(crate) arguments: Vec<String>,
     /// Whether it says `{"ready": ...}` first.
     pub(crate) says_ready: bool,
+    /// What a shell command begins with, where that must be a program.
+    pub(crate) first_word: Option<String>,
 }
 
 impl Program {
-    /// Looks for the program that a shell command begins with.
+    /// Looks for the program that a shell command begins with; words that the shell rewrites are left
+    /// to it.
     ///
     /// # Errors
     /// If it is not there.
     fn find(&self) -> Result<(), String> {
-        let Some(command) = self.arguments.last().and_then(|text| text.strip_prefix("exec "))
-        else {
-            return Ok(());
-        };
-        let first = command.split_whitespace().next().unwrap_or_default();
+        let Some(first) = &self.first_word else { return Ok(()) };
         let plain = first.chars().all(|c| c.is_alphanumeric() || "./_-+".contains(c));
         let paths = std::env::var_os("PATH").unwrap_or_default();
         let found = match first.contains('/') {
@@ -78,6 +77,7 @@ impl ProcessReward {
             command: "sh".to_string(),
             arguments: vec!["-c".to_string(), format!("exec {command}")],
             says_ready: false,
+            first_word: Some(first.to_string()),
         };
         Ok(Self::new(name, program, options))
     }

@@ -38,6 +38,7 @@ pub(crate) fn reward(
         command: interpreter,
         arguments: arguments.into_iter().map(str::to_string).collect(),
         says_ready: true,
+        first_word: None,
     };
     Ok(ProcessReward::new(function.unwrap_or(&stem), program, options))
 }

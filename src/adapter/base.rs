@@ -35,7 +35,7 @@ pub fn warn_of_other_model(
     model: impl FnOnce() -> Result<BaseModel>,
 ) -> Result<()> {
     for warning in warnings(folders, model)? {
-        crate::cli::warn(&warning);
+        crate::notice::warn(&warning);
     }
     Ok(())
 }

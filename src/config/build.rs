@@ -13,13 +13,14 @@ use crate::model::{Matrix, ModelConfig};
 use crate::ops::{self, Engine, WeightDtype};
 use crate::{Error, Result};
 
-/// Says where a key asks for a precision that this processor computes as the highest.
-pub(crate) fn note_precision(key: &str, precision: ops::MatmulPrecision) {
-    if precision == ops::MatmulPrecision::Medium && precision.is_highest_here() {
-        crate::cli::note(&format!(
+/// What the user should know where a key asks for a precision that this processor computes as the highest.
+pub(crate) fn precision_note(key: &str, precision: ops::MatmulPrecision) -> Option<String> {
+    let same = precision == ops::MatmulPrecision::Medium && precision.is_highest_here();
+    same.then(|| {
+        format!(
             "{key} medium is computed in f32, as highest: this processor multiplies bf16 no faster"
-        ));
-    }
+        )
+    })
 }
 
 impl ModelArgs {
@@ -43,9 +44,8 @@ impl ModelArgs {
             })?,
         };
         let precision = self.matmul_precision.of_ops();
-        if device.is_cpu() {
-            note_precision("matmul_precision", precision);
-        }
+        let told = precision_note("matmul_precision", precision).filter(|_| device.is_cpu());
+        told.iter().for_each(|text| crate::notice::note(text));
         Ok(Engine::new(device, precision))
     }
 

@@ -39,7 +39,7 @@ mod values;
 
 pub use adapter::{AdapterArgs, LearningRates};
 pub use batch::BatchArgs;
-pub(crate) use build::note_precision;
+pub(crate) use build::precision_note;
 pub use choices::{
     Adapter, AdvantageEstimator, BestMetric, Dtype, EvalAccuracy, ImportanceSamplingLevel,
     KlEstimator, LossType, LrSchedulerType, MatmulPrecision, Reference, ReportTo, ScaleRewards,

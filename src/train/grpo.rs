@@ -20,7 +20,7 @@ use super::rollouts::Rollouts;
 use super::run::{StepReport, Trainer};
 use super::scoring::{Failures, score};
 use crate::adapter::Adapter;
-use crate::config::{GrpoConfig, OptimArgs, Reference, note_precision};
+use crate::config::{GrpoConfig, OptimArgs, Reference};
 use crate::model::{Policy, TextModel};
 use crate::ops::Gradients;
 use crate::report::{CompletionRow, Fold, StepMetrics};
@@ -93,9 +93,6 @@ impl<'a> GrpoTrainer<'a> {
         };
         let sampling = config.sampling.params();
         let precision = config.sampling.precision().filter(|p| *p != policy.engine().precision());
-        if let (Some(precision), true) = (precision, policy.engine().device().is_cpu()) {
-            note_precision("rollout_matmul_precision", precision);
-        }
         Ok(GrpoTrainer {
             sampler: precision.map(|precision| policy.at_precision(precision)),
             objective: Objective { loss, entropy_coef: grpo.entropy_coef, sampling },

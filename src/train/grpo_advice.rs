@@ -6,7 +6,8 @@ use reward::RewardSet;
 use super::grpo::GrpoTrainer;
 use super::run::StepReport;
 use super::scoring::{Failures, score};
-use crate::config::LossType;
+use crate::config::{LossType, precision_note};
+use crate::ops::Engine;
 use crate::rollout::{GenerateOptions, Generator, sample_groups};
 use crate::{Error, Result};
 
@@ -64,19 +65,29 @@ impl GrpoTrainer<'_> {
         failed.into_iter().chain(signs).collect()
     }
 
+    /// What explains the run that begins.
+    pub fn notes(&self) -> Vec<String> {
+        let loss = self.loss_note().map(str::to_string);
+        let sampler = self.sampler.as_ref().map(|sampler| sampler.engine());
+        let sampler = sampler.filter(|engine| engine.device().is_cpu());
+        let note = |engine: &Engine| precision_note("rollout_matmul_precision", engine.precision());
+        let precision = sampler.and_then(note);
+        loss.into_iter().chain(precision).map(|text| format!("note: {text}")).collect()
+    }
+
     /// Why the loss that a user sees says nothing of progress, if it does not.
-    pub fn loss_note(&self) -> Option<&'static str> {
+    fn loss_note(&self) -> Option<&'static str> {
         let grpo = &self.config.grpo;
         if grpo.num_iterations > 1 || grpo.kl_in_loss() || grpo.entropy_coef > 0.0 {
             return None;
         }
         Some(match grpo.loss_type {
             LossType::Grpo => {
-                "note: the loss is 0 by construction (the importance ratio is 1 and a group's \
+                "the loss is 0 by construction (the importance ratio is 1 and a group's \
                  advantages sum to 0); it has a gradient all the same: watch reward and grad_norm"
             }
             _ => {
-                "note: the loss is minus the mean advantage weighted by length, 0 where all \
+                "the loss is minus the mean advantage weighted by length, 0 where all \
                  completions are equally long, and says nothing of progress; it has a gradient all \
                  the same: watch reward and grad_norm"
             }

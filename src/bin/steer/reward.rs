@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use steersman::config::{RewardArgs, RunConfig};
 use steersman::train::prompts::{fill, uneven};
-use steersman::{Error, Result, cli};
+use steersman::{Error, Result, cli, notice};
 
 /// Flags of `steer reward test`.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -111,7 +111,7 @@ fn read(args: &RewardTestArgs) -> Result<Vec<Tried>> {
     };
     let mut tried = rows.iter().enumerate().map(row).collect::<Result<Vec<_>>>()?;
     let rows: Vec<&PromptRow> = tried.iter().map(|tried| &tried.row).collect();
-    uneven(&path.display().to_string(), &rows).iter().for_each(|text| cli::warn(text));
+    uneven(&path.display().to_string(), &rows).iter().for_each(|text| notice::warn(text));
     fill(&mut tried.iter_mut().map(|tried| &mut tried.row).collect::<Vec<_>>());
     Ok(tried)
 }
