@@ -34,10 +34,16 @@ impl CpuLevel {
         *LEVEL.get_or_init(detect_now)
     }
 
+    /// Whether the level has AVX-512 and this machine too.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn has_avx512(self) -> bool {
+        self.min(Self::detect()) >= Self::Avx512
+    }
+
     /// Whether bf16 pairs are multiplied by one instruction at this level (AVX-512 BF16).
     pub(crate) fn multiplies_pairs(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        if self.min(Self::detect()) >= Self::Avx512 {
+        if self.has_avx512() {
             return is_x86_feature_detected!("avx512bf16");
         }
         false

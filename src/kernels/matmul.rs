@@ -237,7 +237,7 @@ impl<'a> Product<'a> {
     /// Copies a span of k of the input, one block of k after the other, unless the rows are few and
     /// can be read where they lie.
     fn copy_input<A: Form>(&self, k: &Range<usize>, copied: &mut Vec<A>) {
-        if self.rows <= STREAM_ROWS && A::in_place(self.x).is_some() {
+        if A::in_place(self.x).is_some() {
             return;
         }
         let links = A::block_links(self.k);

@@ -6,7 +6,7 @@
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 #[cfg(target_arch = "x86_64")]
-use super::matmul_dot;
+use super::{matmul_dot, matmul_tall};
 
 /// Two neighbouring links in bf16 bits, the first in the lower half.
 #[cfg(target_arch = "x86_64")]
@@ -34,6 +34,13 @@ pub(crate) trait Element: Copy {
 
     /// Where link `k` of a panel lies.
     fn place(panel: *const Self, k: usize) -> *const Self;
+
+    /// Computes the first rows of a strip that `matmul_tall` has.
+    ///
+    /// # Safety
+    /// As its functions.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn multiply_tall(strip: &Strip<f32, Self>);
 }
 
 impl Element for f32 {
@@ -47,6 +54,12 @@ impl Element for f32 {
     fn place(panel: *const f32, k: usize) -> *const f32 {
         panel.wrapping_add(k * LANES)
     }
+
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn multiply_tall(strip: &Strip<f32, f32>) {
+        // SAFETY: the caller's promise.
+        unsafe { matmul_tall::multiply_f32(strip) }
+    }
 }
 
 impl Element for u16 {
@@ -59,6 +72,12 @@ impl Element for u16 {
     #[inline(always)]
     fn place(panel: *const u16, k: usize) -> *const u16 {
         panel.wrapping_add(k / 2 * 2 * LANES)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn multiply_tall(strip: &Strip<f32, u16>) {
+        // SAFETY: the caller's promise.
+        unsafe { matmul_tall::multiply_bf16(strip) }
     }
 }
 
@@ -92,7 +111,36 @@ pub(crate) struct Strip<A, B> {
 /// # Safety
 /// The pointers are valid for the shapes that the fields state, and nobody else uses `y`.
 pub(crate) unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<f32, B>) {
-    level.run(Multiply(strip));
+    // SAFETY: the caller's promise.
+    level.run(Multiply(unsafe { after_tall(level, strip) }));
+}
+
+/// Computes the rows for which the level has code of its own; returns those that are left.
+///
+/// # Safety
+/// As [`multiply`].
+#[cfg(target_arch = "x86_64")]
+unsafe fn after_tall<B: Element>(level: CpuLevel, mut strip: Strip<f32, B>) -> Strip<f32, B> {
+    let links = strip.k > 0 && strip.k.is_multiple_of(matmul_tall::LINKS);
+    if level.has_avx512() && links && strip.panels == matmul_tall::PANELS {
+        while strip.rows >= matmul_tall::ROWS {
+            // SAFETY: the strip is valid, and so are its rows.
+            unsafe {
+                B::multiply_tall(&strip);
+                strip = strip.below(matmul_tall::ROWS);
+            }
+        }
+    }
+    strip
+}
+
+/// As on x86, where no level has such code.
+///
+/// # Safety
+/// Any strip may be given.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn after_tall<B>(_: CpuLevel, strip: Strip<f32, B>) -> Strip<f32, B> {
+    strip
 }
 
 /// Computes a strip of pairs, two links at once.
@@ -127,19 +175,13 @@ const NARROW_ROWS: usize = 3;
 impl<B: Element> Kernel for Multiply<B> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let strip = self.0;
-        for i in (0..strip.rows).step_by(S::ROWS) {
+        let mut strip = self.0;
+        while strip.rows > 0 {
             // SAFETY: the tile is some rows of a strip that `multiply` was promised to be valid.
             unsafe {
-                let tile = Strip {
-                    rows: S::ROWS.min(strip.rows - i),
-                    a: strip.a.add(i * strip.lda),
-                    init: strip.init.add(i * strip.ldi),
-                    y: strip.y.add(i * strip.ldy),
-                    ahead: if i == 0 { strip.ahead } else { 0 },
-                    ..strip
-                };
-                tile.compute(s);
+                let rows = S::ROWS.min(strip.rows);
+                Strip { rows, ..strip }.compute(s);
+                strip = strip.below(rows);
             }
         }
     }
@@ -159,6 +201,27 @@ macro_rules! select {
             _ => unreachable!("no tile of this size"),
         }
     };
+}
+
+impl<A: Copy, B: Copy> Strip<A, B> {
+    /// What is left below the first `rows`, which have fetched what lies ahead.
+    ///
+    /// # Safety
+    /// The strip has so many rows.
+    #[inline(always)]
+    unsafe fn below(self, rows: usize) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Strip {
+                rows: self.rows - rows,
+                a: self.a.add(rows * self.lda),
+                init: self.init.add(rows * self.ldi),
+                y: self.y.add(rows * self.ldy),
+                ahead: 0,
+                ..self
+            }
+        }
+    }
 }
 
 impl<B: Element> Strip<f32, B> {

@@ -31,6 +31,8 @@ mod matmul_amx;
 mod matmul_dot;
 mod matmul_fill;
 mod matmul_form;
+#[cfg(target_arch = "x86_64")]
+mod matmul_tall;
 mod matmul_tile;
 pub mod norm;
 pub mod pack;

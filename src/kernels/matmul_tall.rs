@@ -1,0 +1,196 @@
+//! The inner loop of tall strips on AVX-512, in assembly: twelve rows times two panels.
+//!
+//! The compiler computes the address of each row at each link, and where it may take several links at
+//! once it keeps numbers on the stack. Here four links share their addresses, so that a link is two
+//! loads, twelve broadcasts and 24 multiply-adds: the fewer instructions, the less it matters that
+//! another thread shares the core. Each sum is the same chain as in `matmul_tile`, and so the same bits.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+
+use super::lanes::LANES;
+use super::matmul_tile::Strip;
+
+/// Rows of a tile; with two panels, 24 sums stay in registers.
+pub(crate) const ROWS: usize = 12;
+/// Panels of a tile.
+pub(crate) const PANELS: usize = 2;
+/// Links that share their addresses.
+pub(crate) const LINKS: usize = 4;
+
+/// A row of the link `at` bytes from the row's place: both panels' products are added to its two sums.
+macro_rules! row {
+    ($at:literal, $row:literal, $a:literal, $sum0:literal, $sum1:literal) => {
+        concat!(
+            concat!("vbroadcastss zmm", $a, ", dword ptr [", $row, " + ", $at, "]\n"),
+            concat!("vfmadd231ps zmm", $sum0, ", zmm0, zmm", $a, "\n"),
+            concat!("vfmadd231ps zmm", $sum1, ", zmm1, zmm", $a, "\n"),
+        )
+    };
+}
+
+/// All rows of the link `at` bytes from the rows' places; the panels' numbers are in registers 0 and 1.
+macro_rules! rows {
+    ($at:literal) => {
+        concat!(
+            row!($at, "{row0}", 3, 8, 9),
+            row!($at, "{row0} + {lda}", 4, 10, 11),
+            row!($at, "{row0} + 2 * {lda}", 5, 12, 13),
+            row!($at, "{row3}", 6, 14, 15),
+            row!($at, "{row3} + {lda}", 7, 16, 17),
+            row!($at, "{row3} + 2 * {lda}", 3, 18, 19),
+            row!($at, "{row6}", 4, 20, 21),
+            row!($at, "{row6} + {lda}", 5, 22, 23),
+            row!($at, "{row6} + 2 * {lda}", 6, 24, 25),
+            row!($at, "{row9}", 7, 26, 27),
+            row!($at, "{row9} + {lda}", 3, 28, 29),
+            row!($at, "{row9} + 2 * {lda}", 4, 30, 31),
+        )
+    };
+}
+
+/// The link `at` bytes from the rows' places, of `f32` panels.
+macro_rules! link {
+    ($at:literal, $line:literal) => {
+        concat!(
+            concat!("vmovups zmm0, zmmword ptr [{b} + ", $line, "]\n"),
+            concat!("vmovups zmm1, zmmword ptr [{b} + {stride} + ", $line, "]\n"),
+            rows!($at),
+        )
+    };
+}
+
+/// The first link of a line of bf16 pairs: their lower halves.
+macro_rules! even {
+    ($at:literal, $line:literal) => {
+        concat!(
+            concat!("vpslld zmm0, zmmword ptr [{b} + ", $line, "], 16\n"),
+            concat!("vpslld zmm1, zmmword ptr [{b} + {stride} + ", $line, "], 16\n"),
+            rows!($at),
+        )
+    };
+}
+
+/// The second link of a line of bf16 pairs: their upper halves.
+macro_rules! odd {
+    ($at:literal, $line:literal) => {
+        concat!(
+            concat!("vpandd zmm0, zmm2, zmmword ptr [{b} + ", $line, "]\n"),
+            concat!("vpandd zmm1, zmm2, zmmword ptr [{b} + {stride} + ", $line, "]\n"),
+            rows!($at),
+        )
+    };
+}
+
+/// Fetches a line of both panels of the next strip.
+macro_rules! fetch {
+    ($line:literal) => {
+        concat!(
+            concat!("prefetcht0 byte ptr [{ahead} + ", $line, "]\n"),
+            concat!("prefetcht0 byte ptr [{ahead} + {stride} + ", $line, "]\n"),
+        )
+    };
+}
+
+/// The sums of a tile: `$links` is the code of four links, `$fetches` that which fetches the next strip's,
+/// `$bytes` the length of a panel's part of them.
+macro_rules! sums {
+    ($strip:ident, $fetches:expr, $links:expr, $bytes:literal) => {{
+        let mut sum = [_mm512_setzero_ps(); ROWS * PANELS];
+        let row = |i: usize| $strip.a.wrapping_add(i * $strip.lda);
+        let ahead = $strip.b.wrapping_add($strip.ahead);
+        asm!(
+            "2:",
+            "cmp {b}, {ahead}",
+            "je 3f",
+            $fetches,
+            "3:",
+            $links,
+            concat!("add {b}, ", $bytes),
+            concat!("add {ahead}, ", $bytes),
+            "add {row0}, 16",
+            "add {row3}, 16",
+            "add {row6}, 16",
+            "add {row9}, 16",
+            "dec {steps}",
+            "jnz 2b",
+            b = inout(reg) $strip.b => _,
+            ahead = inout(reg) ahead => _,
+            stride = in(reg) bytes($strip.b, $strip.panel_stride),
+            row0 = inout(reg) row(0) => _,
+            row3 = inout(reg) row(3) => _,
+            row6 = inout(reg) row(6) => _,
+            row9 = inout(reg) row(9) => _,
+            lda = in(reg) bytes($strip.a, $strip.lda),
+            steps = inout(reg) $strip.k / LINKS => _,
+            out("zmm0") _, out("zmm1") _,
+            inout("zmm2") _mm512_set1_epi32(0xffff_0000_u32 as i32) => _,
+            out("zmm3") _, out("zmm4") _, out("zmm5") _, out("zmm6") _, out("zmm7") _,
+            inout("zmm8") sum[0], inout("zmm9") sum[1], inout("zmm10") sum[2],
+            inout("zmm11") sum[3], inout("zmm12") sum[4], inout("zmm13") sum[5],
+            inout("zmm14") sum[6], inout("zmm15") sum[7], inout("zmm16") sum[8],
+            inout("zmm17") sum[9], inout("zmm18") sum[10], inout("zmm19") sum[11],
+            inout("zmm20") sum[12], inout("zmm21") sum[13], inout("zmm22") sum[14],
+            inout("zmm23") sum[15], inout("zmm24") sum[16], inout("zmm25") sum[17],
+            inout("zmm26") sum[18], inout("zmm27") sum[19], inout("zmm28") sum[20],
+            inout("zmm29") sum[21], inout("zmm30") sum[22], inout("zmm31") sum[23],
+            options(nostack, readonly),
+        );
+        sum
+    }};
+}
+
+/// The bytes of so many elements.
+fn bytes<T>(_: *const T, elements: usize) -> usize {
+    elements * size_of::<T>()
+}
+
+/// Computes the first twelve rows of a strip with two `f32` panels and a multiple of four links.
+///
+/// # Safety
+/// As [`multiply`](super::matmul_tile::multiply), with so many rows, panels and links; the machine has
+/// AVX-512 F.
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
+    // SAFETY: the caller's promise; all offsets are inside the shapes stated by the fields.
+    unsafe {
+        let sums = sums!(
+            strip,
+            concat!(fetch!(0), fetch!(64), fetch!(128), fetch!(192)),
+            concat!(link!(0, 0), link!(4, 64), link!(8, 128), link!(12, 192)),
+            256
+        );
+        store(strip, sums);
+    }
+}
+
+/// As [`multiply_f32`], with bf16 panels.
+///
+/// # Safety
+/// As [`multiply_f32`].
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>) {
+    // SAFETY: as above.
+    unsafe {
+        let sums = sums!(
+            strip,
+            concat!(fetch!(0), fetch!(64)),
+            concat!(even!(0, 0), odd!(4, 0), even!(8, 64), odd!(12, 64)),
+            128
+        );
+        store(strip, sums);
+    }
+}
+
+/// Adds the old numbers to the sums and writes them.
+#[target_feature(enable = "avx512f")]
+unsafe fn store<B>(strip: &Strip<f32, B>, sums: [__m512; ROWS * PANELS]) {
+    for (i, sum) in sums.into_iter().enumerate() {
+        let (row, column) = (i / PANELS, i % PANELS * LANES);
+        // SAFETY: the tile lies inside the strip.
+        unsafe {
+            let old = _mm512_loadu_ps(strip.init.add(row * strip.ldi + column));
+            _mm512_storeu_ps(strip.y.add(row * strip.ldy + column), _mm512_add_ps(old, sum));
+        }
+    }
+}
