@@ -78,6 +78,9 @@ const NEAR_OUTPUTS: usize = 1 << 15;
 const TASKS: usize = 4;
 /// Rows of a task at most: one block of k of them lies in the second-level cache.
 const ROW_BLOCK: usize = 256;
+/// Rows that are a multiple of so many numbers apart begin in the same sets of a first-level cache and
+/// drive each other out of it, so that copies are read instead.
+const SAME_SETS: usize = 1024;
 /// Rows of a task that copies the input.
 const COPY_ROWS: usize = 32;
 /// Panels that an inner loop takes at once, at most.
@@ -237,7 +240,8 @@ impl<'a> Product<'a> {
     /// Copies a span of k of the input, one block of k after the other, unless the rows are few and
     /// can be read where they lie.
     fn copy_input<A: Form>(&self, k: &Range<usize>, copied: &mut Vec<A>) {
-        if A::in_place(self.x).is_some() {
+        let apart = !self.k.is_multiple_of(SAME_SETS);
+        if A::in_place(self.x).is_some() && (self.rows <= STREAM_ROWS || apart) {
             return;
         }
         let links = A::block_links(self.k);
