@@ -14,6 +14,7 @@ use super::dispatch::CpuLevel;
 use super::lanes::LANES;
 #[cfg(any(target_arch = "x86_64", test))]
 use super::matmul_amx::Chunk;
+use super::matmul_fetch::Fetch;
 use super::matmul_form::{Form, Step};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_tile::Pair;
@@ -296,6 +297,14 @@ impl<'a> Product<'a> {
     ) {
         let group = best_panels(self.level, rows.len());
         let links = A::block_links(self.k);
+        let step = |panel: usize, k0: usize| {
+            (panel..panels.end.min(panel + group), k0..k.end.min(k0 + links))
+        };
+        let next = |panel: usize, k0: usize| match (panel + group, k0 + links) {
+            (panel, _) if panel < panels.end => Some(step(panel, k0)),
+            (_, k0) if k0 < k.end => Some(step(panels.start, k0)),
+            _ => None,
+        };
         for k0 in k.clone().step_by(links) {
             let kc = links.min(k.end - k0);
             let (a, lda) = match A::in_place(self.x) {
@@ -311,8 +320,9 @@ impl<'a> Product<'a> {
             for panel in panels.clone().step_by(group) {
                 let panels = group.min(panels.end - panel);
                 let (rows, scratch) = (rows.clone(), &mut *scratch);
-                let along_k = rows.len() <= FEW_ROWS;
-                A::step(self, Step { rows, a, lda, panel, panels, k0, kc, along_k, scratch });
+                let next = next(panel, k0);
+                let fetch = Fetch::NONE;
+                A::step(self, Step { rows, a, lda, panel, panels, k0, kc, next, fetch, scratch });
             }
         }
     }
@@ -330,6 +340,7 @@ impl<'a> Product<'a> {
     ) {
         let (rows, column) = (step.rows.len(), step.panel * LANES);
         let first = step.k0 == 0;
+        let goes_on = step.next.as_ref().is_some_and(|(panels, _)| panels.start > step.panel);
         let mut strip = Strip {
             rows,
             k: step.kc,
@@ -338,7 +349,8 @@ impl<'a> Product<'a> {
             b,
             panels: step.panels,
             panel_stride,
-            ahead: if step.along_k { 0 } else { step.panels * panel_stride },
+            ahead: if goes_on { step.panels * panel_stride } else { 0 },
+            fetch: step.fetch,
             init: self.start[column..].as_ptr(),
             ldi: 0,
             y: std::ptr::null_mut(),

@@ -27,6 +27,7 @@ pub(crate) unsafe fn multiply(strip: Strip<Pair, u16>) {
         panels: strip.panels,
         panel_stride: strip.panel_stride / 2,
         ahead: strip.ahead / 2,
+        fetch: strip.fetch,
         init: strip.init,
         ldi: strip.ldi,
         y: strip.y,

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::dispatch::CpuLevel;
 use super::lanes::LANES;
 use super::matmul::{Axis, K_BLOCK, MAX_PANELS, Product, STREAM_ROWS};
+use super::matmul_fetch::Fetch;
 use super::matmul_fill::{copy_rows, fill_panel};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_fill::{fill_pairs, round_rows};
@@ -83,6 +84,9 @@ impl Form for f32 {
                 for (i, into) in step.room().chunks_mut(rows).take(panels).enumerate() {
                     fill_panel(job.level, job.w, job.axis, panel + i, links.clone(), into);
                 }
+                if let Some((panels, links)) = step.next.clone() {
+                    step.fetch = Fetch::new(job.w, job.axis, panels, links);
+                }
                 let panels = (step.scratch.as_ptr().cast::<f32>(), rows * LANES);
                 // SAFETY: the group's panels have just been filled.
                 unsafe { job.columns_of(&step, panels, multiply) }
@@ -143,8 +147,10 @@ pub(crate) struct Step<'a, A: Form> {
     /// The first link and their number.
     pub k0: usize,
     pub kc: usize,
-    /// Whether the next step is the next block of k, not the next group.
-    pub along_k: bool,
+    /// The panels and links of the next step, if there is one.
+    pub next: Option<(Range<usize>, Range<usize>)>,
+    /// What is fetched for the next step meanwhile.
+    pub fetch: Fetch,
     /// What [`Step::room`] gives.
     pub scratch: &'a mut Vec<A::Row>,
 }

@@ -5,6 +5,7 @@
 
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
+use super::matmul_fetch::Fetch;
 #[cfg(target_arch = "x86_64")]
 use super::{matmul_dot, matmul_tall};
 
@@ -98,6 +99,8 @@ pub(crate) struct Strip<A, B> {
     pub panel_stride: usize,
     /// How many elements further on the next strip's panels lie, which the first rows fetch.
     pub ahead: usize,
+    /// What the next strip's panels are filled from, fetched bit by bit.
+    pub fetch: Fetch,
     /// The old values: `[rows, 16 panels]`, `ldi` from row to row (0 for a bias).
     pub init: *const f32,
     pub ldi: usize,
@@ -111,19 +114,29 @@ pub(crate) struct Strip<A, B> {
 /// # Safety
 /// The pointers are valid for the shapes that the fields state, and nobody else uses `y`.
 pub(crate) unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<f32, B>) {
+    let share = strip.fetch.lines().div_ceil(strip.rows.div_ceil(FETCH_ROWS));
     // SAFETY: the caller's promise.
-    level.run(Multiply(unsafe { after_tall(level, strip) }));
+    let rest = unsafe { after_tall(level, strip, share) };
+    level.run(Multiply { strip: rest, share });
 }
+
+/// Rows for which a share of the next panels is fetched.
+const FETCH_ROWS: usize = 12;
 
 /// Computes the rows for which the level has code of its own; returns those that are left.
 ///
 /// # Safety
 /// As [`multiply`].
 #[cfg(target_arch = "x86_64")]
-unsafe fn after_tall<B: Element>(level: CpuLevel, mut strip: Strip<f32, B>) -> Strip<f32, B> {
+unsafe fn after_tall<B: Element>(
+    level: CpuLevel,
+    mut strip: Strip<f32, B>,
+    share: usize,
+) -> Strip<f32, B> {
     let links = strip.k > 0 && strip.k.is_multiple_of(matmul_tall::LINKS);
     if level.has_avx512() && links && strip.panels == matmul_tall::PANELS {
         while strip.rows >= matmul_tall::ROWS {
+            strip.fetch.some(share);
             // SAFETY: the strip is valid, and so are its rows.
             unsafe {
                 B::multiply_tall(&strip);
@@ -139,7 +152,7 @@ unsafe fn after_tall<B: Element>(level: CpuLevel, mut strip: Strip<f32, B>) -> S
 /// # Safety
 /// Any strip may be given.
 #[cfg(not(target_arch = "x86_64"))]
-unsafe fn after_tall<B>(_: CpuLevel, strip: Strip<f32, B>) -> Strip<f32, B> {
+unsafe fn after_tall<B>(_: CpuLevel, strip: Strip<f32, B>, _: usize) -> Strip<f32, B> {
     strip
 }
 
@@ -153,8 +166,11 @@ pub(crate) unsafe fn multiply_pairs(_: CpuLevel, strip: Strip<Pair, u16>) {
     unsafe { matmul_dot::multiply(strip) }
 }
 
-/// A strip whose pointers are valid.
-struct Multiply<B>(Strip<f32, B>);
+/// A strip whose pointers are valid, and the lines that a tile fetches.
+struct Multiply<B> {
+    strip: Strip<f32, B>,
+    share: usize,
+}
 
 /// Panels that a strip of `rows` should take at once: two where the registers hold them, or where
 /// few rows would leave the multipliers waiting for each other.
@@ -175,8 +191,9 @@ const NARROW_ROWS: usize = 3;
 impl<B: Element> Kernel for Multiply<B> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut strip = self.0;
+        let mut strip = self.strip;
         while strip.rows > 0 {
+            strip.fetch.some(self.share);
             // SAFETY: the tile is some rows of a strip that `multiply` was promised to be valid.
             unsafe {
                 let rows = S::ROWS.min(strip.rows);

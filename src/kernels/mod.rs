@@ -29,6 +29,7 @@ pub mod matmul;
 mod matmul_amx;
 #[cfg(target_arch = "x86_64")]
 mod matmul_dot;
+mod matmul_fetch;
 mod matmul_fill;
 mod matmul_form;
 #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,115 @@
+//! Brings the part of a weight closer that the next panels are filled from, while the present ones are
+//! multiplied.
+
+use std::ops::Range;
+
+use super::lanes::LANES;
+use super::matmul::Axis;
+use super::pack::{PackedMatrix, Storage};
+
+/// Bytes of a cache line, and of a row of a panel.
+const LINE: usize = 64;
+
+/// Lines of a weight that have not been fetched yet: runs of equal length, `stride` bytes apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Fetch {
+    run: *const u8,
+    stride: usize,
+    runs: usize,
+    run_lines: usize,
+    /// Lines of the present run that have been fetched.
+    done: usize,
+}
+
+impl Fetch {
+    /// Nothing to fetch.
+    pub(crate) const NONE: Self =
+        Self { run: std::ptr::null(), stride: 0, runs: 0, run_lines: 0, done: 0 };
+
+    /// What `panels` are filled from for the links `k`, which begin at a multiple of sixteen, of the weight
+    /// seen along `axis`.
+    pub(crate) fn new(
+        w: &PackedMatrix,
+        axis: Axis,
+        panels: Range<usize>,
+        k: Range<usize>,
+    ) -> Self {
+        let (start, links) = match &w.storage {
+            Storage::F32(rows) => (rows.as_ptr().cast::<u8>(), 1),
+            Storage::Bf16(rows) => (rows.as_ptr().cast::<u8>(), 2),
+        };
+        let panel = w.in_features().div_ceil(links);
+        let (first, runs, run_lines) = match axis {
+            Axis::Output => {
+                (panels.start * panel + k.start / links, panels.len(), k.len().div_ceil(links))
+            }
+            Axis::Input => {
+                let first = k.start / LANES * panel + panels.start * LANES / links;
+                (first, k.len().div_ceil(LANES), panels.len() * LANES / links)
+            }
+        };
+        let (run, stride) = (start.wrapping_add(first * LINE), panel * LINE);
+        Self { run, stride, runs, run_lines, done: 0 }
+    }
+
+    /// Lines that are left.
+    pub(crate) fn lines(&self) -> usize {
+        (self.runs * self.run_lines).saturating_sub(self.done)
+    }
+
+    /// Fetches the next `lines`, or those that are left.
+    pub(crate) fn some(&mut self, lines: usize) {
+        for _ in 0..lines.min(self.lines()) {
+            prefetch(self.run.wrapping_add(self.done * LINE));
+            self.done += 1;
+            if self.done == self.run_lines {
+                self.run = self.run.wrapping_add(self.stride);
+                (self.runs, self.done) = (self.runs - 1, 0);
+            }
+        }
+    }
+}
+
+/// Brings a line, whether its address is valid or not, into the second-level cache.
+#[cfg(target_arch = "x86_64")]
+fn prefetch(line: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    // SAFETY: any address may be prefetched.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
+}
+
+/// Nothing where no instruction for it is known.
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch(_: *const u8) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The lines that are fetched, as rows of the storage.
+    fn rows(mut fetch: Fetch, w: &PackedMatrix) -> Vec<usize> {
+        let start = match &w.storage {
+            Storage::F32(rows) => rows.as_ptr().addr(),
+            Storage::Bf16(rows) => rows.as_ptr().addr(),
+        };
+        let mut all = Vec::new();
+        while fetch.lines() > 0 {
+            all.push((fetch.run.addr() - start) / LINE + fetch.done);
+            fetch.some(1);
+        }
+        all
+    }
+
+    #[test]
+    fn what_is_fetched_is_what_panels_are_filled_from() {
+        let w = PackedMatrix::from_f32_as_bf16(&[0.0; 64 * 96], 64, 96);
+        let along = rows(Fetch::new(&w, Axis::Output, 1..3, 32..64), &w);
+        assert_eq!(along, (64..80).chain(112..128).collect::<Vec<_>>());
+        let across = rows(Fetch::new(&w, Axis::Input, 2..4, 16..48), &w);
+        assert_eq!(across, (64..80).chain(112..128).collect::<Vec<_>>());
+        let w = PackedMatrix::from_f32(&[0.0; 64 * 96], 64, 96);
+        let across = rows(Fetch::new(&w, Axis::Input, 2..3, 16..32), &w);
+        assert_eq!(across, (128..144).collect::<Vec<_>>());
+        assert_eq!(Fetch::NONE.lines(), 0);
+    }
+}
