@@ -6,6 +6,7 @@ use half::bf16;
 use super::dispatch::CpuLevel::{self, Avx512, Emulated};
 use super::matmul::{Axis, MatmulPrecision, product};
 use super::matmul_amx::{BLOCK_ROWS, Chunk, multiply};
+use super::matmul_fetch::Fetch;
 use super::matmul_form::Form;
 use super::matmul_tile::Strip;
 use super::pack::{PackedMatrix, PairRow};
@@ -236,6 +237,7 @@ fn a_strip_reads_its_rows_and_writes_its_results_only() {
                 panels,
                 panel_stride: 32,
                 ahead: 64,
+                fetch: Fetch::NONE,
                 init: y.as_ptr(),
                 ldi: ldy,
                 y: y.as_mut_ptr(),
