@@ -336,7 +336,7 @@ impl<'a> Product<'a> {
         &self,
         step: &Step<A>,
         (b, panel_stride): (*const B, usize),
-        multiply: unsafe fn(CpuLevel, Strip<A, B>),
+        multiply: impl Fn(CpuLevel, Strip<A, B>),
     ) {
         let (rows, column) = (step.rows.len(), step.panel * LANES);
         let first = step.k0 == 0;

@@ -68,8 +68,10 @@ impl<const PARTS: usize> Form for Chunk<PARTS> {
             Storage::Bf16(w) if job.axis == Axis::Output && whole => {
                 let panel = job.k.div_ceil(2);
                 let rows = &w[step.panel * panel + step.k0 / 2..];
+                // SAFETY: columns_of gives valid strips.
+                let tiles = |level, strip| unsafe { multiply::<PARTS, 1>(level, strip) };
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
-                unsafe { job.columns_of(&step, (rows.as_ptr(), panel), multiply::<PARTS, 1>) }
+                unsafe { job.columns_of(&step, (rows.as_ptr(), panel), tiles) }
             }
             Storage::F32(_) if PARTS == 2 => filled::<PARTS, 2>(job, step, fill_halves),
             _ => filled::<PARTS, 1>(job, step, fill_rounded),
@@ -90,8 +92,10 @@ fn filled<const P: usize, const W: usize>(job: &Product, mut step: Step<Chunk<P>
         fill(job.level, job.w, job.axis, panel + i, links.clone(), into);
     }
     let scratch = (step.scratch.as_flattened().as_flattened().as_ptr(), rows);
+    // SAFETY: columns_of gives valid strips.
+    let tiles = |level, strip| unsafe { multiply::<P, W>(level, strip) };
     // SAFETY: the group's panels have just been filled.
-    unsafe { job.columns_of(&step, scratch, multiply::<P, W>) }
+    unsafe { job.columns_of(&step, scratch, tiles) }
 }
 
 /// The links `k` rounded, padded with zeros to whole tiles.

@@ -10,12 +10,10 @@ use super::matmul_fetch::Fetch;
 use super::matmul_fill::{copy_rows, fill_panel};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_fill::{fill_pairs, round_rows};
-use super::matmul_tile::multiply;
 #[cfg(target_arch = "x86_64")]
-use super::matmul_tile::{Pair, multiply_pairs};
-#[cfg(target_arch = "x86_64")]
-use super::pack::PairRow;
-use super::pack::{RowF32, Storage};
+use super::matmul_tile::{Pair, is_tall, multiply_pairs, multiply_widened};
+use super::matmul_tile::{multiply, multiply_f32};
+use super::pack::{PairRow, RowF32, Storage};
 
 /// The form in which the inner loop reads its operands.
 pub(crate) trait Form: Copy + Send + Sync {
@@ -68,15 +66,27 @@ impl Form for f32 {
             Storage::F32(w) if job.axis == Axis::Output => {
                 let rows = &w[step.panel * job.k + step.k0..];
                 let panels = (rows.as_ptr().cast::<f32>(), job.k * LANES);
+                // SAFETY: columns_of gives valid strips.
+                let direct = |level, strip| unsafe { multiply_f32(level, strip) };
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
-                unsafe { job.columns_of(&step, panels, multiply) }
+                unsafe { job.columns_of(&step, panels, direct) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Storage::Bf16(w)
+                if job.axis == Axis::Output
+                    && is_tall(job.level, step.rows.len(), step.kc, step.panels) =>
+            {
+                let kept = RowF32::elements_mut(step.room()).as_mut_ptr();
+                // SAFETY: the strip is tall, and the scratch has room for a group.
+                let widened = |level, strip| unsafe { multiply_widened(level, strip, kept) };
+                // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
+                unsafe { job.columns_of(&step, step.stored_pairs(w, job.k), widened) }
             }
             Storage::Bf16(w) if job.axis == Axis::Output && few => {
-                let panel = job.k.div_ceil(2);
-                let rows = &w[step.panel * panel + step.k0 / 2..];
-                let panels = (rows.as_ptr().cast::<u16>(), panel * 2 * LANES);
+                // SAFETY: columns_of gives valid strips.
+                let direct = |level, strip| unsafe { multiply(level, strip) };
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
-                unsafe { job.columns_of(&step, panels, multiply) }
+                unsafe { job.columns_of(&step, step.stored_pairs(w, job.k), direct) }
             }
             _ => {
                 let (rows, links) = (step.kc.next_multiple_of(LANES), step.links());
@@ -88,8 +98,10 @@ impl Form for f32 {
                     step.fetch = Fetch::new(job.w, job.axis, panels, links);
                 }
                 let panels = (step.scratch.as_ptr().cast::<f32>(), rows * LANES);
+                // SAFETY: columns_of gives valid strips.
+                let filled = |level, strip| unsafe { multiply_f32(level, strip) };
                 // SAFETY: the group's panels have just been filled.
-                unsafe { job.columns_of(&step, panels, multiply) }
+                unsafe { job.columns_of(&step, panels, filled) }
             }
         }
     }
@@ -111,14 +123,12 @@ impl Form for Pair {
     }
 
     fn step(job: &Product, mut step: Step<Pair>) {
+        // SAFETY: columns_of gives valid strips; the level has been checked to multiply pairs.
+        let pairs = |level, strip| unsafe { multiply_pairs(level, strip) };
         match &job.w.storage {
             Storage::Bf16(w) if job.axis == Axis::Output => {
-                let panel = job.k.div_ceil(2);
-                let rows = &w[step.panel * panel + step.k0 / 2..];
-                let panels = (rows.as_ptr().cast::<u16>(), panel * 2 * LANES);
-                // SAFETY: from link k0 of its first panel on, the storage holds all of the group; the
-                // level has been checked to multiply pairs.
-                unsafe { job.columns_of(&step, panels, multiply_pairs) }
+                // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
+                unsafe { job.columns_of(&step, step.stored_pairs(w, job.k), pairs) }
             }
             _ => {
                 let (rows, links) = (step.kc.next_multiple_of(LANES) / 2, step.links());
@@ -127,8 +137,8 @@ impl Form for Pair {
                     fill_pairs(job.level, job.w, job.axis, panel + i, links.clone(), into);
                 }
                 let panels = (step.scratch.as_ptr().cast::<u16>(), rows * 2 * LANES);
-                // SAFETY: the group's panels have just been filled; the level multiplies pairs.
-                unsafe { job.columns_of(&step, panels, multiply_pairs) }
+                // SAFETY: the group's panels have just been filled.
+                unsafe { job.columns_of(&step, panels, pairs) }
             }
         }
     }
@@ -156,6 +166,14 @@ pub(crate) struct Step<'a, A: Form> {
 }
 
 impl<A: Form> Step<'_, A> {
+    /// The group in a bf16 storage of panels of `k` links, from link `k0` on, and the elements from panel
+    /// to panel.
+    fn stored_pairs(&self, w: &[PairRow], k: usize) -> (*const u16, usize) {
+        let panel = k.div_ceil(2);
+        let rows = &w[self.panel * panel + self.k0 / 2..];
+        (rows.as_ptr().cast(), panel * 2 * LANES)
+    }
+
     fn links(&self) -> Range<usize> {
         self.k0..self.k0 + self.kc
     }

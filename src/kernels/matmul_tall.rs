@@ -60,23 +60,35 @@ macro_rules! link {
     };
 }
 
-/// The first link of a line of bf16 pairs: their lower halves.
+/// Writes a link of `f32` panels.
+macro_rules! keep {
+    ($kept:literal) => {
+        concat!(
+            concat!("vmovups zmmword ptr [{kept} + ", $kept, "], zmm0\n"),
+            concat!("vmovups zmmword ptr [{kept} + {kept_stride} + ", $kept, "], zmm1\n"),
+        )
+    };
+}
+
+/// The first link of a line of bf16 pairs, their lower halves, which is written as `f32`.
 macro_rules! even {
-    ($at:literal, $line:literal) => {
+    ($at:literal, $line:literal, $kept:literal) => {
         concat!(
             concat!("vpslld zmm0, zmmword ptr [{b} + ", $line, "], 16\n"),
             concat!("vpslld zmm1, zmmword ptr [{b} + {stride} + ", $line, "], 16\n"),
+            keep!($kept),
             rows!($at),
         )
     };
 }
 
-/// The second link of a line of bf16 pairs: their upper halves.
+/// The second link of a line of bf16 pairs, their upper halves, which is written as `f32`.
 macro_rules! odd {
-    ($at:literal, $line:literal) => {
+    ($at:literal, $line:literal, $kept:literal) => {
         concat!(
             concat!("vpandd zmm0, zmm2, zmmword ptr [{b} + ", $line, "]\n"),
             concat!("vpandd zmm1, zmm2, zmmword ptr [{b} + {stride} + ", $line, "]\n"),
+            keep!($kept),
             rows!($at),
         )
     };
@@ -93,9 +105,9 @@ macro_rules! fetch {
 }
 
 /// The sums of a tile: `$links` is the code of four links, `$fetches` that which fetches the next strip's,
-/// `$bytes` the length of a panel's part of them.
+/// `$bytes` the length of a panel's part of them; further operands follow.
 macro_rules! sums {
-    ($strip:ident, $fetches:expr, $links:expr, $bytes:literal) => {{
+    ($strip:ident, $fetches:expr, $links:expr, $bytes:literal, $($operands:tt)*) => {{
         let mut sum = [_mm512_setzero_ps(); ROWS * PANELS];
         let row = |i: usize| $strip.a.wrapping_add(i * $strip.lda);
         let ahead = $strip.b.wrapping_add($strip.ahead);
@@ -123,6 +135,7 @@ macro_rules! sums {
             row9 = inout(reg) row(9) => _,
             lda = in(reg) bytes($strip.a, $strip.lda),
             steps = inout(reg) $strip.k / LINKS => _,
+            $($operands)*
             out("zmm0") _, out("zmm1") _,
             inout("zmm2") _mm512_set1_epi32(0xffff_0000_u32 as i32) => _,
             out("zmm3") _, out("zmm4") _, out("zmm5") _, out("zmm6") _, out("zmm7") _,
@@ -134,7 +147,7 @@ macro_rules! sums {
             inout("zmm23") sum[15], inout("zmm24") sum[16], inout("zmm25") sum[17],
             inout("zmm26") sum[18], inout("zmm27") sum[19], inout("zmm28") sum[20],
             inout("zmm29") sum[21], inout("zmm30") sum[22], inout("zmm31") sum[23],
-            options(nostack, readonly),
+            options(nostack),
         );
         sum
     }};
@@ -158,25 +171,33 @@ pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
             strip,
             concat!(fetch!(0), fetch!(64), fetch!(128), fetch!(192)),
             concat!(link!(0, 0), link!(4, 64), link!(8, 128), link!(12, 192)),
-            256
+            256,
         );
         store(strip, sums);
     }
 }
 
-/// As [`multiply_f32`], with bf16 panels.
+/// As [`multiply_f32`], with bf16 panels, which are written to `kept` as `f32` panels on the way.
 ///
 /// # Safety
-/// As [`multiply_f32`].
+/// As [`multiply_f32`]; `kept` has room for both panels.
 #[target_feature(enable = "avx512f")]
-pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>) {
+pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
     // SAFETY: as above.
     unsafe {
         let sums = sums!(
             strip,
             concat!(fetch!(0), fetch!(64)),
-            concat!(even!(0, 0), odd!(4, 0), even!(8, 64), odd!(12, 64)),
-            128
+            concat!(
+                even!(0, 0, 0),
+                odd!(4, 0, 64),
+                even!(8, 64, 128),
+                odd!(12, 64, 192),
+                "add {kept}, 256\n"
+            ),
+            128,
+            kept = inout(reg) kept => _,
+            kept_stride = in(reg) bytes(strip.a, strip.k * LANES),
         );
         store(strip, sums);
     }

@@ -35,13 +35,6 @@ pub(crate) trait Element: Copy {
 
     /// Where link `k` of a panel lies.
     fn place(panel: *const Self, k: usize) -> *const Self;
-
-    /// Computes the first rows of a strip that `matmul_tall` has.
-    ///
-    /// # Safety
-    /// As its functions.
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn multiply_tall(strip: &Strip<f32, Self>);
 }
 
 impl Element for f32 {
@@ -55,12 +48,6 @@ impl Element for f32 {
     fn place(panel: *const f32, k: usize) -> *const f32 {
         panel.wrapping_add(k * LANES)
     }
-
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn multiply_tall(strip: &Strip<f32, f32>) {
-        // SAFETY: the caller's promise.
-        unsafe { matmul_tall::multiply_f32(strip) }
-    }
 }
 
 impl Element for u16 {
@@ -73,12 +60,6 @@ impl Element for u16 {
     #[inline(always)]
     fn place(panel: *const u16, k: usize) -> *const u16 {
         panel.wrapping_add(k / 2 * 2 * LANES)
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn multiply_tall(strip: &Strip<f32, u16>) {
-        // SAFETY: the caller's promise.
-        unsafe { matmul_tall::multiply_bf16(strip) }
     }
 }
 
@@ -114,47 +95,69 @@ pub(crate) struct Strip<A, B> {
 /// # Safety
 /// The pointers are valid for the shapes that the fields state, and nobody else uses `y`.
 pub(crate) unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<f32, B>) {
-    let share = strip.fetch.lines().div_ceil(strip.rows.div_ceil(FETCH_ROWS));
-    // SAFETY: the caller's promise.
-    let rest = unsafe { after_tall(level, strip, share) };
-    level.run(Multiply { strip: rest, share });
+    level.run(Multiply { strip, share: strip.fetch_share() });
 }
 
-/// Rows for which a share of the next panels is fetched.
-const FETCH_ROWS: usize = 12;
+/// [`multiply`] of `f32` panels, tall strips by code of their own.
+///
+/// # Safety
+/// As [`multiply`].
+pub(crate) unsafe fn multiply_f32(level: CpuLevel, strip: Strip<f32, f32>) {
+    // SAFETY: the caller's promise.
+    #[cfg(target_arch = "x86_64")]
+    let strip = unsafe { after_tall(level, strip) };
+    // SAFETY: the caller's promise.
+    unsafe { multiply(level, strip) }
+}
 
-/// Computes the rows for which the level has code of its own; returns those that are left.
+/// [`multiply`] of bf16 panels, which the first rows widen into `kept` for the others.
+///
+/// # Safety
+/// As [`multiply`] of a strip for which [`is_tall`] holds; `kept` has room for two `f32` panels.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe fn multiply_widened(
+    level: CpuLevel,
+    strip: Strip<f32, u16>,
+    kept: *mut f32,
+) {
+    // SAFETY: the caller's promise; the first rows have filled the panels.
+    unsafe {
+        matmul_tall::multiply_bf16(&strip, kept);
+        let panel_stride = strip.k * LANES;
+        multiply_f32(level, strip.below(matmul_tall::ROWS).with_panels(kept, panel_stride));
+    }
+}
+
+/// Whether strips of this size have code of their own at this level.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn is_tall(level: CpuLevel, rows: usize, links: usize, panels: usize) -> bool {
+    level.has_avx512()
+        && rows >= matmul_tall::ROWS
+        && links > 0
+        && links.is_multiple_of(matmul_tall::LINKS)
+        && panels == matmul_tall::PANELS
+}
+
+/// Computes the rows that have code of their own; returns those that are left.
 ///
 /// # Safety
 /// As [`multiply`].
 #[cfg(target_arch = "x86_64")]
-unsafe fn after_tall<B: Element>(
-    level: CpuLevel,
-    mut strip: Strip<f32, B>,
-    share: usize,
-) -> Strip<f32, B> {
-    let links = strip.k > 0 && strip.k.is_multiple_of(matmul_tall::LINKS);
-    if level.has_avx512() && links && strip.panels == matmul_tall::PANELS {
-        while strip.rows >= matmul_tall::ROWS {
-            strip.fetch.some(share);
-            // SAFETY: the strip is valid, and so are its rows.
-            unsafe {
-                B::multiply_tall(&strip);
-                strip = strip.below(matmul_tall::ROWS);
-            }
+unsafe fn after_tall(level: CpuLevel, mut strip: Strip<f32, f32>) -> Strip<f32, f32> {
+    let share = strip.fetch_share();
+    while is_tall(level, strip.rows, strip.k, strip.panels) {
+        strip.fetch.some(share);
+        // SAFETY: the strip is valid, and so are its rows.
+        unsafe {
+            matmul_tall::multiply_f32(&strip);
+            strip = strip.below(matmul_tall::ROWS);
         }
     }
     strip
 }
 
-/// As on x86, where no level has such code.
-///
-/// # Safety
-/// Any strip may be given.
-#[cfg(not(target_arch = "x86_64"))]
-unsafe fn after_tall<B>(_: CpuLevel, strip: Strip<f32, B>, _: usize) -> Strip<f32, B> {
-    strip
-}
+/// Rows for which a share of the next panels is fetched.
+const FETCH_ROWS: usize = 12;
 
 /// Computes a strip of pairs, two links at once.
 ///
@@ -221,6 +224,18 @@ macro_rules! select {
 }
 
 impl<A: Copy, B: Copy> Strip<A, B> {
+    /// The same strip with other panels.
+    #[cfg(target_arch = "x86_64")]
+    fn with_panels<C>(self, b: *const C, panel_stride: usize) -> Strip<A, C> {
+        let Self { rows, k, a, lda, panels, ahead, fetch, init, ldi, y, ldy, .. } = self;
+        Strip { rows, k, a, lda, b, panels, panel_stride, ahead, fetch, init, ldi, y, ldy }
+    }
+
+    /// Lines that each tile of the strip fetches.
+    fn fetch_share(&self) -> usize {
+        self.fetch.lines().div_ceil(self.rows.div_ceil(FETCH_ROWS).max(1))
+    }
+
     /// What is left below the first `rows`, which have fetched what lies ahead.
     ///
     /// # Safety
