@@ -85,7 +85,10 @@ pub fn forward(
 ) -> LogpForward {
     let job = Job::new(h, head, targets, options);
     let mut result = job.empty_result();
-    job.chunks(|job, chunk, logits| drop(job.read_chunk(chunk, logits, &mut result)));
+    job.chunks(|job, chunk, logits| {
+        let read = job.for_rows(&chunk, logits, |at, row| job.read_row(at, row));
+        job.keep(chunk, read, &mut result);
+    });
     result
 }
 
@@ -104,9 +107,14 @@ pub fn forward_backward(
     assert!(dentropy.is_none_or(|d| d.len() == job.rows), "entropy lengths disagree");
     let mut result = job.empty_result();
     job.chunks(|job, chunk, logits| {
-        let entropy = job.read_chunk(chunk.clone(), logits, &mut result);
-        let pulls = Pulls { lse: &result.lse, weights, dentropy, entropy };
-        job.pull_chunk(chunk, logits, &pulls, dh);
+        let read = job.for_rows(&chunk, logits, |at, row| {
+            let read = job.read_row(at, row);
+            let (lse, entropy) = (read.stats.lse(), read.stats.entropy as f32);
+            job.pull_row(at, row, weights, (lse, entropy, dentropy));
+            read
+        });
+        job.pull_chunk(&chunk, logits, dh);
+        job.keep(chunk, read, &mut result);
     });
     result
 }
@@ -129,18 +137,18 @@ pub fn backward(
     let job = Job::new(h, head, targets, options);
     assert!(lse.len() == job.rows && dentropy.is_none_or(|d| d.len() == job.rows));
     job.chunks(|job, chunk, logits| {
-        let entropy = job.for_rows(logits, |i, row| {
-            let rule = RowRule::of(options.rules, chunk.start + i);
-            match dentropy {
+        job.for_rows(&chunk, logits, |at, row| {
+            let rule = RowRule::of(options.rules, at);
+            let entropy = match dentropy {
                 Some(_) => RowStats::of(row, &options, rule).entropy as f32,
                 None => {
                     squash(CpuLevel::detect(), row, &options, rule);
                     0.0
                 }
-            }
+            };
+            job.pull_row(at, row, dlogp, (lse[at], entropy, dentropy));
         });
-        let pulls = Pulls { lse, weights: dlogp, dentropy, entropy };
-        job.pull_chunk(chunk, logits, &pulls, dh);
+        job.pull_chunk(&chunk, logits, dh);
     });
 }
 
@@ -160,16 +168,10 @@ struct Job<'a> {
     rows: usize,
 }
 
-/// What the gradient of the logits is made of.
-struct Pulls<'a> {
-    /// Of all rows.
-    lse: &'a [f32],
-    /// Of all targets.
-    weights: &'a [f32],
-    /// Of all rows.
-    dentropy: Option<&'a [f32]>,
-    /// Of the chunk's rows.
-    entropy: Vec<f32>,
+/// What is read of a row of logits: its statistics, and the log-probs of its targets.
+struct Read {
+    stats: RowStats,
+    logps: Vec<f32>,
 }
 
 /// A range of rows, or of targets.
@@ -222,51 +224,60 @@ impl<'a> Job<'a> {
         before(chunk.start)..before(chunk.end)
     }
 
-    /// Turns raw logits into `l` and fills in the chunk's part of `result`; returns the entropies.
-    fn read_chunk(&self, chunk: Rows, logits: &mut [f32], result: &mut LogpForward) -> Vec<f32> {
-        let v = self.head.out_features();
-        let rule = |i: usize| RowRule::of(self.options.rules, chunk.start + i);
-        let stats = self.for_rows(logits, |i, row| RowStats::of(row, &self.options, rule(i)));
-        for (row, stats) in chunk.clone().zip(&stats) {
+    /// Turns row `at` of the raw logits into `l` and reads it.
+    fn read_row(&self, at: usize, row: &mut [f32]) -> Read {
+        let stats = RowStats::of(row, &self.options, RowRule::of(self.options.rules, at));
+        let targets = self.targets[self.targets_of(at..at + 1)].iter();
+        let logps = targets.map(|target| stats.logp(row[target.token as usize])).collect();
+        Read { stats, logps }
+    }
+
+    /// Fills in the chunk's part of `result`.
+    fn keep(&self, chunk: Rows, read: Vec<Read>, result: &mut LogpForward) {
+        let targets = self.targets_of(chunk.clone());
+        let logps = read.iter().flat_map(|read| &read.logps);
+        result.logp[targets].iter_mut().zip(logps).for_each(|(to, logp)| *to = *logp);
+        for (row, Read { stats, .. }) in chunk.zip(&read) {
             result.lse[row] = stats.lse();
             result.argmax[row] = stats.argmax;
             if let Some(entropy) = &mut result.entropy {
                 entropy[row] = stats.entropy as f32;
             }
         }
-        for i in self.targets_of(chunk.clone()) {
-            let (row, token) = (self.targets[i].row as usize - chunk.start, self.targets[i].token);
-            result.logp[i] = stats[row].logp(logits[row * v + token as usize]);
-        }
-        stats.iter().map(|stats| stats.entropy as f32).collect()
     }
 
-    /// Turns the chunk's `l` into the gradient of the raw logits, and that into rows of `dh`.
-    fn pull_chunk(&self, chunk: Rows, logits: &mut [f32], pulls: &Pulls, dh: &mut [f32]) {
-        self.for_rows(logits, |i, row| {
-            let at = chunk.start + i;
-            let of_row = self.targets_of(at..at + 1);
-            let pull = Pull {
-                lse: pulls.lse[at],
-                weight: pulls.weights[of_row.clone()].iter().sum(),
-                dentropy: pulls.dentropy.map_or(0.0, |d| d[at]),
-                entropy: pulls.entropy[i],
-            };
-            let targets = of_row.map(|i| (self.targets[i].token as usize, pulls.weights[i]));
-            let rule = RowRule::of(self.options.rules, at);
-            gradient_row(CpuLevel::detect(), row, &self.options, rule, pull, targets);
-        });
+    /// Turns row `at` of `l` into the gradient of the raw logits, given the weights of all targets, the
+    /// row's log of the sum of exponentials and its entropy, and the gradients of all entropies.
+    fn pull_row(
+        &self,
+        at: usize,
+        row: &mut [f32],
+        weights: &[f32],
+        (lse, entropy, dentropy): (f32, f32, Option<&[f32]>),
+    ) {
+        let of_row = self.targets_of(at..at + 1);
+        let weight = weights[of_row.clone()].iter().sum();
+        let pull = Pull { lse, weight, dentropy: dentropy.map_or(0.0, |d| d[at]), entropy };
+        let targets = of_row.map(|i| (self.targets[i].token as usize, weights[i]));
+        let rule = RowRule::of(self.options.rules, at);
+        gradient_row(CpuLevel::detect(), row, &self.options, rule, pull, targets);
+    }
+
+    /// Turns the gradient of the chunk's raw logits into rows of `dh`.
+    fn pull_chunk(&self, chunk: &Rows, logits: &[f32], dh: &mut [f32]) {
         let d = self.head.in_features();
         let dh = &mut dh[chunk.start * d..chunk.end * d];
         matmul_input_grad(logits, self.head, self.options.precision, dh);
     }
 
+    /// The results of `work` on each row of the chunk, given its place among all rows.
     fn for_rows<R: Send>(
         &self,
+        chunk: &Rows,
         logits: &mut [f32],
         work: impl Fn(usize, &mut [f32]) -> R + Sync + Send,
     ) -> Vec<R> {
-        let rows = logits.chunks_mut(self.head.out_features()).enumerate();
-        map(rows, |(i, row)| work(i, row))
+        let rows = chunk.clone().zip(logits.chunks_mut(self.head.out_features()));
+        map(rows, |(at, row)| work(at, row))
     }
 }
