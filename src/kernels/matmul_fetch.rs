@@ -28,12 +28,7 @@ impl Fetch {
 
     /// What `panels` are filled from for the links `k`, which begin at a multiple of sixteen, of the weight
     /// seen along `axis`.
-    pub(crate) fn new(
-        w: &PackedMatrix,
-        axis: Axis,
-        panels: Range<usize>,
-        k: Range<usize>,
-    ) -> Self {
+    pub(crate) fn new(w: &PackedMatrix, axis: Axis, panels: Range<usize>, k: Range<usize>) -> Self {
         let (start, links) = match &w.storage {
             Storage::F32(rows) => (rows.as_ptr().cast::<u8>(), 1),
             Storage::Bf16(rows) => (rows.as_ptr().cast::<u8>(), 2),

@@ -104,9 +104,18 @@ macro_rules! fetch {
     };
 }
 
-/// The sums of a tile: `$links` is the code of four links, `$fetches` that which fetches the next strip's,
+/// Adds the old numbers to the given sums and writes them; one by one, so that they stay in registers.
+macro_rules! finish {
+    ($strip:ident, $sum:ident, $($i:literal)*) => {$({
+        let (row, column) = ($i / PANELS, $i % PANELS * LANES);
+        let old = _mm512_loadu_ps($strip.init.add(row * $strip.ldi + column));
+        _mm512_storeu_ps($strip.y.add(row * $strip.ldy + column), _mm512_add_ps(old, $sum[$i]));
+    })*};
+}
+
+/// A tile: `$links` is the code of four links, `$fetches` that which fetches the next strip's,
 /// `$bytes` the length of a panel's part of them; further operands follow.
-macro_rules! sums {
+macro_rules! tile {
     ($strip:ident, $fetches:expr, $links:expr, $bytes:literal, $($operands:tt)*) => {{
         let mut sum = [_mm512_setzero_ps(); ROWS * PANELS];
         let row = |i: usize| $strip.a.wrapping_add(i * $strip.lda);
@@ -149,7 +158,7 @@ macro_rules! sums {
             inout("zmm29") sum[21], inout("zmm30") sum[22], inout("zmm31") sum[23],
             options(nostack),
         );
-        sum
+        finish!($strip, sum, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
     }};
 }
 
@@ -167,13 +176,12 @@ fn bytes<T>(_: *const T, elements: usize) -> usize {
 pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
     // SAFETY: the caller's promise; all offsets are inside the shapes stated by the fields.
     unsafe {
-        let sums = sums!(
+        tile!(
             strip,
             concat!(fetch!(0), fetch!(64), fetch!(128), fetch!(192)),
             concat!(link!(0, 0), link!(4, 64), link!(8, 128), link!(12, 192)),
             256,
         );
-        store(strip, sums);
     }
 }
 
@@ -185,7 +193,7 @@ pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
 pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
     // SAFETY: as above.
     unsafe {
-        let sums = sums!(
+        tile!(
             strip,
             concat!(fetch!(0), fetch!(64)),
             concat!(
@@ -199,19 +207,5 @@ pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
             kept = inout(reg) kept => _,
             kept_stride = in(reg) bytes(strip.a, strip.k * LANES),
         );
-        store(strip, sums);
-    }
-}
-
-/// Adds the old numbers to the sums and writes them.
-#[target_feature(enable = "avx512f")]
-unsafe fn store<B>(strip: &Strip<f32, B>, sums: [__m512; ROWS * PANELS]) {
-    for (i, sum) in sums.into_iter().enumerate() {
-        let (row, column) = (i / PANELS, i % PANELS * LANES);
-        // SAFETY: the tile lies inside the strip.
-        unsafe {
-            let old = _mm512_loadu_ps(strip.init.add(row * strip.ldi + column));
-            _mm512_storeu_ps(strip.y.add(row * strip.ldy + column), _mm512_add_ps(old, sum));
-        }
     }
 }

@@ -115,11 +115,7 @@ pub(crate) unsafe fn multiply_f32(level: CpuLevel, strip: Strip<f32, f32>) {
 /// # Safety
 /// As [`multiply`] of a strip for which [`is_tall`] holds; `kept` has room for two `f32` panels.
 #[cfg(target_arch = "x86_64")]
-pub(crate) unsafe fn multiply_widened(
-    level: CpuLevel,
-    strip: Strip<f32, u16>,
-    kept: *mut f32,
-) {
+pub(crate) unsafe fn multiply_widened(level: CpuLevel, strip: Strip<f32, u16>, kept: *mut f32) {
     // SAFETY: the caller's promise; the first rows have filled the panels.
     unsafe {
         matmul_tall::multiply_bf16(&strip, kept);
