@@ -71,7 +71,7 @@ pub fn snake_flags(args: impl IntoIterator<Item = String>) -> Vec<String> {
 /// # Errors
 /// If the threads cannot be started.
 pub fn start_up() -> Result<()> {
-    keep_freed_pages();
+    set_up_heap();
     let threads = rayon::ThreadPoolBuilder::new().use_current_thread();
     threads.build_global().map_err(|error| {
         Error::failure(format!(
@@ -81,13 +81,14 @@ pub fn start_up() -> Result<()> {
 }
 
 /// glibc's heap joins freed neighbours, so that what is in use and what is resident differ by
-/// little.
-fn keep_freed_pages() {
+/// little. It grows by many pages at a time, so that weights can lie on huge ones.
+fn set_up_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: sets numbers inside the allocator, which may be done at any time.
     unsafe {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
 }
 
