@@ -102,12 +102,18 @@ pub(crate) unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<f32, B>)
 ///
 /// # Safety
 /// As [`multiply`].
-pub(crate) unsafe fn multiply_f32(level: CpuLevel, strip: Strip<f32, f32>) {
+pub(crate) unsafe fn multiply_f32(
+    level: CpuLevel,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))] mut strip: Strip<f32, f32>,
+) {
     // SAFETY: the caller's promise.
-    #[cfg(target_arch = "x86_64")]
-    let strip = unsafe { after_tall(level, strip) };
-    // SAFETY: the caller's promise.
-    unsafe { multiply(level, strip) }
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        do_tall(level, &mut strip);
+        if strip.rows > 0 {
+            multiply(level, strip);
+        }
+    }
 }
 
 /// [`multiply`] of bf16 panels, which the first rows widen into `kept` for the others.
@@ -115,12 +121,12 @@ pub(crate) unsafe fn multiply_f32(level: CpuLevel, strip: Strip<f32, f32>) {
 /// # Safety
 /// As [`multiply`] of a strip for which [`is_tall`] holds; `kept` has room for two `f32` panels.
 #[cfg(target_arch = "x86_64")]
-pub(crate) unsafe fn multiply_widened(level: CpuLevel, strip: Strip<f32, u16>, kept: *mut f32) {
+pub(crate) unsafe fn multiply_widened(level: CpuLevel, mut strip: Strip<f32, u16>, kept: *mut f32) {
     // SAFETY: the caller's promise; the first rows have filled the panels.
     unsafe {
         matmul_tall::multiply_bf16(&strip, kept);
-        let panel_stride = strip.k * LANES;
-        multiply_f32(level, strip.below(matmul_tall::ROWS).with_panels(kept, panel_stride));
+        strip.advance(matmul_tall::ROWS);
+        multiply_f32(level, strip.with_panels(kept, strip.k * LANES));
     }
 }
 
@@ -134,22 +140,21 @@ pub(crate) fn is_tall(level: CpuLevel, rows: usize, links: usize, panels: usize)
         && panels == matmul_tall::PANELS
 }
 
-/// Computes the rows that have code of their own; returns those that are left.
+/// Computes the rows that have code of their own and leaves them out.
 ///
 /// # Safety
 /// As [`multiply`].
 #[cfg(target_arch = "x86_64")]
-unsafe fn after_tall(level: CpuLevel, mut strip: Strip<f32, f32>) -> Strip<f32, f32> {
+unsafe fn do_tall(level: CpuLevel, strip: &mut Strip<f32, f32>) {
     let share = strip.fetch_share();
     while is_tall(level, strip.rows, strip.k, strip.panels) {
         strip.fetch.some(share);
         // SAFETY: the strip is valid, and so are its rows.
         unsafe {
-            matmul_tall::multiply_f32(&strip);
-            strip = strip.below(matmul_tall::ROWS);
+            matmul_tall::multiply_f32(strip);
+            strip.advance(matmul_tall::ROWS);
         }
     }
-    strip
 }
 
 /// Rows for which a share of the next panels is fetched.
@@ -197,7 +202,7 @@ impl<B: Element> Kernel for Multiply<B> {
             unsafe {
                 let rows = S::ROWS.min(strip.rows);
                 Strip { rows, ..strip }.compute(s);
-                strip = strip.below(rows);
+                strip.advance(rows);
             }
         }
     }
@@ -232,22 +237,19 @@ impl<A: Copy, B: Copy> Strip<A, B> {
         self.fetch.lines().div_ceil(self.rows.div_ceil(FETCH_ROWS).max(1))
     }
 
-    /// What is left below the first `rows`, which have fetched what lies ahead.
+    /// Leaves out the first `rows`, which have fetched what lies ahead.
     ///
     /// # Safety
     /// The strip has so many rows.
     #[inline(always)]
-    unsafe fn below(self, rows: usize) -> Self {
+    unsafe fn advance(&mut self, rows: usize) {
         // SAFETY: the caller's promise.
         unsafe {
-            Strip {
-                rows: self.rows - rows,
-                a: self.a.add(rows * self.lda),
-                init: self.init.add(rows * self.ldi),
-                y: self.y.add(rows * self.ldy),
-                ahead: 0,
-                ..self
-            }
+            self.rows -= rows;
+            self.a = self.a.add(rows * self.lda);
+            self.init = self.init.add(rows * self.ldi);
+            self.y = self.y.add(rows * self.ldy);
+            self.ahead = 0;
         }
     }
 }
