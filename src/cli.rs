@@ -81,14 +81,14 @@ pub fn start_up() -> Result<()> {
 }
 
 /// glibc's heap joins freed neighbours, so that what is in use and what is resident differ by
-/// little. It grows by many pages at a time, so that weights can lie on huge ones.
+/// little. It grows by whole huge pages, so that weights can lie on them.
 fn set_up_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: sets numbers inside the allocator, which may be done at any time.
     unsafe {
         libc::mallopt(libc::M_MMAP_MAX, 0);
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
-        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+        libc::mallopt(libc::M_TOP_PAD, 4 << 20);
     }
 }
 

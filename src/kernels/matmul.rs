@@ -15,7 +15,7 @@ use super::lanes::LANES;
 #[cfg(any(target_arch = "x86_64", test))]
 use super::matmul_amx::Chunk;
 use super::matmul_fetch::Fetch;
-use super::matmul_form::{Form, Step};
+use super::matmul_form::{Form, Panels, Step};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_tile::Pair;
 use super::matmul_tile::{Strip, best_panels};
@@ -86,8 +86,8 @@ const SAME_SETS: usize = 1024;
 const COPY_ROWS: usize = 32;
 /// Panels that an inner loop takes at once, at most.
 pub(crate) const MAX_PANELS: usize = 2;
-/// Rows up to which `f32` products read a bf16 weight straight from its storage, and the input where
-/// it lies.
+/// Rows up to which `f32` products read a bf16 weight straight from its storage (unless tall strips widen it),
+/// and the input where it lies whatever the distance of its rows.
 pub(crate) const STREAM_ROWS: usize = 64;
 /// Rows up to which the weight is read panel by panel, each from its beginning to its end, because
 /// memory is slower than the products.
@@ -238,8 +238,8 @@ impl<'a> Product<'a> {
         }
     }
 
-    /// Copies a span of k of the input, one block of k after the other, unless the rows are few and
-    /// can be read where they lie.
+    /// Copies a span of k of the input, one block of k after the other, unless it can be read where it lies:
+    /// the rows are few, or do not begin in the same sets.
     fn copy_input<A: Form>(&self, k: &Range<usize>, copied: &mut Vec<A>) {
         let apart = !self.k.is_multiple_of(SAME_SETS);
         if A::in_place(self.x).is_some() && (self.rows <= STREAM_ROWS || apart) {
@@ -330,17 +330,17 @@ impl<'a> Product<'a> {
     /// Runs the strip of a panel group; a last, partial panel goes through a buffer.
     ///
     /// # Safety
-    /// `step` has `kc` links of its rows at `a`, and there are as many of its panels at `b`,
-    /// `panel_stride` elements apart; `multiply` computes a valid strip.
+    /// `step` has `kc` links of its rows at `a`, and as many of its panels are given; `multiply` computes a
+    /// valid strip.
     pub(crate) unsafe fn columns_of<A: Form, B>(
         &self,
         step: &Step<A>,
-        (b, panel_stride): (*const B, usize),
+        Panels { b, stride: panel_stride, stored }: Panels<B>,
         multiply: impl Fn(CpuLevel, Strip<A, B>),
     ) {
         let (rows, column) = (step.rows.len(), step.panel * LANES);
         let first = step.k0 == 0;
-        let goes_on = step.next.as_ref().is_some_and(|(panels, _)| panels.start > step.panel);
+        let follows = step.next.as_ref().is_some_and(|(panels, _)| panels.start > step.panel);
         let mut strip = Strip {
             rows,
             k: step.kc,
@@ -349,7 +349,7 @@ impl<'a> Product<'a> {
             b,
             panels: step.panels,
             panel_stride,
-            ahead: if goes_on { step.panels * panel_stride } else { 0 },
+            ahead: if stored && follows { step.panels * panel_stride } else { 0 },
             fetch: step.fetch,
             init: self.start[column..].as_ptr(),
             ldi: 0,

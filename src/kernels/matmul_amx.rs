@@ -14,7 +14,7 @@ use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::matmul::{Axis, Product};
 use super::matmul_fill::{fill_pairs, fill_panel};
-use super::matmul_form::{Form, Step};
+use super::matmul_form::{Form, Panels, Step};
 use super::matmul_tile::Strip;
 use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
 
@@ -68,10 +68,11 @@ impl<const PARTS: usize> Form for Chunk<PARTS> {
             Storage::Bf16(w) if job.axis == Axis::Output && whole => {
                 let panel = job.k.div_ceil(2);
                 let rows = &w[step.panel * panel + step.k0 / 2..];
+                let panels = Panels { b: rows.as_ptr(), stride: panel, stored: true };
                 // SAFETY: columns_of gives valid strips.
                 let tiles = |level, strip| unsafe { multiply::<PARTS, 1>(level, strip) };
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
-                unsafe { job.columns_of(&step, (rows.as_ptr(), panel), tiles) }
+                unsafe { job.columns_of(&step, panels, tiles) }
             }
             Storage::F32(_) if PARTS == 2 => filled::<PARTS, 2>(job, step, fill_halves),
             _ => filled::<PARTS, 1>(job, step, fill_rounded),
@@ -91,7 +92,8 @@ fn filled<const P: usize, const W: usize>(job: &Product, mut step: Step<Chunk<P>
     for (i, into) in scratch.chunks_mut(rows).take(panels).enumerate() {
         fill(job.level, job.w, job.axis, panel + i, links.clone(), into);
     }
-    let scratch = (step.scratch.as_flattened().as_flattened().as_ptr(), rows);
+    let b = step.scratch.as_flattened().as_flattened().as_ptr();
+    let scratch = Panels { b, stride: rows, stored: false };
     // SAFETY: columns_of gives valid strips.
     let tiles = |level, strip| unsafe { multiply::<P, W>(level, strip) };
     // SAFETY: the group's panels have just been filled.

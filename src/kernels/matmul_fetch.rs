@@ -48,11 +48,13 @@ impl Fetch {
     }
 
     /// Lines that are left.
+    #[inline(always)]
     pub(crate) fn lines(&self) -> usize {
         (self.runs * self.run_lines).saturating_sub(self.done)
     }
 
     /// Fetches the next `lines`, or those that are left.
+    #[inline(always)]
     pub(crate) fn some(&mut self, lines: usize) {
         for _ in 0..lines.min(self.lines()) {
             prefetch(self.run.wrapping_add(self.done * LINE));
@@ -67,6 +69,7 @@ impl Fetch {
 
 /// Brings a line, whether its address is valid or not, into the second-level cache.
 #[cfg(target_arch = "x86_64")]
+#[inline(always)]
 fn prefetch(line: *const u8) {
     use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
     // SAFETY: any address may be prefetched.

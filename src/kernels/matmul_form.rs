@@ -37,7 +37,7 @@ pub(crate) trait Form: Copy + Send + Sync {
     fn row_elements(links: usize) -> usize {
         links.div_ceil(Self::LINKS)
     }
-    /// The input itself, where a few rows of it can be read without a copy.
+    /// The input itself, if its elements are of this form.
     fn in_place(x: &[f32]) -> Option<&[Self]>;
     /// Copies the first `width` columns of rows of `x`, `stride` apart, to rows of
     /// [`Form::row_elements`].
@@ -65,7 +65,8 @@ impl Form for f32 {
         match &job.w.storage {
             Storage::F32(w) if job.axis == Axis::Output => {
                 let rows = &w[step.panel * job.k + step.k0..];
-                let panels = (rows.as_ptr().cast::<f32>(), job.k * LANES);
+                let b = rows.as_ptr().cast::<f32>();
+                let panels = Panels { b, stride: job.k * LANES, stored: true };
                 // SAFETY: columns_of gives valid strips.
                 let direct = |level, strip| unsafe { multiply_f32(level, strip) };
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
@@ -97,7 +98,8 @@ impl Form for f32 {
                 if let Some((panels, links)) = step.next.clone() {
                     step.fetch = Fetch::new(job.w, job.axis, panels, links);
                 }
-                let panels = (step.scratch.as_ptr().cast::<f32>(), rows * LANES);
+                let b = step.scratch.as_ptr().cast::<f32>();
+                let panels = Panels { b, stride: rows * LANES, stored: false };
                 // SAFETY: columns_of gives valid strips.
                 let filled = |level, strip| unsafe { multiply_f32(level, strip) };
                 // SAFETY: the group's panels have just been filled.
@@ -136,12 +138,23 @@ impl Form for Pair {
                 for (i, into) in step.room().chunks_mut(rows).take(panels).enumerate() {
                     fill_pairs(job.level, job.w, job.axis, panel + i, links.clone(), into);
                 }
-                let panels = (step.scratch.as_ptr().cast::<u16>(), rows * 2 * LANES);
+                let b = step.scratch.as_ptr().cast::<u16>();
+                let panels = Panels { b, stride: rows * 2 * LANES, stored: false };
                 // SAFETY: the group's panels have just been filled.
                 unsafe { job.columns_of(&step, panels, pairs) }
             }
         }
     }
+}
+
+/// The panels of a group.
+pub(crate) struct Panels<B> {
+    /// The first one's first link.
+    pub b: *const B,
+    /// Elements from panel to panel.
+    pub stride: usize,
+    /// Whether they lie in the weight's storage, the next group's behind them, not in scratch.
+    pub stored: bool,
 }
 
 /// One block of k of a panel group, ready to multiply.
@@ -166,19 +179,18 @@ pub(crate) struct Step<'a, A: Form> {
 }
 
 impl<A: Form> Step<'_, A> {
-    /// The group in a bf16 storage of panels of `k` links, from link `k0` on, and the elements from panel
-    /// to panel.
-    fn stored_pairs(&self, w: &[PairRow], k: usize) -> (*const u16, usize) {
+    /// The group in a bf16 storage of panels of `k` links, from link `k0` on.
+    fn stored_pairs(&self, w: &[PairRow], k: usize) -> Panels<u16> {
         let panel = k.div_ceil(2);
         let rows = &w[self.panel * panel + self.k0 / 2..];
-        (rows.as_ptr().cast(), panel * 2 * LANES)
+        Panels { b: rows.as_ptr().cast(), stride: panel * 2 * LANES, stored: true }
     }
 
     fn links(&self) -> Range<usize> {
         self.k0..self.k0 + self.kc
     }
 
-    /// Room for the group's panels, made when a step first wants it: where panels are read from the
+    /// Room for the group's panels, made when a step first wants it: where panels are multiplied in the
     /// storage none does.
     pub fn room(&mut self) -> &mut [A::Row] {
         if self.scratch.is_empty() {

@@ -66,6 +66,13 @@ fn rows_do_not_depend_on_the_batch_or_the_threads() {
         check_batches(Axis::Output, &w, Highest);
         check_batches(Axis::Input, &w, Medium);
     }
+    // rows that begin in the same cache sets are copied where they are many, a span of k at a time
+    for w in storages(48, 3072) {
+        check_batches(Axis::Output, &w, Highest);
+    }
+    for w in storages(3072, 48) {
+        check_batches(Axis::Input, &w, Highest);
+    }
 }
 
 #[test]
@@ -80,7 +87,8 @@ fn more_threads_than_rows_change_nothing() {
 
 #[test]
 fn every_level_gives_the_same_bits_at_highest() {
-    for (m, out, in_) in [(1, 40, 300), (3, 17, 33), (7, 576, 96), (70, 100, 513)] {
+    for (m, out, in_) in [(1, 40, 300), (3, 17, 33), (7, 576, 96), (70, 100, 513), (66, 1024, 2048)]
+    {
         for w in storages(out, in_) {
             for axis in [Axis::Output, Axis::Input] {
                 let (k, columns) = sides(axis, &w);

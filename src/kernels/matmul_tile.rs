@@ -1,4 +1,5 @@
-//! The inner loops of every product: a strip of rows times one or two packed panels.
+//! The inner loops of products of `f32`: a strip of rows times one or two packed panels (tall strips on
+//! AVX-512 have `matmul_tall`).
 //!
 //! Each output element is one chain of fused multiply-adds in the order of k. Rows never meet, so
 //! a row's bits do not depend on how rows are cut.
@@ -78,7 +79,7 @@ pub(crate) struct Strip<A, B> {
     /// 1 or 2, and the elements from panel to panel.
     pub panels: usize,
     pub panel_stride: usize,
-    /// How many elements further on the next strip's panels lie, which the first rows fetch.
+    /// How many elements further on the next strip's panels lie, which the first rows fetch; 0 = nowhere.
     pub ahead: usize,
     /// What the next strip's panels are filled from, fetched bit by bit.
     pub fetch: Fetch,
@@ -95,7 +96,7 @@ pub(crate) struct Strip<A, B> {
 /// # Safety
 /// The pointers are valid for the shapes that the fields state, and nobody else uses `y`.
 pub(crate) unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<f32, B>) {
-    level.run(Multiply { strip, share: strip.fetch_share() });
+    level.run(Multiply(strip));
 }
 
 /// [`multiply`] of `f32` panels, tall strips by code of their own.
@@ -146,19 +147,14 @@ pub(crate) fn is_tall(level: CpuLevel, rows: usize, links: usize, panels: usize)
 /// As [`multiply`].
 #[cfg(target_arch = "x86_64")]
 unsafe fn do_tall(level: CpuLevel, strip: &mut Strip<f32, f32>) {
-    let share = strip.fetch_share();
+    let share = strip.fetch_share(matmul_tall::ROWS);
     while is_tall(level, strip.rows, strip.k, strip.panels) {
         strip.fetch.some(share);
         // SAFETY: the strip is valid, and so are its rows.
-        unsafe {
-            matmul_tall::multiply_f32(strip);
-            strip.advance(matmul_tall::ROWS);
-        }
+        unsafe { matmul_tall::multiply_f32(strip) };
+        strip.advance(matmul_tall::ROWS);
     }
 }
-
-/// Rows for which a share of the next panels is fetched.
-const FETCH_ROWS: usize = 12;
 
 /// Computes a strip of pairs, two links at once.
 ///
@@ -170,11 +166,8 @@ pub(crate) unsafe fn multiply_pairs(_: CpuLevel, strip: Strip<Pair, u16>) {
     unsafe { matmul_dot::multiply(strip) }
 }
 
-/// A strip whose pointers are valid, and the lines that a tile fetches.
-struct Multiply<B> {
-    strip: Strip<f32, B>,
-    share: usize,
-}
+/// A strip whose pointers are valid.
+struct Multiply<B>(Strip<f32, B>);
 
 /// Panels that a strip of `rows` should take at once: two where the registers hold them, or where
 /// few rows would leave the multipliers waiting for each other.
@@ -195,15 +188,14 @@ const NARROW_ROWS: usize = 3;
 impl<B: Element> Kernel for Multiply<B> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut strip = self.strip;
+        let mut strip = self.0;
+        let share = strip.fetch_share(S::ROWS);
         while strip.rows > 0 {
-            strip.fetch.some(self.share);
+            strip.fetch.some(share);
+            let rows = S::ROWS.min(strip.rows);
             // SAFETY: the tile is some rows of a strip that `multiply` was promised to be valid.
-            unsafe {
-                let rows = S::ROWS.min(strip.rows);
-                Strip { rows, ..strip }.compute(s);
-                strip.advance(rows);
-            }
+            unsafe { Strip { rows, ..strip }.compute(s) };
+            strip.advance(rows);
         }
     }
 }
@@ -232,25 +224,21 @@ impl<A: Copy, B: Copy> Strip<A, B> {
         Strip { rows, k, a, lda, b, panels, panel_stride, ahead, fetch, init, ldi, y, ldy }
     }
 
-    /// Lines that each tile of the strip fetches.
-    fn fetch_share(&self) -> usize {
-        self.fetch.lines().div_ceil(self.rows.div_ceil(FETCH_ROWS).max(1))
+    /// Lines that each tile of so many rows fetches.
+    #[inline(always)]
+    fn fetch_share(&self, rows: usize) -> usize {
+        self.fetch.lines().div_ceil(self.rows.div_ceil(rows).max(1))
     }
 
-    /// Leaves out the first `rows`, which have fetched what lies ahead.
-    ///
-    /// # Safety
-    /// The strip has so many rows.
+    /// Leaves out the first `rows`, which have fetched what lies ahead. Nothing is left after the last, where
+    /// the pointers may be outside of what they belong to.
     #[inline(always)]
-    unsafe fn advance(&mut self, rows: usize) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            self.rows -= rows;
-            self.a = self.a.add(rows * self.lda);
-            self.init = self.init.add(rows * self.ldi);
-            self.y = self.y.add(rows * self.ldy);
-            self.ahead = 0;
-        }
+    fn advance(&mut self, rows: usize) {
+        self.rows -= rows;
+        self.a = self.a.wrapping_add(rows * self.lda);
+        self.init = self.init.wrapping_add(rows * self.ldi);
+        self.y = self.y.wrapping_add(rows * self.ldy);
+        self.ahead = 0;
     }
 }
 

@@ -162,11 +162,12 @@ impl PanelRow<bf16, 2> for PairRow {
     }
 }
 
-/// Asks the system for pages of 2 MiB where `memory` lies: a product looks up fewer places of pages. Systems
-/// that have none go on with what they have.
+/// Asks the system for pages of 2 MiB where a large matrix and its neighbours lie, so that a product looks up
+/// fewer places of pages; up to 2 MiB at either end may become resident with it. Systems that have none go
+/// on with what they have.
 fn ask_for_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
     #[cfg(target_os = "linux")]
-    {
+    if size_of_val(memory) >= WORTH_HUGE_PAGES {
         const HUGE_PAGE: usize = 2 << 20;
         let start = memory.as_mut_ptr().addr();
         let (from, to) = (start / HUGE_PAGE, (start + size_of_val(memory)).div_ceil(HUGE_PAGE));
@@ -179,6 +180,10 @@ fn ask_for_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
     #[cfg(not(target_os = "linux"))]
     let _ = memory;
 }
+
+/// Bytes from which a matrix is worth a system call.
+#[cfg(target_os = "linux")]
+const WORTH_HUGE_PAGES: usize = 128 << 10;
 
 /// The panels of `W [out, in]`, of which `read` writes row `i`. A panel's rows are read into
 /// scratch and transposed from there, so nothing else of the matrix's size is held.
