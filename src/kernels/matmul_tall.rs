@@ -49,18 +49,19 @@ macro_rules! rows {
     };
 }
 
-/// The link `at` bytes from the rows' places, of `f32` panels.
-macro_rules! link {
-    ($at:literal, $line:literal) => {
+/// Reads a line of both panels by an instruction with operands before and behind the line.
+macro_rules! read {
+    ($instruction:literal, $before:literal, $line:literal, $behind:literal) => {
         concat!(
-            concat!("vmovups zmm0, zmmword ptr [{b} + ", $line, "]\n"),
-            concat!("vmovups zmm1, zmmword ptr [{b} + {stride} + ", $line, "]\n"),
-            rows!($at),
+            concat!($instruction, " zmm0, ", $before),
+            concat!("zmmword ptr [{b} + ", $line, "]", $behind, "\n"),
+            concat!($instruction, " zmm1, ", $before),
+            concat!("zmmword ptr [{b} + {stride} + ", $line, "]", $behind, "\n"),
         )
     };
 }
 
-/// Writes a link of `f32` panels.
+/// Writes a link of both panels as `f32`.
 macro_rules! keep {
     ($kept:literal) => {
         concat!(
@@ -70,27 +71,24 @@ macro_rules! keep {
     };
 }
 
-/// The first link of a line of bf16 pairs, their lower halves, which is written as `f32`.
-macro_rules! even {
-    ($at:literal, $line:literal, $kept:literal) => {
-        concat!(
-            concat!("vpslld zmm0, zmmword ptr [{b} + ", $line, "], 16\n"),
-            concat!("vpslld zmm1, zmmword ptr [{b} + {stride} + ", $line, "], 16\n"),
-            keep!($kept),
-            rows!($at),
-        )
+/// The link `at` bytes from the rows' places, of `f32` panels.
+macro_rules! link {
+    ($at:literal, $line:literal) => {
+        concat!(read!("vmovups", "", $line, ""), rows!($at))
     };
 }
 
-/// The second link of a line of bf16 pairs, their upper halves, which is written as `f32`.
+/// The first link of a line of bf16 pairs, their lower halves, which is kept.
+macro_rules! even {
+    ($at:literal, $line:literal, $kept:literal) => {
+        concat!(read!("vpslld", "", $line, ", 16"), keep!($kept), rows!($at))
+    };
+}
+
+/// The second link of a line of bf16 pairs, their upper halves, which is kept.
 macro_rules! odd {
     ($at:literal, $line:literal, $kept:literal) => {
-        concat!(
-            concat!("vpandd zmm0, zmm2, zmmword ptr [{b} + ", $line, "]\n"),
-            concat!("vpandd zmm1, zmm2, zmmword ptr [{b} + {stride} + ", $line, "]\n"),
-            keep!($kept),
-            rows!($at),
-        )
+        concat!(read!("vpandd", "zmm2, ", $line, ""), keep!($kept), rows!($at))
     };
 }
 
