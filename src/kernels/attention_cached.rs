@@ -9,7 +9,7 @@ use super::attention::AttentionShape;
 use super::attention_forward::{BLOCK_ROWS, Running, weigh};
 use super::attention_tile::{KEYS, ROWS, padded, whole_vectors, within_tile};
 use super::dispatch::CpuLevel;
-use super::lanes::{Kernel, Simd};
+use super::lanes::{Kernel, LANES, Simd};
 use super::pages::{PAGE, PageShape};
 use super::parallel::{SharedMut, for_each_index};
 use super::product::{Old, Product};
@@ -214,8 +214,9 @@ impl Forward<'_> {
             a: &scratch.q[rows.start * width..],
             a_row: width,
             a_step: 1,
-            b: &keys[cols.start..],
-            b_row: PAGE,
+            b: &keys[cols.start * shape.head_dim..],
+            b_row: LANES,
+            b_vector: LANES * shape.head_dim,
             c: &mut scratch.scores[cols.start..],
             c_row: KEYS,
             rows: rows.len(),
@@ -233,6 +234,7 @@ impl Forward<'_> {
             a_step: 1,
             b: &values[seen.start * width..],
             b_row: width,
+            b_vector: LANES,
             c: &mut scratch.sums[rows.start * width..],
             c_row: width,
             rows: rows.len(),

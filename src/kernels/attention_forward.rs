@@ -203,6 +203,7 @@ impl<'a> Forward<'a> {
             a_step: 1,
             b: &scratch.kt[cols.start..],
             b_row: KEYS,
+            b_vector: LANES,
             c: &mut scratch.scores[cols.start..],
             c_row: KEYS,
             rows: rows.len(),
@@ -222,6 +223,7 @@ impl<'a> Forward<'a> {
                 a_step: 1,
                 b: run.x,
                 b_row: run.stride,
+                b_vector: LANES,
                 c: &mut scratch.sums[rows.start * width..],
                 c_row: width,
                 rows: rows.len(),
@@ -275,7 +277,12 @@ pub(super) fn weigh<S: Simd>(
     let (scores, lost) = (&mut scores[cols.clone()], f32::NEG_INFINITY);
     for x in scores.as_chunks_mut::<LANES>().0 {
         let score = s.mul(s.load(x), s.splat(shape.scale));
-        s.store(x, shape.softcap.map_or(score, |cap| capped(s, score, cap).0));
+        // a closure here would be called with its numbers in memory
+        let score = match shape.softcap {
+            None => score,
+            Some(cap) => capped(s, score, cap).0,
+        };
+        s.store(x, score);
     }
     fill_hidden(scores, cols, visible, lost);
     let mut top = s.splat(state.top);

@@ -6,7 +6,7 @@
 
 use super::dispatch::CpuLevel;
 use super::dots::Dots;
-use super::lanes::{Kernel, Simd};
+use super::lanes::{Kernel, LANES, Simd};
 pub use super::low_rank_activation::Activation;
 use super::parallel::for_each;
 use super::product::{Old, Product};
@@ -150,6 +150,7 @@ fn add_product(a: &[f32], w: &[f32], r: usize, y: &mut [f32]) {
         a_step: 1,
         b: w,
         b_row: width,
+        b_vector: LANES,
         c: y,
         c_row: width,
         rows,
@@ -169,6 +170,7 @@ fn add_outer(a: &[f32], x: &[f32], r: usize, sum: &mut [f32]) {
         a_step: r,
         b: x,
         b_row: width,
+        b_vector: LANES,
         c: sum,
         c_row: width,
         rows: r,

@@ -1,12 +1,13 @@
 //! Where cached keys and values lie: pages of [`PAGE`] positions, in the order that attention reads.
 //!
-//! A page holds, for each layer and key head, the keys `[head_dim, PAGE]` (transposed: a tile of
-//! attention as it is multiplied) and then the values `[PAGE, padded head_dim]`. Pages start at
-//! multiples of `PAGE` in the chain, as tiles do.
+//! A page holds, for each layer and key head, the keys `[PAGE / 16, head_dim, 16]` (transposed, as
+//! attention multiplies them; what is there of a page lies in one piece) and then the values
+//! `[PAGE, padded head_dim]`. Pages start at multiples of `PAGE` in the chain, as tiles do.
 
 use std::ops::Range;
 
 use super::attention_tile::{KEYS, padded};
+use super::lanes::LANES;
 use super::parallel::for_each;
 
 /// Positions in a page: the keys of one tile.
@@ -38,7 +39,7 @@ impl PageShape {
         PAGE * (self.head_dim + padded(self.head_dim))
     }
 
-    /// Where the keys of a head of a layer lie, `[head_dim, PAGE]`.
+    /// Where the keys of a head of a layer lie, `[PAGE / 16, head_dim, 16]`.
     pub(super) fn keys(&self, layer: usize, head: usize) -> Range<usize> {
         let start = (layer * self.kv_heads + head) * self.head_len();
         start..start + PAGE * self.head_dim
@@ -59,7 +60,8 @@ impl PageShape {
             let of_head = |x| rows_of(x, self.kv_heads * d, head * d..(head + 1) * d);
             let keys = &mut page[self.keys(layer, head)];
             for (i, row) in of_head(k).enumerate() {
-                let column = keys[at + i..].iter_mut().step_by(PAGE);
+                let (vector, lane) = ((at + i) / LANES, (at + i) % LANES);
+                let column = keys[vector * LANES * d + lane..].iter_mut().step_by(LANES);
                 column.zip(row).for_each(|(to, x)| *to = *x);
             }
             let values = page[self.values(layer, head)].chunks_exact_mut(width).skip(at);
@@ -119,7 +121,8 @@ mod tests {
         let v: Vec<f32> = k.iter().map(|x| x + 100.0).collect();
         shape.write(&mut page, 1, PAGE - 2, &k, &v);
         let keys = &page[shape.keys(1, 1)];
-        assert_eq!([keys[PAGE - 2], keys[2 * PAGE - 2], keys[3 * PAGE - 1]], [4.0, 5.0, 12.0]);
+        let last = &keys[(PAGE - LANES) * 3..];
+        assert_eq!([last[LANES - 2], last[2 * LANES - 2], last[3 * LANES - 1]], [4.0, 5.0, 12.0]);
         let values = &page[shape.values(1, 0)];
         assert_eq!(values[(PAGE - 1) * 16..][..4], [107.0, 108.0, 109.0, 0.0]);
         assert_eq!(page.iter().filter(|x| **x != 0.0).count(), 24);

@@ -28,10 +28,12 @@ pub(crate) struct Product<'a> {
     pub a_row: usize,
     /// Distance of the columns of `a`.
     pub a_step: usize,
-    /// The right matrix, `[depth, b_row]`, of which `cols` columns are used.
+    /// The right matrix, of which `depth` rows and `cols` columns are used.
     pub b: &'a [f32],
     /// Distance of the rows of `b`.
     pub b_row: usize,
+    /// Distance of neighbouring vectors of columns of `b`: sixteen where its rows lie in one piece.
+    pub b_vector: usize,
     /// The result, `[rows, c_row]`, of which `cols` columns are used.
     pub c: &'a mut [f32],
     /// Distance of the rows of `c`.
@@ -81,7 +83,8 @@ impl Product<'_> {
     fn check(&self) {
         let (rows, depth, cols) = (self.rows - 1, self.depth - 1, self.cols);
         assert!(rows * self.a_row + depth * self.a_step < self.a.len());
-        assert!(depth * self.b_row + cols <= self.b.len());
+        let (vectors, lanes) = ((cols.max(1) - 1) / LANES, (cols.max(1) - 1) % LANES);
+        assert!(depth * self.b_row + vectors * self.b_vector + lanes < self.b.len());
         assert!(rows * self.c_row + cols <= self.c.len());
     }
 
@@ -91,12 +94,16 @@ impl Product<'_> {
     /// `check` has passed, and `row + R <= rows`.
     #[inline(always)]
     unsafe fn rows<S: Simd, const R: usize, const C: usize>(&mut self, s: S, row: usize) {
-        let (cols, wide) = (self.cols, self.cols / (C * LANES) * (C * LANES));
-        let whole = cols / LANES * LANES;
+        let (cols, whole) = (self.cols, self.cols / LANES * LANES);
+        let mut wide = cols / (C * LANES) * (C * LANES);
         // SAFETY: the caller's promise; no block goes beyond `cols`.
         unsafe {
             for col in (0..wide).step_by(C * LANES) {
                 self.block::<S, R, C>(s, row, col, LANES);
+            }
+            if C > 2 && whole - wide >= 2 * LANES {
+                self.block::<S, R, 2>(s, row, wide, LANES);
+                wide += 2 * LANES;
             }
             for col in (wide..whole).step_by(LANES) {
                 self.block::<S, R, 1>(s, row, col, LANES);
@@ -134,11 +141,11 @@ impl Product<'_> {
                 }
             }
             let mut a = self.a.as_ptr().add(row * self.a_row);
-            let mut b = self.b.as_ptr().add(col);
+            let mut b = self.b.as_ptr().add(col / LANES * self.b_vector);
             for _ in 0..self.depth {
                 let mut right = [s.splat(0.0); C];
                 for j in 0..C {
-                    right[j] = load(s, b.add(j * LANES), n);
+                    right[j] = load(s, b.add(j * self.b_vector), n);
                 }
                 for i in 0..R {
                     let left = s.splat(*a.add(i * self.a_row));
@@ -208,6 +215,7 @@ mod tests {
                             a_step,
                             b,
                             b_row,
+                            b_vector: LANES,
                             c: c_all,
                             c_row,
                             rows,
