@@ -1,7 +1,7 @@
 //! What lies between the products: norm, rotary, gated units, low-rank shifts.
 
 use steersman::kernels::glu::{GluActivation, glu, glu_backward};
-use steersman::kernels::low_rank::{self, Activation, Gradients, Saved};
+use steersman::kernels::low_rank::{self, Activation, Gradients, InputGradient, Saved};
 use steersman::kernels::norm::{rms_norm, rms_norm_backward};
 use steersman::kernels::rope::{RopeTable, rope, rope_backward};
 use steersman::kernels::row_sum::RowSum;
@@ -74,7 +74,8 @@ fn shift(benches: &mut Benches, rows: usize) {
     measure(&mut benches.flops, &format!("low_rank_grad/{rows}"), 2 * flops, || {
         let (alpha, activation) = (1.0, Activation::Linear);
         let saved = Saved { x: &x, z: &z, wdown: &wdown, wup: &wup, r: R, alpha, activation };
-        let gradients = Gradients { dx: &mut dx, dwdown: &mut ddown, dwup: &mut dup };
+        let gradients =
+            Gradients { dx: InputGradient::Add(&mut dx), dwdown: &mut ddown, dwup: &mut dup };
         low_rank::backward(&dy, saved, gradients);
     });
 }

@@ -13,7 +13,7 @@ use super::folder::{self, LORA_CONFIG, LORA_WEIGHTS};
 use super::peft::{self, Patterns};
 use super::{Adapter, init};
 use crate::model::{Batch, Matrix, ModelConfig};
-use crate::ops::{self, Activation, LowRank, Tape, Value};
+use crate::ops::{self, Activation, LowRank, LowRankUpdate, Tape, Value};
 use crate::{Error, Result};
 
 /// The configuration of a [`Lora`] adapter.
@@ -198,23 +198,22 @@ impl Adapter for Lora {
         layer: usize,
         matrix: Matrix,
         x: &Value,
-        y: Value,
         batch: &Batch,
-    ) -> Result<Value> {
+    ) -> Result<Option<LowRankUpdate>> {
         let Some(alpha) = self.updates.get(&(layer, matrix)).map(|update| update.scale) else {
-            return Ok(y);
+            return Ok(None);
         };
-        let (a, b) = (key(layer, matrix, "A"), key(layer, matrix, "B"));
-        let (a, b) = (tape.param(&a, &self.parameters[&a]), tape.param(&b, &self.parameters[&b]));
+        let factor = |name: &str| {
+            let key = key(layer, matrix, name);
+            tape.param(&key, &self.parameters[&key])
+        };
+        let dropped = |(seed, step)| {
+            let key = [seed, step, layer as u64, matrix as u64];
+            ops::dropout(tape, x, self.config.lora_dropout, &key, &batch.token_keys)
+        };
+        let input = self.dropout.map(dropped).transpose()?;
         let form = LowRank { alpha, activation: Activation::Linear };
-        let dropped = match self.dropout {
-            None => x.clone(),
-            Some((seed, step)) => {
-                let key = [seed, step, layer as u64, matrix as u64];
-                ops::dropout(tape, x, self.config.lora_dropout, &key, &batch.token_keys)?
-            }
-        };
-        ops::low_rank_add_to(tape, y, &dropped, (&a, &b), form)
+        Ok(Some(LowRankUpdate { input, down: factor("A"), up: factor("B"), form }))
     }
 
     fn kept(&self, model: &ModelConfig, layer: usize) -> usize {

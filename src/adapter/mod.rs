@@ -28,7 +28,7 @@ pub use positions::Positions;
 pub use steering::{Steering, SteeringConfig, SteeringKind};
 
 use crate::model::{Batch, Matrix, ModelConfig};
-use crate::ops::{Tape, Value};
+use crate::ops::{LowRankUpdate, Tape, Value};
 use crate::{Error, Result};
 
 /// A place in a block whose tensor is shifted (`model/block.rs` has the graph).
@@ -86,17 +86,16 @@ pub trait Adapter {
         Ok(h)
     }
 
-    /// Adds to the output y [N, out] of a matrix whose input is x [N, in].
+    /// What is added to the output of a matrix whose input is x [N, in].
     fn update(
         &self,
         _tape: &Tape,
         _layer: usize,
         _matrix: Matrix,
         _x: &Value,
-        y: Value,
         _batch: &Batch,
-    ) -> Result<Value> {
-        Ok(y)
+    ) -> Result<Option<LowRankUpdate>> {
+        Ok(None)
     }
 
     /// Says that a training step begins, whose random numbers belong to (seed, step), or with

@@ -30,36 +30,17 @@ pub fn down(x: &[f32], wdown: &[f32], d: usize, r: usize, z: &mut [f32]) {
 pub fn up_add(
     (z, r): (&[f32], usize),
     wup: &[f32],
-    phi: (f32, Activation),
+    (alpha, activation): (f32, Activation),
     y: &[f32],
     out: &mut [f32],
 ) {
-    assert!(out.len() == y.len(), "low-rank shapes disagree");
-    add_up((z, r), wup, phi, out, |first, out| {
-        out.copy_from_slice(&y[first..first + out.len()]);
-    });
-}
-
-/// [`up_add`] in place: `y += alpha phi(z [M, R]) Wup^T`.
-pub fn up_add_to((z, r): (&[f32], usize), wup: &[f32], phi: (f32, Activation), y: &mut [f32]) {
-    add_up((z, r), wup, phi, y, |_, _| {});
-}
-
-/// Adds `alpha phi(z) Wup^T` to each block of rows once `begin` has seen to it, given the place of
-/// its first number.
-fn add_up(
-    (z, r): (&[f32], usize),
-    wup: &[f32],
-    (alpha, activation): (f32, Activation),
-    out: &mut [f32],
-    begin: impl Fn(usize, &mut [f32]) + Sync,
-) {
     let d_out = wup.len() / r;
     assert!(wup.len() == r * d_out && z.len() * d_out == out.len() * r, "low-rank shapes disagree");
+    assert!(out.len() == y.len(), "low-rank shapes disagree");
     let (up, block) = (transpose(wup, d_out, r), FORWARD_ROWS * d_out);
-    let parts = out.chunks_mut(block).zip(z.chunks(FORWARD_ROWS * r)).enumerate();
-    for_each(parts, |(i, (out, z))| {
-        begin(i * block, out);
+    let parts = out.chunks_mut(block).zip(y.chunks(block)).zip(z.chunks(FORWARD_ROWS * r));
+    for_each(parts, |((out, y), z)| {
+        out.copy_from_slice(y);
         add_product(&scaled_code(z, alpha, activation), &up, r, out);
     });
 }
@@ -83,10 +64,18 @@ pub struct Saved<'a> {
     pub activation: Activation,
 }
 
-/// What [`backward`] adds to.
+/// Where the gradient of the adapter's input goes.
+pub enum InputGradient<'a> {
+    /// `dz Wdown` is added to these `[M, D]`.
+    Add(&'a mut [f32]),
+    /// `dz [M, R]` is written for somebody who multiplies it by `Wdown` himself.
+    Code(&'a mut [f32]),
+}
+
+/// What [`backward`] writes to.
 pub struct Gradients<'a> {
-    /// Gradient of `x`, `[M, D]`.
-    pub dx: &'a mut [f32],
+    /// Gradient of `x`.
+    pub dx: InputGradient<'a>,
     /// Gradient of `wdown`, `[R, D]`.
     pub dwdown: &'a mut RowSum,
     /// Gradient of `wup`, transposed: `[R, D_out]`.
@@ -101,23 +90,30 @@ pub fn backward(dy: &[f32], saved: Saved, gradients: Gradients) {
     let Gradients { dx, dwdown, dwup } = gradients;
     let (m, d, d_out) = (z.len() / r, wdown.len() / r, wup.len() / r);
     assert!(z.len() == m * r && x.len() == m * d, "low-rank shapes disagree");
-    assert!(dy.len() == m * d_out && dx.len() == x.len(), "low-rank shapes disagree");
     assert!(dwdown.len() == wdown.len() && dwup.len() == wup.len(), "low-rank shapes disagree");
     assert!(dwdown.rows() == dwup.rows(), "low-rank sums disagree");
+    let (dx, width, code) = match dx {
+        InputGradient::Add(dx) => (dx, d, false),
+        InputGradient::Code(dz) => (dz, r, true),
+    };
+    assert!(dy.len() == m * d_out && dx.len() == m * width, "low-rank shapes disagree");
     let up = transpose(wup, d_out, r);
     let room = dwdown.room();
     let (mut downs, mut ups) = (dwdown.begin(m), dwup.begin(m));
     let rows = by_chain(x, room, d).zip(by_chain(z, room, r)).zip(by_chain(dy, room, d_out));
     let sums = downs.chunks_mut(r * d).zip(ups.chunks_mut(r * d_out));
-    let results = by_chain_mut(dx, room, d).zip(sums);
+    let results = by_chain_mut(dx, room, width).zip(sums);
     for_each(rows.zip(results), |(((x, z), dy), (dx, (down, up_sum)))| {
         let rows = x.chunks(SUB_CHUNK * d).zip(z.chunks(SUB_CHUNK * r));
-        let rows = rows.zip(dy.chunks(SUB_CHUNK * d_out)).zip(dx.chunks_mut(SUB_CHUNK * d));
+        let rows = rows.zip(dy.chunks(SUB_CHUNK * d_out)).zip(dx.chunks_mut(SUB_CHUNK * width));
         for (((x, z), dy), dx) in rows {
             let dz = code_gradient(dy, z, &up, &saved);
             add_outer(&scaled_code(z, saved.alpha, saved.activation), dy, r, up_sum);
             add_outer(&dz, x, r, down);
-            add_product(&dz, wdown, r, dx);
+            match code {
+                true => dx.copy_from_slice(&dz),
+                false => add_product(&dz, wdown, r, dx),
+            }
         }
     });
     dwdown.end(&downs, m);
@@ -125,7 +121,7 @@ pub fn backward(dy: &[f32], saved: Saved, gradients: Gradients) {
 }
 
 /// `alpha phi(z)`.
-fn scaled_code(z: &[f32], alpha: f32, activation: Activation) -> Vec<f32> {
+pub(super) fn scaled_code(z: &[f32], alpha: f32, activation: Activation) -> Vec<f32> {
     let mut a = activation.apply(z);
     a.iter_mut().for_each(|a| *a *= alpha);
     a
@@ -187,11 +183,12 @@ fn transpose(w: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     to
 }
 
-struct Transpose<'a> {
-    w: &'a [f32],
-    rows: usize,
-    columns: usize,
-    to: &'a mut [f32],
+/// `to [columns, rows]` from `w [rows, columns]`.
+pub(super) struct Transpose<'a> {
+    pub w: &'a [f32],
+    pub rows: usize,
+    pub columns: usize,
+    pub to: &'a mut [f32],
 }
 
 impl Kernel for Transpose<'_> {

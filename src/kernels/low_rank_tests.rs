@@ -1,6 +1,6 @@
 //! The promises of the low-rank kernels: right to f64, and the same bits in any batch.
 
-use super::low_rank::{Activation, Gradients, Saved, backward, down, up_add};
+use super::low_rank::{Activation, Gradients, InputGradient, Saved, backward, down, up_add};
 use super::row_sum::RowSum;
 use super::testing::{noise, relative_error, with_threads};
 
@@ -50,7 +50,7 @@ impl Case {
             Saved { x, z, wdown: &self.wdown, wup: &self.wup, r: self.r, alpha, activation };
         let mut dx = vec![0.0; x.len()];
         let [dwdown, dwup] = sums;
-        backward(dy, saved, Gradients { dx: &mut dx, dwdown, dwup });
+        backward(dy, saved, Gradients { dx: InputGradient::Add(&mut dx), dwdown, dwup });
         dx
     }
 }
@@ -142,8 +142,20 @@ fn gradients_are_added_and_a_fresh_adapter_changes_nothing() {
         alpha: ALPHA,
         activation: Activation::Linear,
     };
-    let (mut dwdown, mut dwup) = (RowSum::new(48), RowSum::new(48));
-    backward(&case.dy, saved, Gradients { dx: &mut dx, dwdown: &mut dwdown, dwup: &mut dwup });
+    let gradients = |dx: InputGradient| {
+        let (mut dwdown, mut dwup) = (RowSum::new(48), RowSum::new(48));
+        backward(&case.dy, saved, Gradients { dx, dwdown: &mut dwdown, dwup: &mut dwup });
+        (dwdown.finish(), dwup.finish())
+    };
+    let sums = gradients(InputGradient::Add(&mut dx));
+    let mut dz = vec![f32::NAN; z.len()];
+    assert!(gradients(InputGradient::Code(&mut dz)) == sums);
+    let want = exact(
+        (10, 4, 12),
+        |i, k| f64::from(dz[i * 4 + k]),
+        |k, j| f64::from(case.wdown[k * 12 + j]),
+    );
+    assert!(relative_error(&once, &want) < 1e-6);
     assert!(dx.iter().zip(&once).all(|(twice, once)| *twice == once + once));
     case.wup.fill(0.0);
     let mut y = noise(8, 120);

@@ -4,7 +4,7 @@
 //! on the weight, never on the number of rows, the row's place, the threads or (at `highest`) the
 //! machine.
 //! Every element is the bias (or zero) plus, in order, the sums over 256 k at a time, each of them
-//! one chain of fused multiply-adds in ascending k. `medium` is a chain of pairs where the machine
+//! one chain of fused multiply-adds in ascending k; then the low-rank shifts, each one such chain. `medium` is a chain of pairs where the machine
 //! multiplies pairs faster than f32 (`matmul_dot`); where it multiplies tiles, `medium` and `high` are
 //! made of the sums of its instruction (`matmul_amx`). They then have bits of their own.
 
@@ -12,13 +12,14 @@ use std::ops::Range;
 
 use super::dispatch::CpuLevel;
 use super::lanes::LANES;
+use super::low_rank_shift::Shift;
 #[cfg(any(target_arch = "x86_64", test))]
 use super::matmul_amx::Chunk;
 use super::matmul_fetch::Fetch;
 use super::matmul_form::{Form, Panels, Step};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_tile::Pair;
-use super::matmul_tile::{Strip, best_panels};
+use super::matmul_tile::{Strip, best_panels, multiply_f32};
 use super::pack::PackedMatrix;
 use super::parallel::{SharedMut, for_each, for_each_index, part, shrinking, task_count};
 
@@ -93,6 +94,17 @@ pub(crate) const STREAM_ROWS: usize = 64;
 /// memory is slower than the products.
 const FEW_ROWS: usize = 6;
 
+/// What a product is added to, and what is added to it.
+#[derive(Clone, Copy, Default)]
+pub struct Terms<'a> {
+    /// Added to every row first, `[columns]`.
+    pub bias: Option<&'a [f32]>,
+    /// Whether the result's old numbers are kept and added to.
+    pub old: bool,
+    /// Low-rank updates of the weight.
+    pub shifts: &'a [Shift],
+}
+
 /// `y = x W^T + bias`: `x [M, in]`, `y [M, out]`, `bias [out]`. Panics if the lengths disagree.
 pub fn matmul(
     x: &[f32],
@@ -101,12 +113,34 @@ pub fn matmul(
     precision: MatmulPrecision,
     y: &mut [f32],
 ) {
-    product(CpuLevel::detect(), Axis::Output, x, w, bias, precision, y);
+    matmul_add(x, w, Terms { bias, ..Terms::default() }, precision, y);
+}
+
+/// [`matmul`] with further terms.
+pub fn matmul_add(
+    x: &[f32],
+    w: &PackedMatrix,
+    terms: Terms,
+    precision: MatmulPrecision,
+    y: &mut [f32],
+) {
+    product(CpuLevel::detect(), Axis::Output, x, w, terms, precision, y);
 }
 
 /// `dx = dy W`: `dy [M, out]`, `dx [M, in]`. Panics if the lengths disagree.
 pub fn matmul_input_grad(dy: &[f32], w: &PackedMatrix, precision: MatmulPrecision, dx: &mut [f32]) {
-    product(CpuLevel::detect(), Axis::Input, dy, w, None, precision, dx);
+    matmul_input_grad_add(dy, w, Terms::default(), precision, dx);
+}
+
+/// [`matmul_input_grad`] with further terms.
+pub fn matmul_input_grad_add(
+    dy: &[f32],
+    w: &PackedMatrix,
+    terms: Terms,
+    precision: MatmulPrecision,
+    dx: &mut [f32],
+) {
+    product(CpuLevel::detect(), Axis::Input, dy, w, terms, precision, dx);
 }
 
 /// Which axis of the weight the result has.
@@ -124,11 +158,11 @@ pub(crate) fn product(
     axis: Axis,
     x: &[f32],
     w: &PackedMatrix,
-    bias: Option<&[f32]>,
+    terms: Terms,
     precision: MatmulPrecision,
     y: &mut [f32],
 ) {
-    product_by(Way::of(level, precision), (level, axis), x, w, bias, y);
+    product_by(Way::of(level, precision), (level, axis), x, w, terms, y);
 }
 
 /// Either product in a given way. Panics if the level does not have it.
@@ -137,10 +171,10 @@ pub(crate) fn product_by(
     (level, axis): (CpuLevel, Axis),
     x: &[f32],
     w: &PackedMatrix,
-    bias: Option<&[f32]>,
+    terms: Terms,
     y: &mut [f32],
 ) {
-    let Some(job) = Product::new(level, axis, x, w, bias, y) else { return };
+    let Some(job) = Product::new(level, axis, x, w, terms, y) else { return };
     assert!(way != Way::Pairs || level.multiplies_pairs(), "the level has no pairs");
     match way {
         #[cfg(any(target_arch = "x86_64", test))]
@@ -193,6 +227,7 @@ pub(crate) struct Product<'a> {
     pub(crate) w: &'a PackedMatrix,
     /// The bias or zeros, padded to whole panels.
     start: Vec<f32>,
+    terms: Terms<'a>,
     y: SharedMut<'a>,
 }
 
@@ -203,7 +238,7 @@ impl<'a> Product<'a> {
         axis: Axis,
         x: &'a [f32],
         w: &'a PackedMatrix,
-        bias: Option<&[f32]>,
+        terms: Terms<'a>,
         y: &'a mut [f32],
     ) -> Option<Self> {
         let (k, columns) = match axis {
@@ -213,12 +248,14 @@ impl<'a> Product<'a> {
         let rows = x.len() / k;
         assert!(x.len() == rows * k, "input is not [M, {k}]");
         assert!(y.len() == rows * columns, "output is not [{rows}, {columns}]");
+        let fits = |shift: &Shift| shift.columns == columns && shift.code.len() == rows * shift.r;
+        assert!(terms.shifts.iter().all(fits), "a low-rank shift is not of [{rows}, {columns}]");
         let mut start = vec![0.0; columns.next_multiple_of(LANES)];
-        if let Some(bias) = bias {
+        if let Some(bias) = terms.bias {
             start[..columns].copy_from_slice(bias);
         }
         let y = SharedMut::new(y);
-        (rows > 0).then_some(Self { level, axis, rows, k, columns, x, w, start, y })
+        (rows > 0).then_some(Self { level, axis, rows, k, columns, x, w, start, terms, y })
     }
 
     /// Computes all of it: the input is brought in the form that the inner loop reads, then cut into
@@ -325,6 +362,34 @@ impl<'a> Product<'a> {
                 A::step(self, Step { rows, a, lda, panel, panels, k0, kc, next, fetch, scratch });
             }
         }
+        if k.end == self.k {
+            self.terms.shifts.iter().for_each(|shift| self.add_shift(rows, panels, shift));
+        }
+    }
+
+    /// Adds a low-rank shift to a block of outputs.
+    fn add_shift(&self, rows: &Range<usize>, panels: &Range<usize>, shift: &Shift) {
+        let group = best_panels(self.level, rows.len());
+        for panel in panels.clone().step_by(group) {
+            let step = Step {
+                rows: rows.clone(),
+                a: shift.code[rows.start * shift.r..].as_ptr(),
+                lda: shift.r,
+                panel,
+                panels: group.min(panels.end - panel),
+                k0: self.k,
+                kc: shift.r,
+                next: None,
+                fetch: Fetch::NONE,
+                scratch: &mut Vec::new(),
+            };
+            let b = shift.panels[panel * shift.r * LANES..].as_ptr();
+            let panels = Panels { b, stride: shift.r * LANES, stored: false };
+            // SAFETY: columns_of gives valid strips.
+            let multiply = |level, strip| unsafe { multiply_f32(level, strip) };
+            // SAFETY: the shift has been checked to have these rows, and so many panels.
+            unsafe { self.columns_of::<f32, f32>(&step, panels, multiply) }
+        }
     }
 
     /// Runs the strip of a panel group; a last, partial panel goes through a buffer.
@@ -339,7 +404,7 @@ impl<'a> Product<'a> {
         multiply: impl Fn(CpuLevel, Strip<A, B>),
     ) {
         let (rows, column) = (step.rows.len(), step.panel * LANES);
-        let first = step.k0 == 0;
+        let first = step.k0 == 0 && !self.terms.old;
         let follows = step.next.as_ref().is_some_and(|(panels, _)| panels.start > step.panel);
         let mut strip = Strip {
             rows,

@@ -4,7 +4,7 @@
 use half::bf16;
 
 use super::dispatch::CpuLevel::{self, Avx512, Emulated};
-use super::matmul::{Axis, MatmulPrecision, product};
+use super::matmul::{Axis, MatmulPrecision, Terms, product};
 use super::matmul_amx::{BLOCK_ROWS, Chunk, multiply};
 use super::matmul_fetch::Fetch;
 use super::matmul_form::Form;
@@ -49,7 +49,7 @@ fn run(
 ) -> Vec<f32> {
     let (k, columns) = sides(axis, w);
     let mut y = vec![f32::NAN; x.len() / k * columns];
-    product(level, axis, x, w, bias, precision, &mut y);
+    product(level, axis, x, w, Terms { bias, ..Terms::default() }, precision, &mut y);
     y
 }
 

@@ -3,7 +3,12 @@
 use half::bf16;
 
 use super::dispatch::CpuLevel;
-use super::matmul::{Axis, MatmulPrecision, Way, matmul, matmul_input_grad, product, product_by};
+use super::low_rank::{Activation, up_add};
+use super::low_rank_shift::Shift;
+use super::matmul::{
+    Axis, MatmulPrecision, Terms, Way, matmul, matmul_add, matmul_input_grad,
+    matmul_input_grad_add, product, product_by,
+};
 use super::pack::PackedMatrix;
 use super::testing::{noise, relative_error, with_threads};
 
@@ -95,7 +100,7 @@ fn every_level_gives_the_same_bits_at_highest() {
                 let x = noise(5, m * k);
                 let at = |level, precision| {
                     let mut y = vec![0.0; m * columns];
-                    product(level, axis, &x, &w, None, precision, &mut y);
+                    product(level, axis, &x, &w, Terms::default(), precision, &mut y);
                     y
                 };
                 let plain = at(CpuLevel::Portable, Highest);
@@ -115,7 +120,7 @@ fn run_pairs(axis: Axis, x: &[f32], w: &PackedMatrix) -> Option<Vec<f32>> {
     }
     let (k, columns) = sides(axis, w);
     let mut y = vec![f32::NAN; x.len() / k * columns];
-    product_by(Way::Pairs, (level, axis), x, w, None, &mut y);
+    product_by(Way::Pairs, (level, axis), x, w, Terms::default(), &mut y);
     Some(y)
 }
 
@@ -141,13 +146,61 @@ fn medium_without_a_faster_instruction_is_highest() {
         let x = noise(5, 7 * 270);
         let at = |level, precision| {
             let mut y = vec![0.0; 7 * 49];
-            product(level, Axis::Output, &x, &w, None, precision, &mut y);
+            product(level, Axis::Output, &x, &w, Terms::default(), precision, &mut y);
             y
         };
         assert!(at(CpuLevel::Avx2, Medium) == at(CpuLevel::Avx2, Highest));
         let (here, same) = (CpuLevel::detect(), Medium.is_highest_here());
         assert_eq!(at(here, Medium) == at(here, Highest), same);
     }
+}
+
+#[test]
+fn shifts_and_old_numbers_are_added_to_the_product_as_passes_of_their_own_would() {
+    for (m, out, in_, r) in [(1, 40, 300, 8), (5, 17, 33, 3), (64, 576, 96, 8), (150, 33, 2100, 19)]
+    {
+        let (bias, z, wup) = (noise(1, out), noise(2, m * r), noise(3, out * r));
+        let phi = (0.5, Activation::Silu);
+        let shift = || Shift::of_output((&z, r), &wup, phi);
+        for w in storages(out, in_) {
+            for precision in [Highest, High, Medium] {
+                let x = noise(4, m * in_);
+                let mut plain = vec![0.0; m * out];
+                matmul(&x, &w, Some(&bias), precision, &mut plain);
+                let mut once = vec![0.0; m * out];
+                up_add((&z, r), &wup, phi, &plain, &mut once);
+                let mut twice = vec![0.0; m * out];
+                up_add((&z, r), &wup, phi, &once, &mut twice);
+                let (shifts, bias) = (&[shift(), shift()][..], Some(&bias[..]));
+                let mut y = vec![f32::NAN; m * out];
+                let terms = Terms { bias, old: false, shifts };
+                with_threads(2, || matmul_add(&x, &w, terms, precision, &mut y));
+                assert!(y == twice, "{m} x {in_} x {out}, {precision:?}");
+
+                let mut none = vec![0.0; m * out];
+                matmul(&x, &w, None, precision, &mut none);
+                let mut old = noise(5, m * out);
+                let want: Vec<f64> =
+                    old.iter().zip(&none).map(|(a, b)| f64::from(*a) + f64::from(*b)).collect();
+                let terms = Terms { old: true, ..Terms::default() };
+                matmul_add(&x, &w, terms, precision, &mut old);
+                assert!(relative_error(&old, &want) < 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_shift_of_the_input_is_the_code_times_wdown() {
+    let (m, out, in_, r) = (30, 20, 70, 5);
+    let w = PackedMatrix::from_f32(&vec![0.0; out * in_], out, in_);
+    let (dz, wdown) = (noise(1, m * r), noise(2, r * in_));
+    let shifts = &[Shift::of_input(dz.clone(), &wdown, r)];
+    let mut dx = vec![f32::NAN; m * in_];
+    let terms = Terms { shifts, ..Terms::default() };
+    matmul_input_grad_add(&noise(3, m * out), &w, terms, Highest, &mut dx);
+    let want = exact(&dz, r, in_, |k, j| wdown[k * in_ + j]);
+    assert!(relative_error(&dx, &want) < 1e-6);
 }
 
 /// `x [m, k]` times `w [k, n]` seen through `at`, in f64.

@@ -2,7 +2,7 @@
 //! on one thread and on two, in products at every precision, low-rank products and log-probs.
 
 use super::logp::{LogpOptions, Target, forward_backward};
-use super::low_rank::{Activation, Gradients, Saved, backward, down, up_add};
+use super::low_rank::{Activation, Gradients, InputGradient, Saved, backward, down, up_add};
 use super::matmul::{MatmulPrecision, matmul, matmul_input_grad};
 use super::pack::PackedMatrix;
 use super::row_sum::RowSum;
@@ -68,7 +68,8 @@ fn low_rank_products_and_their_gradients() {
             let mut dx = vec![0.0; x.len()];
             let (mut dwdown, mut dwup) = (RowSum::new(r * K), RowSum::new(r * n));
             let saved = Saved { x, z: &z, wdown: &wdown, wup: &wup, r, alpha, activation };
-            let sums = Gradients { dx: &mut dx, dwdown: &mut dwdown, dwup: &mut dwup };
+            let dx_to = InputGradient::Add(&mut dx);
+            let sums = Gradients { dx: dx_to, dwdown: &mut dwdown, dwup: &mut dwup };
             backward(dy, saved, sums);
             vec![z, y, dx]
         });

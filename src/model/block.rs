@@ -192,10 +192,12 @@ impl Block {
         pass: &Pass,
     ) -> Result<Value> {
         let linear = &self.linears[matrix as usize];
-        let y = ops::linear(tape, x, &linear.weight, linear.bias.as_ref())?;
-        pass.adapters
+        let updates = pass
+            .adapters
             .iter()
-            .try_fold(y, |y, adapter| adapter.update(tape, layer, matrix, x, y, &pass.batch))
+            .filter_map(|adapter| adapter.update(tape, layer, matrix, x, &pass.batch).transpose());
+        let updates = updates.collect::<Result<Vec<_>>>()?;
+        ops::linear(tape, x, &linear.weight, linear.bias.as_ref(), &updates)
     }
 
     fn norm(&self, tape: &Tape, x: &Value, weight: &Tensor) -> Result<Value> {

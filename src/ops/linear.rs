@@ -8,9 +8,12 @@ use half::bf16;
 use tracing::trace_span;
 
 use super::engine::{Engine, host};
+use super::low_rank::low_rank_add;
+use super::low_rank_update::{KeptUpdate, LowRankUpdate};
 use super::tape::{Sink, Tape};
 use super::value::Value;
-use crate::kernels::matmul::{matmul, matmul_input_grad};
+use crate::kernels::low_rank_shift::Shift;
+use crate::kernels::matmul::{Terms, matmul_add, matmul_input_grad_add};
 use crate::kernels::pack::PackedMatrix;
 use crate::kernels::slices::room;
 use crate::{Error, Result};
@@ -147,32 +150,33 @@ impl Weight {
         2 * rows * self.in_features() * self.out_features()
     }
 
+    /// FLOPs of a product with `rows` rows and its shifts of `width` columns.
+    fn flops_with(&self, rows: usize, width: usize, shifts: &[Shift]) -> usize {
+        self.flops(rows) + shifts.iter().map(|shift| 2 * rows * shift.rank() * width).sum::<usize>()
+    }
+
     /// Bytes that a product with `rows` rows reads and writes at least.
     fn traffic(&self, rows: usize) -> usize {
         self.bytes() + 4 * rows * (self.in_features() + self.out_features())
     }
 
-    /// x Wᵀ + b for x [N, in], not recorded.
+    /// x Wᵀ + b for x [N, in], not recorded; on the CPU with low-rank shifts.
     pub(super) fn apply(
         &self,
         engine: &Engine,
         x: &Tensor,
         bias: Option<&Tensor>,
+        shifts: &[Shift],
     ) -> Result<Tensor> {
         let (rows, width) = (x.dims2()?.0, self.out_features());
-        let _span = trace_span!(
-            "linear",
-            rows,
-            width,
-            flops = self.flops(rows),
-            bytes = self.traffic(rows)
-        )
-        .entered();
+        let (flops, bytes) = (self.flops_with(rows, width, shifts), self.traffic(rows));
+        let _span = trace_span!("linear", rows, width, flops, bytes).entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
                 let mut y = room(rows * width);
                 let bias = bias.map(host).transpose()?;
-                matmul(&host(x)?, packed, bias.as_deref(), engine.precision(), &mut y);
+                let terms = Terms { bias: bias.as_deref(), shifts, ..Terms::default() };
+                matmul_add(&host(x)?, packed, terms, engine.precision(), &mut y);
                 engine.tensor(y, &[rows, width])
             }
             None => {
@@ -182,21 +186,27 @@ impl Weight {
         }
     }
 
-    /// Gives the gradient of x, input 0 of the operation: dy W for dy [N, out].
-    fn give_input_gradient(&self, engine: &Engine, dy: &Tensor, sink: &mut Sink) -> Result<()> {
+    /// Gives the gradient of x, input 0 of the operation: dy W for dy [N, out]; on the CPU with low-rank
+    /// shifts.
+    fn give_input_gradient(
+        &self,
+        engine: &Engine,
+        dy: &Tensor,
+        shifts: &[Shift],
+        sink: &mut Sink,
+    ) -> Result<()> {
+        if !sink.wants(0) {
+            return Ok(());
+        }
         let (rows, width) = (dy.dims2()?.0, self.in_features());
-        let _span = trace_span!(
-            "linear backward",
-            rows,
-            width,
-            flops = self.flops(rows),
-            bytes = self.traffic(rows)
-        )
-        .entered();
+        let (flops, bytes) = (self.flops_with(rows, width, shifts), self.traffic(rows));
+        let _span = trace_span!("linear backward", rows, width, flops, bytes).entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
-                let mut dx = room(rows * width);
-                matmul_input_grad(&host(dy)?, packed, engine.precision(), &mut dx);
+                let before = sink.take_own(0);
+                let terms = Terms { old: before.is_some(), shifts, ..Terms::default() };
+                let mut dx = before.unwrap_or_else(|| room(rows * width));
+                matmul_input_grad_add(&host(dy)?, packed, terms, engine.precision(), &mut dx);
                 sink.give_own(0, dx, &(rows, width).into())
             }
             None => sink.give(0, dy.matmul(&self.dense(engine)?)?),
@@ -221,11 +231,43 @@ impl fmt::Debug for Weight {
     }
 }
 
-/// y = x Wᵀ + b for x [N, in] and b `[out]`; W and b are frozen.
-pub fn linear(tape: &Tape, x: &Value, w: &Weight, bias: Option<&Tensor>) -> Result<Value> {
-    let y = w.apply(tape.engine(), x.tensor(), bias)?;
-    Ok(tape.push(y, &[x], || {
-        let (w, engine) = (w.clone(), tape.engine().clone());
-        move |dy: Tensor, sink: &mut Sink| w.give_input_gradient(&engine, &dy, sink)
+/// y = x Wᵀ + b for x [N, in] and b `[out]`, plus the low-rank `updates` of W; W and b are frozen.
+///
+/// On the CPU the updates are added to each block of y, and to that of the gradient of x, while it is
+/// in cache.
+pub fn linear(
+    tape: &Tape,
+    x: &Value,
+    w: &Weight,
+    bias: Option<&Tensor>,
+    updates: &[LowRankUpdate],
+) -> Result<Value> {
+    let engine = tape.engine();
+    if !engine.fused() {
+        let y = w.apply(engine, x.tensor(), bias, &[])?;
+        let y = tape.push(y, &[x], || {
+            let (w, engine) = (w.clone(), engine.clone());
+            move |dy: Tensor, sink: &mut Sink| w.give_input_gradient(&engine, &dy, &[], sink)
+        });
+        return updates.iter().try_fold(y, |y, update| {
+            low_rank_add(tape, &y, update.input(x), (&update.down, &update.up), update.form)
+        });
+    }
+    let codes = updates.iter().map(|update| update.code(x)).collect::<Result<Vec<_>>>()?;
+    let shifts = updates.iter().zip(&codes).map(|(update, code)| update.shift(code));
+    let y = w.apply(engine, x.tensor(), bias, &shifts.collect::<Result<Vec<_>>>()?)?;
+    let of_updates = updates.iter().flat_map(|update| update.inputs(x));
+    let inputs: Vec<&Value> = std::iter::once(x).chain(of_updates).collect();
+    Ok(tape.push(y, &inputs, || {
+        let kept = updates.iter().zip(codes).map(|(update, code)| update.keep(x, code));
+        let (kept, w, engine) = (kept.collect::<Vec<_>>(), w.clone(), engine.clone());
+        move |dy: Tensor, sink: &mut Sink| {
+            let backward = |(i, update): (usize, &KeptUpdate)| {
+                update.backward(&dy, 1 + 3 * i, sink).transpose()
+            };
+            let shifts =
+                kept.iter().enumerate().filter_map(backward).collect::<Result<Vec<_>>>()?;
+            w.give_input_gradient(&engine, &dy, &shifts, sink)
+        }
     }))
 }

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use candle_core::{CpuStorage, InplaceOp1, Tensor};
+use candle_core::Tensor;
 use tracing::trace_span;
 
 use super::engine::{Engine, composed, host};
@@ -10,7 +10,7 @@ use super::sums::Layout;
 use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
-use crate::kernels::low_rank::{self, Activation, Gradients, Saved};
+use crate::kernels::low_rank::{self, Activation, Gradients, InputGradient, Saved};
 use crate::kernels::slices::{copied, room};
 
 /// The form of a low-rank shift, alpha * phi(x Wdownᵀ) Wupᵀ.
@@ -30,29 +30,6 @@ pub fn low_rank_add(
     tape: &Tape,
     y: &Value,
     x: &Value,
-    matrices: (&Value, &Value),
-    form: LowRank,
-) -> Result<Value> {
-    add(tape, (y, false), x, matrices, form)
-}
-
-/// [`low_rank_add`] to a y that nobody else holds or has kept, such as the result of
-/// [`linear`](super::linear()): on the CPU it is overwritten. With y = x W0ᵀ this is LoRA, whose A is
-/// Wdown and whose B is Wup.
-pub fn low_rank_add_to(
-    tape: &Tape,
-    y: Value,
-    x: &Value,
-    matrices: (&Value, &Value),
-    form: LowRank,
-) -> Result<Value> {
-    add(tape, (&y, true), x, matrices, form)
-}
-
-fn add(
-    tape: &Tape,
-    (y, overwrite): (&Value, bool),
-    x: &Value,
     (down, up): (&Value, &Value),
     form: LowRank,
 ) -> Result<Value> {
@@ -66,35 +43,19 @@ fn add(
     let mut z = room(m * r);
     low_rank::down(&host(x.tensor())?, &host(down.tensor())?, d, r, &mut z);
     let z: Rc<[f32]> = z.into();
-    let out = match overwrite {
-        false => shifted(tape.engine(), y.tensor(), &z, up.tensor(), form)?,
-        true => {
-            y.tensor().inplace_op1(&AddUp { z: z.clone(), up: up.tensor().clone(), form })?;
-            y.tensor().clone()
-        }
-    };
+    let out = shifted(tape.engine(), y.tensor(), &z, up.tensor(), form)?;
     let same = std::ptr::eq(x, y);
     let pullback = || {
         let (x, z) = (x.keep(), z.clone());
         let (down, up) = (down.tensor().clone(), up.tensor().clone());
         move |dy: Tensor, sink: &mut Sink| {
-            let _span = trace_span!("low rank backward", flops = 4 * m * r * (d + o)).entered();
             let mut dx = match same {
                 true => copied(&host(&dy)?),
                 false => sink.take_own(1).unwrap_or_else(|| vec![0.0; m * d]),
             };
-            let [mut dwdown, mut dwup] = sink.take_rows([(2, r * d), (3, o * r)]);
-            {
-                let x = x.tensor()?;
-                let (x, wdown, wup) = (host(&x)?, host(&down)?, host(&up)?);
-                let LowRank { alpha, activation } = form;
-                let (x, z, wdown, wup) = (&*x, &*z, &*wdown, &*wup);
-                let saved = Saved { x, z, wdown, wup, r, alpha, activation };
-                let (dx, dwdown, dwup) = (&mut dx[..], &mut dwdown, &mut dwup);
-                low_rank::backward(&host(&dy)?, saved, Gradients { dx, dwdown, dwup });
-            }
-            let layouts = (Layout::Matrix(r), Layout::Transposed(r));
-            sink.give_rows([(2, dwdown, layouts.0), (3, dwup, layouts.1)])?;
+            let x = x.tensor()?;
+            let saved = (&*host(&x)?, &*z, &down, &up, form);
+            give_matrices(saved, &dy, InputGradient::Add(&mut dx), 2, sink)?;
             if !same {
                 sink.give(0, dy)?;
             }
@@ -111,32 +72,27 @@ fn add(
     }))
 }
 
-/// y += alpha * phi(z) Wupᵀ, in y's own memory.
-struct AddUp {
-    z: Rc<[f32]>,
-    up: Tensor,
-    form: LowRank,
-}
-
-impl InplaceOp1 for AddUp {
-    fn name(&self) -> &'static str {
-        "low rank"
+/// Gives the gradients of Wdown and Wup, inputs `first` and `first + 1` of the operation, and writes
+/// that of the adapter's input.
+pub(super) fn give_matrices(
+    (x, z, down, up, form): (&[f32], &[f32], &Tensor, &Tensor, LowRank),
+    dy: &Tensor,
+    dx: InputGradient,
+    first: usize,
+    sink: &mut Sink,
+) -> Result<()> {
+    let ((r, d), o) = (down.dims2()?, up.dims2()?.0);
+    let _span = trace_span!("low rank backward", flops = 4 * z.len() * (d + o)).entered();
+    let (at, LowRank { alpha, activation }) = ([first, first + 1], form);
+    let [mut dwdown, mut dwup] = sink.take_rows([(at[0], r * d), (at[1], o * r)]);
+    {
+        let (wdown, wup) = (host(down)?, host(up)?);
+        let (wdown, wup) = (&*wdown, &*wup);
+        let saved = Saved { x, z, wdown, wup, r, alpha, activation };
+        let (dwdown, dwup) = (&mut dwdown, &mut dwup);
+        low_rank::backward(&host(dy)?, saved, Gradients { dx, dwdown, dwup });
     }
-
-    fn cpu_fwd(
-        &self,
-        storage: &mut CpuStorage,
-        layout: &candle_core::Layout,
-    ) -> candle_core::Result<()> {
-        let (CpuStorage::F32(y), Some((start, end))) = (storage, layout.contiguous_offsets())
-        else {
-            candle_core::bail!("a kernel wants contiguous f32 values");
-        };
-        let (r, phi) = (self.up.dims2()?.1, (self.form.alpha, self.form.activation));
-        let up = host(&self.up).map_err(candle_core::Error::wrap)?;
-        low_rank::up_add_to((&self.z, r), &up, phi, &mut y[start..end]);
-        Ok(())
-    }
+    sink.give_rows([(at[0], dwdown, Layout::Matrix(r)), (at[1], dwup, Layout::Transposed(r))])
 }
 
 /// y + alpha * phi(z) Wupᵀ.

@@ -1,0 +1,100 @@
+//! The low-rank updates of a frozen matrix: LoRA, whose A is Wdown and whose B is Wup.
+
+use std::rc::Rc;
+
+use candle_core::Tensor;
+use tracing::trace_span;
+
+use super::engine::host;
+use super::low_rank::{LowRank, give_matrices};
+use super::tape::Sink;
+use super::value::{Kept, Value};
+use crate::Result;
+use crate::kernels::low_rank::{self, InputGradient};
+use crate::kernels::low_rank_shift::Shift;
+use crate::kernels::slices::room;
+
+/// What is added to the product of a matrix: alpha * phi(x Wdownᵀ) Wupᵀ.
+#[derive(Clone, Debug)]
+pub struct LowRankUpdate {
+    /// Its x [N, in], if that is not the matrix's input itself but, say, what dropout left of it.
+    pub input: Option<Value>,
+    /// Wdown [R, in].
+    pub down: Value,
+    /// Wup [out, R].
+    pub up: Value,
+    /// The rest of the formula.
+    pub form: LowRank,
+}
+
+impl LowRankUpdate {
+    /// Its x, given the matrix's input.
+    pub(super) fn input<'a>(&'a self, x: &'a Value) -> &'a Value {
+        self.input.as_ref().unwrap_or(x)
+    }
+
+    /// Its inputs among those of the operation.
+    pub(super) fn inputs<'a>(&'a self, x: &'a Value) -> [&'a Value; 3] {
+        [self.input(x), &self.down, &self.up]
+    }
+
+    /// Its code before the activation, x Wdownᵀ [N, R].
+    pub(super) fn code(&self, x: &Value) -> Result<Rc<[f32]>> {
+        let (x, (r, d)) = (self.input(x).tensor(), self.down.tensor().dims2()?);
+        let m = x.dims2()?.0;
+        let _span =
+            trace_span!("low rank", flops = 2 * m * r * d, bytes = 4 * m * (d + r)).entered();
+        let mut z = room(m * r);
+        low_rank::down(&host(x)?, &host(self.down.tensor())?, d, r, &mut z);
+        Ok(z.into())
+    }
+
+    /// What it adds, given its code.
+    pub(super) fn shift(&self, code: &[f32]) -> Result<Shift> {
+        let (up, LowRank { alpha, activation }) = (self.up.tensor(), self.form);
+        Ok(Shift::of_output((code, up.dims2()?.1), &host(up)?, (alpha, activation)))
+    }
+
+    /// What the backward pass needs, given its code.
+    pub(super) fn keep(&self, x: &Value, code: Rc<[f32]>) -> KeptUpdate {
+        let (down, up) = (self.down.tensor().clone(), self.up.tensor().clone());
+        let own_input = self.input.is_some();
+        KeptUpdate { x: self.input(x).keep(), own_input, code, down, up, form: self.form }
+    }
+}
+
+/// What the backward pass keeps of an update.
+pub(super) struct KeptUpdate {
+    x: Kept,
+    /// Whether `x` is an input of its own.
+    own_input: bool,
+    code: Rc<[f32]>,
+    down: Tensor,
+    up: Tensor,
+    form: LowRank,
+}
+
+impl KeptUpdate {
+    /// Gives the gradients of the update's own input, of Wdown and of Wup, inputs `first` to `first + 2` of
+    /// the operation. Returns what is to be added to the gradient of the matrix's input.
+    pub(super) fn backward(
+        &self,
+        dy: &Tensor,
+        first: usize,
+        sink: &mut Sink,
+    ) -> Result<Option<Shift>> {
+        let x = self.x.tensor()?;
+        let (dims, r) = (x.dims2()?, self.down.dims2()?.0);
+        let rows = host(&x)?;
+        let saved = (&*rows, &*self.code, &self.down, &self.up, self.form);
+        if self.own_input {
+            let mut dx = sink.take_own(first).unwrap_or_else(|| vec![0.0; dims.0 * dims.1]);
+            give_matrices(saved, dy, InputGradient::Add(&mut dx), first + 1, sink)?;
+            sink.give_own(first, dx, &dims.into())?;
+            return Ok(None);
+        }
+        let mut dz = room(self.code.len());
+        give_matrices(saved, dy, InputGradient::Code(&mut dz), first + 1, sink)?;
+        Ok(Some(Shift::of_input(dz, &host(&self.down)?, r)))
+    }
+}
