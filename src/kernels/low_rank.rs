@@ -19,8 +19,32 @@ const SUB_CHUNK: usize = 16;
 
 /// `z [M, R] = x [M, D] Wdown^T` with `wdown [R, D]` row-major. Panics if the lengths disagree.
 pub fn down(x: &[f32], wdown: &[f32], d: usize, r: usize, z: &mut [f32]) {
-    assert!(wdown.len() == r * d && x.len() * r == z.len() * d, "low-rank shapes disagree");
-    for_each(x.chunks(FORWARD_ROWS * d).zip(z.chunks_mut(FORWARD_ROWS * r)), |(x, z)| {
+    assert!(wdown.len() == r * d, "low-rank shapes disagree");
+    down_all(x, d, vec![Down { wdown, z }]);
+}
+
+/// One of several products of the same rows.
+pub struct Down<'a> {
+    /// `[R, D]` row-major.
+    pub wdown: &'a [f32],
+    /// The result, `[M, R]`.
+    pub z: &'a mut [f32],
+}
+
+/// Several [`down`] of the same `x [M, D]`, which is read once. Panics if the lengths disagree.
+pub fn down_all(x: &[f32], d: usize, mut downs: Vec<Down>) {
+    let fits = |down: &Down| x.len() * down.wdown.len() == down.z.len() * d * d;
+    assert!(downs.iter().all(fits), "low-rank shapes disagree");
+    let mut parts: Vec<_> = downs
+        .iter_mut()
+        .map(|down| (down.wdown, down.z.chunks_mut(FORWARD_ROWS * (down.wdown.len() / d))))
+        .collect();
+    let mut tasks = Vec::new();
+    for x in x.chunks(FORWARD_ROWS * d) {
+        let of_rows = parts.iter_mut().map(|(wdown, z)| (*wdown, z.next()));
+        tasks.extend(of_rows.filter_map(|(wdown, z)| Some((x, wdown, z?))));
+    }
+    for_each(tasks.into_iter(), |(x, wdown, z)| {
         CpuLevel::detect().run(Dots { a: x, b: wdown, width: d, c: z });
     });
 }

@@ -15,13 +15,14 @@ use super::lanes::LANES;
 use super::low_rank_shift::Shift;
 #[cfg(any(target_arch = "x86_64", test))]
 use super::matmul_amx::Chunk;
+use super::matmul_cut::cut;
 use super::matmul_fetch::Fetch;
 use super::matmul_form::{Form, Panels, Step};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_tile::Pair;
 use super::matmul_tile::{Strip, best_panels, multiply_f32};
 use super::pack::PackedMatrix;
-use super::parallel::{SharedMut, for_each, for_each_index, part, shrinking, task_count};
+use super::parallel::{SharedMut, for_each, for_each_index, task_count};
 
 /// How products are computed; the names are PyTorch's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,7 +60,7 @@ pub(crate) enum Way {
 }
 
 impl Way {
-    fn of(level: CpuLevel, precision: MatmulPrecision) -> Self {
+    pub(crate) fn of(level: CpuLevel, precision: MatmulPrecision) -> Self {
         match precision {
             MatmulPrecision::High if level.multiplies_tiles() => Way::HalfTiles,
             MatmulPrecision::Medium if level.multiplies_tiles() => Way::Tiles,
@@ -78,8 +79,6 @@ const K_SPAN: usize = 8 * K_BLOCK;
 const NEAR_OUTPUTS: usize = 1 << 15;
 /// Tasks for each thread: the fewer, the less is read twice; the more, the less a thread waits.
 const TASKS: usize = 4;
-/// Rows of a task at most: one block of k of them lies in the second-level cache.
-const ROW_BLOCK: usize = 256;
 /// Rows that are a multiple of so many numbers apart begin in the same sets of a first-level cache and
 /// drive each other out of it, so that copies are read instead.
 const SAME_SETS: usize = 1024;
@@ -116,6 +115,16 @@ pub fn matmul(
     matmul_add(x, w, Terms { bias, ..Terms::default() }, precision, y);
 }
 
+/// One of several products of the same input.
+pub struct Side<'a> {
+    /// The weight.
+    pub w: &'a PackedMatrix,
+    /// Further terms.
+    pub terms: Terms<'a>,
+    /// The result.
+    pub y: &'a mut [f32],
+}
+
 /// [`matmul`] with further terms.
 pub fn matmul_add(
     x: &[f32],
@@ -124,7 +133,14 @@ pub fn matmul_add(
     precision: MatmulPrecision,
     y: &mut [f32],
 ) {
-    product(CpuLevel::detect(), Axis::Output, x, w, terms, precision, y);
+    matmul_all(x, vec![Side { w, terms, y }], precision);
+}
+
+/// [`matmul_add`] of one input with several weights at once: its form is made once, and threads wait
+/// for each other once.
+pub fn matmul_all(x: &[f32], sides: Vec<Side>, precision: MatmulPrecision) {
+    let level = CpuLevel::detect();
+    product_by(Way::of(level, precision), (level, Axis::Output), x, sides);
 }
 
 /// `dx = dy W`: `dy [M, out]`, `dx [M, in]`. Panics if the lengths disagree.
@@ -140,7 +156,9 @@ pub fn matmul_input_grad_add(
     precision: MatmulPrecision,
     dx: &mut [f32],
 ) {
-    product(CpuLevel::detect(), Axis::Input, dy, w, terms, precision, dx);
+    let level = CpuLevel::detect();
+    let side = Side { w, terms, y: dx };
+    product_by(Way::of(level, precision), (level, Axis::Input), dy, vec![side]);
 }
 
 /// Which axis of the weight the result has.
@@ -152,68 +170,46 @@ pub(crate) enum Axis {
     Input,
 }
 
-/// Either product on the threads of the pool.
-pub(crate) fn product(
-    level: CpuLevel,
-    axis: Axis,
-    x: &[f32],
-    w: &PackedMatrix,
-    terms: Terms,
-    precision: MatmulPrecision,
-    y: &mut [f32],
-) {
-    product_by(Way::of(level, precision), (level, axis), x, w, terms, y);
-}
-
-/// Either product in a given way. Panics if the level does not have it.
-pub(crate) fn product_by(
-    way: Way,
-    (level, axis): (CpuLevel, Axis),
-    x: &[f32],
-    w: &PackedMatrix,
-    terms: Terms,
-    y: &mut [f32],
-) {
-    let Some(job) = Product::new(level, axis, x, w, terms, y) else { return };
+/// Either kind of products, on the threads of the pool, in a given way. Panics if the level does not
+/// have it.
+pub(crate) fn product_by(way: Way, (level, axis): (CpuLevel, Axis), x: &[f32], sides: Vec<Side>) {
+    let jobs: Vec<_> =
+        sides.into_iter().filter_map(|side| Product::new(level, axis, x, side)).collect();
+    assert!(jobs.windows(2).all(|w| w[0].k == w[1].k), "the weights want different inputs");
     assert!(way != Way::Pairs || level.multiplies_pairs(), "the level has no pairs");
     match way {
         #[cfg(any(target_arch = "x86_64", test))]
-        Way::Tiles => job.compute::<Chunk<1>>(),
+        Way::Tiles => compute::<Chunk<1>>(&jobs),
         #[cfg(any(target_arch = "x86_64", test))]
-        Way::HalfTiles => job.compute::<Chunk<2>>(),
+        Way::HalfTiles => compute::<Chunk<2>>(&jobs),
         #[cfg(target_arch = "x86_64")]
-        Way::Pairs => job.compute::<Pair>(),
-        _ => job.compute::<f32>(),
+        Way::Pairs => compute::<Pair>(&jobs),
+        _ => compute::<f32>(&jobs),
     }
 }
 
-/// Cuts a product into tasks, each some rows and some panels: about `tasks` of them. Panels alone are
-/// cut into parts that become smaller, so that the threads end together; rows are cut at multiples of
-/// `unit`.
-fn cut(
-    (rows, unit): (usize, usize),
-    panels: usize,
-    tasks: usize,
-) -> Vec<(Range<usize>, Range<usize>)> {
-    let (row_parts, panel_parts) = grid(rows, panels, tasks);
-    if (row_parts, tasks > 1) == (1, true) {
-        let groups = shrinking(panels.div_ceil(MAX_PANELS), rayon::current_num_threads());
-        let edge = |group: usize| (group * MAX_PANELS).min(panels);
-        let panels = |groups: Range<usize>| edge(groups.start)..edge(groups.end);
-        return groups.into_iter().map(|groups| (0..rows, panels(groups))).collect();
+/// Computes products of the same input: it is brought in the form that the inner loop reads, then all
+/// their panels are cut into tasks.
+fn compute<A: Form>(jobs: &[Product]) {
+    let Some(&Product { rows, k, .. }) = jobs.first() else { return };
+    let panels: usize = jobs.iter().map(Product::panels).sum();
+    let tasks = task_count(rows * k * panels * LANES, TASKS);
+    let tasks = cut((rows, A::ROW_UNIT), panels, tasks);
+    let mut input = Vec::new();
+    for k0 in (0..k).step_by(K_SPAN) {
+        let k = k0..(k0 + K_SPAN).min(k);
+        jobs[0].copy_input(&k, &mut input);
+        for_each_index(tasks.len(), Vec::new, |scratch, i| {
+            let (rows, panels) = &tasks[i];
+            let mut before = 0;
+            for job in jobs {
+                let own = |panel: usize| panel.clamp(before, before + job.panels()) - before;
+                let panels = own(panels.start)..own(panels.end);
+                job.block::<A>(rows, &k, &panels, &input, scratch);
+                before += job.panels();
+            }
+        });
     }
-    let row_parts = (0..row_parts).map(|i| part(rows, unit, row_parts, i));
-    let panels = |i| part(panels, MAX_PANELS, panel_parts, i);
-    row_parts.flat_map(|rows| (0..panel_parts).map(move |i| (rows.clone(), panels(i)))).collect()
-}
-
-/// Cuts rows and panels into about `tasks` parts such that the least is read twice: each part of
-/// the rows reads its panels again, each part of the panels its rows.
-fn grid(rows: usize, panels: usize, tasks: usize) -> (usize, usize) {
-    let least = rows.div_ceil(ROW_BLOCK);
-    let grids = (least..=least.max(tasks)).map(|r| (r, tasks.div_ceil(r).min(panels)));
-    let read_again = |&(r, p): &(usize, usize)| r * panels * LANES + p * rows;
-    grids.filter(|(r, p)| r * p >= tasks).min_by_key(read_again).unwrap_or((least, 1))
 }
 
 /// A checked product.
@@ -237,9 +233,7 @@ impl<'a> Product<'a> {
         level: CpuLevel,
         axis: Axis,
         x: &'a [f32],
-        w: &'a PackedMatrix,
-        terms: Terms<'a>,
-        y: &'a mut [f32],
+        Side { w, terms, y }: Side<'a>,
     ) -> Option<Self> {
         let (k, columns) = match axis {
             Axis::Output => (w.in_features(), w.out_features()),
@@ -258,21 +252,9 @@ impl<'a> Product<'a> {
         (rows > 0).then_some(Self { level, axis, rows, k, columns, x, w, start, terms, y })
     }
 
-    /// Computes all of it: the input is brought in the form that the inner loop reads, then cut into
-    /// tasks.
-    fn compute<A: Form>(&self) {
-        let panels = self.columns.div_ceil(LANES);
-        let tasks = task_count(self.rows * self.k * panels * LANES, TASKS);
-        let tasks = cut((self.rows, A::ROW_UNIT), panels, tasks);
-        let mut input = Vec::new();
-        for k0 in (0..self.k).step_by(K_SPAN) {
-            let k = k0..(k0 + K_SPAN).min(self.k);
-            self.copy_input(&k, &mut input);
-            for_each_index(tasks.len(), Vec::new, |scratch, i| {
-                let (rows, panels) = &tasks[i];
-                self.block::<A>(rows, &k, panels, &input, scratch);
-            });
-        }
+    /// Panels of the result.
+    fn panels(&self) -> usize {
+        self.columns.div_ceil(LANES)
     }
 
     /// Copies a span of k of the input, one block of k after the other, unless it can be read where it lies:
@@ -448,18 +430,5 @@ impl<'a> Product<'a> {
                 y.add(i * self.columns).copy_from(row.as_ptr(), width);
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn grid_gives_every_thread_work_and_cuts_where_it_is_cheap() {
-        assert_eq!(grid(1, 96, 4), (1, 4));
-        assert_eq!(grid(2048, 36, 4), (8, 1));
-        assert_eq!(grid(300, 1, 16), (16, 1));
-        assert_eq!(grid(170, 36, 32), (3, 11));
     }
 }

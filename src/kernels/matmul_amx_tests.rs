@@ -4,13 +4,13 @@
 use half::bf16;
 
 use super::dispatch::CpuLevel::{self, Avx512, Emulated};
-use super::matmul::{Axis, MatmulPrecision, Terms, product};
+use super::matmul::{Axis, MatmulPrecision};
 use super::matmul_amx::{BLOCK_ROWS, Chunk, multiply};
 use super::matmul_fetch::Fetch;
 use super::matmul_form::Form;
 use super::matmul_tile::Strip;
 use super::pack::{PackedMatrix, PairRow};
-use super::testing::{noise, relative_error, with_threads};
+use super::testing::{noise, product_at, relative_error, with_threads};
 use MatmulPrecision::{High, Medium};
 
 /// Rows, outputs and inputs: single ones, odd ones, whole tiles and blocks, more than a span of k.
@@ -47,10 +47,7 @@ fn run(
     bias: Option<&[f32]>,
     precision: MatmulPrecision,
 ) -> Vec<f32> {
-    let (k, columns) = sides(axis, w);
-    let mut y = vec![f32::NAN; x.len() / k * columns];
-    product(level, axis, x, w, Terms { bias, ..Terms::default() }, precision, &mut y);
-    y
+    product_at((level, axis), x, w, bias, precision)
 }
 
 /// The product in f64, of operands changed by `form`.

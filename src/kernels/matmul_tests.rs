@@ -6,11 +6,11 @@ use super::dispatch::CpuLevel;
 use super::low_rank::{Activation, up_add};
 use super::low_rank_shift::Shift;
 use super::matmul::{
-    Axis, MatmulPrecision, Terms, Way, matmul, matmul_add, matmul_input_grad,
-    matmul_input_grad_add, product, product_by,
+    Axis, MatmulPrecision, Side, Terms, Way, matmul, matmul_add, matmul_all, matmul_input_grad,
+    matmul_input_grad_add, product_by,
 };
 use super::pack::PackedMatrix;
-use super::testing::{noise, relative_error, with_threads};
+use super::testing::{noise, product_at, relative_error, sides, with_threads};
 
 const MS: [usize; 8] = [1, 2, 15, 16, 63, 64, 65, 2048];
 const OUTS: [usize; 6] = [1, 8, 64, 192, 576, 1536];
@@ -29,13 +29,6 @@ fn run(axis: Axis, x: &[f32], w: &PackedMatrix, precision: MatmulPrecision) -> V
         Axis::Input => matmul_input_grad(x, w, precision, &mut y),
     }
     y
-}
-
-fn sides(axis: Axis, w: &PackedMatrix) -> (usize, usize) {
-    match axis {
-        Axis::Output => (w.in_features(), w.out_features()),
-        Axis::Input => (w.out_features(), w.in_features()),
-    }
 }
 
 /// Rows of `x` in batches of M give the bits that they give among 2048.
@@ -98,11 +91,7 @@ fn every_level_gives_the_same_bits_at_highest() {
             for axis in [Axis::Output, Axis::Input] {
                 let (k, columns) = sides(axis, &w);
                 let x = noise(5, m * k);
-                let at = |level, precision| {
-                    let mut y = vec![0.0; m * columns];
-                    product(level, axis, &x, &w, Terms::default(), precision, &mut y);
-                    y
-                };
+                let at = |level, precision| product_at((level, axis), &x, &w, None, precision);
                 let plain = at(CpuLevel::Portable, Highest);
                 assert!(at(CpuLevel::detect(), Highest) == plain, "{m} x {k} x {columns}");
                 assert!(at(CpuLevel::Avx2, Highest) == plain, "{m} x {k} x {columns}");
@@ -120,7 +109,8 @@ fn run_pairs(axis: Axis, x: &[f32], w: &PackedMatrix) -> Option<Vec<f32>> {
     }
     let (k, columns) = sides(axis, w);
     let mut y = vec![f32::NAN; x.len() / k * columns];
-    product_by(Way::Pairs, (level, axis), x, w, Terms::default(), &mut y);
+    let side = Side { w, terms: Terms::default(), y: &mut y };
+    product_by(Way::Pairs, (level, axis), x, vec![side]);
     Some(y)
 }
 
@@ -144,11 +134,7 @@ fn rows_of_pairs_do_not_depend_on_the_batch_or_the_threads() {
 fn medium_without_a_faster_instruction_is_highest() {
     for w in storages(49, 270) {
         let x = noise(5, 7 * 270);
-        let at = |level, precision| {
-            let mut y = vec![0.0; 7 * 49];
-            product(level, Axis::Output, &x, &w, Terms::default(), precision, &mut y);
-            y
-        };
+        let at = |level, precision| product_at((level, Axis::Output), &x, &w, None, precision);
         assert!(at(CpuLevel::Avx2, Medium) == at(CpuLevel::Avx2, Highest));
         let (here, same) = (CpuLevel::detect(), Medium.is_highest_here());
         assert_eq!(at(here, Medium) == at(here, Highest), same);
@@ -186,6 +172,24 @@ fn shifts_and_old_numbers_are_added_to_the_product_as_passes_of_their_own_would(
                 matmul_add(&x, &w, terms, precision, &mut old);
                 assert!(relative_error(&old, &want) < 1e-6);
             }
+        }
+    }
+}
+
+#[test]
+fn products_at_once_are_the_products_one_by_one() {
+    for (m, in_) in [(1, 40), (64, 300), (65, 96), (300, 1024)] {
+        let x = noise(1, m * in_);
+        for precision in [Highest, High, Medium] {
+            let weights: Vec<_> =
+                [33, 48, 7, 576].map(|out| storages(out, in_)).into_iter().flatten().collect();
+            let each = weights.iter().map(|w| run(Axis::Output, &x, w, precision));
+            let each: Vec<_> = each.collect();
+            let mut all: Vec<_> = each.iter().map(|y| vec![f32::NAN; y.len()]).collect();
+            let side = |(w, y)| Side { w, terms: Terms::default(), y };
+            let sides = weights.iter().zip(all.iter_mut().map(|y| &mut y[..])).map(side).collect();
+            with_threads(2, || matmul_all(&x, sides, precision));
+            assert!(all == each, "{m} x {in_}, {precision:?}");
         }
     }
 }

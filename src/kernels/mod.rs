@@ -28,6 +28,7 @@ pub mod low_rank_shift;
 pub mod matmul;
 #[cfg(any(target_arch = "x86_64", test))]
 mod matmul_amx;
+mod matmul_cut;
 #[cfg(target_arch = "x86_64")]
 mod matmul_dot;
 mod matmul_fetch;

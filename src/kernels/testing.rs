@@ -1,5 +1,7 @@
 //! Numbers for tests.
 
+use super::dispatch::CpuLevel;
+use super::matmul::{Axis, MatmulPrecision, Side, Terms, Way, product_by};
 use super::pack::{PackedMatrix, Storage};
 
 /// All bits of a packed matrix, padding included.
@@ -20,6 +22,29 @@ pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
         ((z ^ (z >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0
     };
     (0..n).map(|_| next()).collect()
+}
+
+/// Either product at a given level.
+pub(crate) fn product_at(
+    (level, axis): (CpuLevel, Axis),
+    x: &[f32],
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
+    precision: MatmulPrecision,
+) -> Vec<f32> {
+    let (k, columns) = sides(axis, w);
+    let mut y = vec![f32::NAN; x.len() / k * columns];
+    let side = Side { w, terms: Terms { bias, ..Terms::default() }, y: &mut y };
+    product_by(Way::of(level, precision), (level, axis), x, vec![side]);
+    y
+}
+
+/// Inputs and outputs of a product.
+pub(crate) fn sides(axis: Axis, w: &PackedMatrix) -> (usize, usize) {
+    match axis {
+        Axis::Output => (w.in_features(), w.out_features()),
+        Axis::Input => (w.out_features(), w.in_features()),
+    }
 }
 
 /// Largest difference over largest reference.

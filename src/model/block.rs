@@ -148,7 +148,7 @@ impl Block {
             )?),
         };
         drop((q, k, v));
-        let y = self.linear(tape, layer, Matrix::O, &mixed, pass)?;
+        let [y] = self.linears(tape, layer, [Matrix::O], &mixed, pass)?;
         self.sandwich(tape, y, &self.post_attention_norm)
     }
 
@@ -161,43 +161,45 @@ impl Block {
         pass: &Pass,
     ) -> Result<(Value, Value, Value)> {
         let x = self.norm(tape, h, &self.input_norm)?;
-        let turned = |matrix: Matrix, norm: Option<&Tensor>| -> Result<Value> {
-            let mut y = self.linear(tape, layer, matrix, &x, pass)?;
+        let [q, k, v] = self.linears(tape, layer, [Matrix::Q, Matrix::K, Matrix::V], &x, pass)?;
+        let turned = |mut y: Value, norm: Option<&Tensor>| -> Result<Value> {
             if let Some(norm) = norm {
                 y = self.norm(tape, &y, norm)?;
             }
             ops::rotate(tape, &y, &pass.rotaries[self.rope])
         };
         let (q_norm, k_norm) = self.head_norms.as_ref().map(|(q, k)| (q, k)).unzip();
-        let (q, k) = (turned(Matrix::Q, q_norm)?, turned(Matrix::K, k_norm)?);
-        Ok((q, k, self.linear(tape, layer, Matrix::V, &x, pass)?))
+        Ok((turned(q, q_norm)?, turned(k, k_norm)?, v))
     }
 
     fn mlp(&self, tape: &Tape, layer: usize, x: &Value, pass: &Pass) -> Result<Value> {
         let inner = {
-            let gate = self.linear(tape, layer, Matrix::Gate, x, pass)?;
-            let up = self.linear(tape, layer, Matrix::Up, x, pass)?;
+            let [gate, up] = self.linears(tape, layer, [Matrix::Gate, Matrix::Up], x, pass)?;
             ops::glu(tape, &gate, &up, self.act)?
         };
-        let y = self.linear(tape, layer, Matrix::Down, &inner, pass)?;
+        let [y] = self.linears(tape, layer, [Matrix::Down], &inner, pass)?;
         self.sandwich(tape, y, &self.post_mlp_norm)
     }
 
-    fn linear(
+    /// The results of matrices with the same input x [N, in].
+    fn linears<const N: usize>(
         &self,
         tape: &Tape,
         layer: usize,
-        matrix: Matrix,
+        matrices: [Matrix; N],
         x: &Value,
         pass: &Pass,
-    ) -> Result<Value> {
-        let linear = &self.linears[matrix as usize];
-        let updates = pass
-            .adapters
-            .iter()
-            .filter_map(|adapter| adapter.update(tape, layer, matrix, x, &pass.batch).transpose());
-        let updates = updates.collect::<Result<Vec<_>>>()?;
-        ops::linear(tape, x, &linear.weight, linear.bias.as_ref(), &updates)
+    ) -> Result<[Value; N]> {
+        let mut maps = matrices.map(|matrix| {
+            let Linear { weight, bias } = &self.linears[matrix as usize];
+            ops::Linear { weight, bias: bias.as_ref(), updates: Vec::new() }
+        });
+        for (map, matrix) in maps.iter_mut().zip(matrices) {
+            for adapter in pass.adapters {
+                map.updates.extend(adapter.update(tape, layer, matrix, x, &pass.batch)?);
+            }
+        }
+        ops::linears(tape, x, maps)
     }
 
     fn norm(&self, tape: &Tape, x: &Value, weight: &Tensor) -> Result<Value> {

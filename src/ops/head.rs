@@ -4,11 +4,12 @@ use candle_core::Tensor;
 use tracing::trace_span;
 
 use super::engine::{Engine, host};
-use super::linear::{Weight, linear};
+use super::linear::linear;
 use super::norm::rms_norm;
 use super::rows::gather_rows;
 use super::tape::{Sink, Tape};
 use super::value::Value;
+use super::weight::Weight;
 use crate::Result;
 use crate::kernels::logp::{self, LogpForward, LogpOptions, RowRule, Target};
 use crate::kernels::matmul::matmul;
@@ -86,7 +87,7 @@ impl Head<'_> {
     /// Logits [rows, V] = softcap(norm(h) Wᵀ) of some rows of h [N, D]; not recorded.
     pub fn logits(&self, engine: &Engine, h: &Tensor, rows: &[u32]) -> Result<Tensor> {
         let normed = self.normed(&Tape::off(engine), &Value::constant(h.clone()), rows)?;
-        let z = self.weight.apply(engine, normed.tensor(), None, &[])?;
+        let z = self.weight.apply(engine, normed.tensor(), None)?;
         Ok(capped(z, self.softcap.map(|cap| cap as f32))?)
     }
 
@@ -196,7 +197,7 @@ impl Head<'_> {
         let Rows { rows, targets } = compact(targets, usize::MAX).next().unwrap_or_default();
         let h = &self.normed(tape, h, &rows)?;
         let Some(packed) = self.weight.packed().filter(|_| tape.engine().fused()) else {
-            let z = linear(tape, h, self.weight, None, &[])?;
+            let z = linear(tape, h, self.weight)?;
             return self.composed_logps(tape, &z, &targets, Distribution::default());
         };
         let options = self.options(tape, Distribution::default());

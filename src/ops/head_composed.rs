@@ -20,7 +20,7 @@ impl Head<'_> {
         distribution: Distribution,
     ) -> Result<(Value, Logps)> {
         let Rows { rows, targets } = compact(pull.targets, usize::MAX).next().unwrap_or_default();
-        let z = linear(tape, &self.normed(tape, h, &rows)?, self.weight, None, &[])?;
+        let z = linear(tape, &self.normed(tape, h, &rows)?, self.weight)?;
         let (logps, said) = self.composed_logps(tape, &z, &targets, distribution)?;
         let device = tape.engine().device();
         let weights = Tensor::new(pull.weights, device)?;

@@ -1,273 +1,114 @@
-//! Frozen linear maps: y = x Wᵀ + b, with the gradient of x only.
+//! Frozen linear maps: y = x Wᵀ + b with the low-rank updates of W, and the gradients of x and of the
+//! updates.
 
-use std::fmt;
-use std::sync::Arc;
+use std::rc::Rc;
 
-use candle_core::{DType, Tensor};
-use half::bf16;
+use candle_core::Tensor;
 use tracing::trace_span;
 
 use super::engine::{Engine, host};
 use super::low_rank::low_rank_add;
-use super::low_rank_update::{KeptUpdate, LowRankUpdate};
+use super::low_rank_update::{KeptUpdate, LowRankUpdate, codes};
 use super::tape::{Sink, Tape};
 use super::value::Value;
+use super::weight::Weight;
 use crate::kernels::low_rank_shift::Shift;
-use crate::kernels::matmul::{Terms, matmul_add, matmul_input_grad_add};
-use crate::kernels::pack::PackedMatrix;
+use crate::kernels::matmul::{Side, Terms, matmul_all};
 use crate::kernels::slices::room;
 use crate::{Error, Result};
 
-/// How the entries of a frozen matrix are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WeightDtype {
-    /// 32-bit floats.
-    F32,
-    /// bfloat16; other values are rounded to it.
-    Bf16,
+/// A frozen linear map and what adapters add to it.
+#[derive(Clone, Debug)]
+pub struct Linear<'a> {
+    /// W [out, in].
+    pub weight: &'a Weight,
+    /// b `[out]`.
+    pub bias: Option<&'a Tensor>,
+    /// The low-rank updates of W.
+    pub updates: Vec<LowRankUpdate>,
 }
 
-enum Storage {
-    /// One packed copy in host memory, in the layout that the kernels want.
-    Packed(PackedMatrix),
-    /// [out, in] on the engine's device.
-    Dense(Tensor),
+/// y = x Wᵀ + b for x [N, in].
+pub fn linear(tape: &Tape, x: &Value, weight: &Weight) -> Result<Value> {
+    let [y] = linears(tape, x, [Linear { weight, bias: None, updates: Vec::new() }])?;
+    Ok(y)
 }
 
-/// A frozen weight matrix [out, in], stored once.
-#[derive(Clone)]
-pub struct Weight(Arc<Storage>);
-
-/// A matrix that is read row by row from wherever it lies.
-pub trait MatrixRows: Sync {
-    /// Number of rows and of columns.
-    fn dims(&self) -> (usize, usize);
-
-    /// Writes row `i`.
-    fn read_f32(&self, i: usize, into: &mut [f32]);
-
-    /// Writes row `i`, rounded to the nearest bf16 (ties to even).
-    fn read_bf16(&self, i: usize, into: &mut [bf16]);
-}
-
-impl Weight {
-    /// Reads the matrix `rows` [out, in] and stores it as `dtype`. On the CPU nothing else of its
-    /// size is allocated.
-    ///
-    /// # Errors
-    /// If the device has no room for it.
-    pub fn new(engine: &Engine, rows: &impl MatrixRows, dtype: WeightDtype) -> Result<Self> {
-        let (out, in_) = rows.dims();
-        let storage = match (engine.fused(), dtype) {
-            (true, WeightDtype::F32) => {
-                Storage::Packed(PackedMatrix::f32_rows(out, in_, |i, row| rows.read_f32(i, row)))
-            }
-            (true, WeightDtype::Bf16) => {
-                Storage::Packed(PackedMatrix::bf16_rows(out, in_, |i, row| rows.read_bf16(i, row)))
-            }
-            (false, WeightDtype::F32) => {
-                let values = row_major(rows, |i, row| rows.read_f32(i, row));
-                Storage::Dense(Tensor::from_vec(values, (out, in_), engine.device())?)
-            }
-            (false, WeightDtype::Bf16) => {
-                let values = row_major(rows, |i, row| rows.read_bf16(i, row));
-                Storage::Dense(Tensor::from_vec(values, (out, in_), engine.device())?)
-            }
-        };
-        Ok(Weight(Arc::new(storage)))
-    }
-
-    /// Number of outputs, the rows of W.
-    pub fn out_features(&self) -> usize {
-        match &*self.0 {
-            Storage::Packed(packed) => packed.out_features(),
-            Storage::Dense(dense) => dense.dims()[0],
-        }
-    }
-
-    /// Number of inputs, the columns of W.
-    pub fn in_features(&self) -> usize {
-        match &*self.0 {
-            Storage::Packed(packed) => packed.in_features(),
-            Storage::Dense(dense) => dense.dims()[1],
-        }
-    }
-
-    /// Bytes that the stored matrix takes.
-    pub fn bytes(&self) -> usize {
-        match &*self.0 {
-            Storage::Packed(packed) => packed.bytes(),
-            Storage::Dense(dense) => dense.elem_count() * dense.dtype().size_in_bytes(),
-        }
-    }
-
-    /// The rows of W named by `ids`, as f32 [ids, in]: the embedding of tokens.
-    ///
-    /// # Errors
-    /// If an id is not below [`Weight::out_features`].
-    pub fn rows(&self, engine: &Engine, ids: &[u32]) -> Result<Tensor> {
-        let (rows, width) = (self.out_features(), self.in_features());
-        let _span = trace_span!("embed", rows = ids.len(), bytes = 4 * ids.len() * width).entered();
-        if let Some(id) = ids.iter().find(|id| **id as usize >= rows) {
-            return Err(Error::failure(format!(
-                "token id {id} is outside the vocabulary of {rows}"
-            )));
-        }
-        match &*self.0 {
-            Storage::Packed(packed) => {
-                let mut values = room(ids.len() * width);
-                for (id, row) in ids.iter().zip(values.chunks_exact_mut(width)) {
-                    packed.row(*id as usize, row);
-                }
-                engine.tensor(values, &[ids.len(), width])
-            }
-            Storage::Dense(dense) => {
-                let ids = Tensor::new(ids, engine.device())?;
-                Ok(dense.index_select(&ids, 0)?.to_dtype(DType::F32)?)
-            }
-        }
-    }
-
-    /// The whole matrix as f32 [out, in] on the engine's device.
-    pub fn dense(&self, engine: &Engine) -> Result<Tensor> {
-        match &*self.0 {
-            Storage::Packed(packed) => {
-                engine.tensor(packed.unpack(), &[self.out_features(), self.in_features()])
-            }
-            Storage::Dense(dense) => Ok(dense.to_dtype(DType::F32)?),
-        }
-    }
-
-    pub(super) fn packed(&self) -> Option<&PackedMatrix> {
-        match &*self.0 {
-            Storage::Packed(packed) => Some(packed),
-            Storage::Dense(_) => None,
-        }
-    }
-
-    /// FLOPs of a product with `rows` rows.
-    pub(super) fn flops(&self, rows: usize) -> usize {
-        2 * rows * self.in_features() * self.out_features()
-    }
-
-    /// FLOPs of a product with `rows` rows and its shifts of `width` columns.
-    fn flops_with(&self, rows: usize, width: usize, shifts: &[Shift]) -> usize {
-        self.flops(rows) + shifts.iter().map(|shift| 2 * rows * shift.rank() * width).sum::<usize>()
-    }
-
-    /// Bytes that a product with `rows` rows reads and writes at least.
-    fn traffic(&self, rows: usize) -> usize {
-        self.bytes() + 4 * rows * (self.in_features() + self.out_features())
-    }
-
-    /// x Wᵀ + b for x [N, in], not recorded; on the CPU with low-rank shifts.
-    pub(super) fn apply(
-        &self,
-        engine: &Engine,
-        x: &Tensor,
-        bias: Option<&Tensor>,
-        shifts: &[Shift],
-    ) -> Result<Tensor> {
-        let (rows, width) = (x.dims2()?.0, self.out_features());
-        let (flops, bytes) = (self.flops_with(rows, width, shifts), self.traffic(rows));
-        let _span = trace_span!("linear", rows, width, flops, bytes).entered();
-        match self.packed().filter(|_| engine.fused()) {
-            Some(packed) => {
-                let mut y = room(rows * width);
-                let bias = bias.map(host).transpose()?;
-                let terms = Terms { bias: bias.as_deref(), shifts, ..Terms::default() };
-                matmul_add(&host(x)?, packed, terms, engine.precision(), &mut y);
-                engine.tensor(y, &[rows, width])
-            }
-            None => {
-                let y = x.matmul(&self.dense(engine)?.t()?)?;
-                Ok(bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))?)
-            }
-        }
-    }
-
-    /// Gives the gradient of x, input 0 of the operation: dy W for dy [N, out]; on the CPU with low-rank
-    /// shifts.
-    fn give_input_gradient(
-        &self,
-        engine: &Engine,
-        dy: &Tensor,
-        shifts: &[Shift],
-        sink: &mut Sink,
-    ) -> Result<()> {
-        if !sink.wants(0) {
-            return Ok(());
-        }
-        let (rows, width) = (dy.dims2()?.0, self.in_features());
-        let (flops, bytes) = (self.flops_with(rows, width, shifts), self.traffic(rows));
-        let _span = trace_span!("linear backward", rows, width, flops, bytes).entered();
-        match self.packed().filter(|_| engine.fused()) {
-            Some(packed) => {
-                let before = sink.take_own(0);
-                let terms = Terms { old: before.is_some(), shifts, ..Terms::default() };
-                let mut dx = before.unwrap_or_else(|| room(rows * width));
-                matmul_input_grad_add(&host(dy)?, packed, terms, engine.precision(), &mut dx);
-                sink.give_own(0, dx, &(rows, width).into())
-            }
-            None => sink.give(0, dy.matmul(&self.dense(engine)?)?),
-        }
-    }
-}
-
-/// All elements in the order of the rows, of which `read` writes one.
-fn row_major<E: Copy + Default>(
-    rows: &impl MatrixRows,
-    mut read: impl FnMut(usize, &mut [E]),
-) -> Vec<E> {
-    let (out, in_) = rows.dims();
-    let mut values = vec![E::default(); out * in_];
-    values.chunks_mut(in_).enumerate().for_each(|(i, row)| read(i, row));
-    values
-}
-
-impl fmt::Debug for Weight {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Weight [{}, {}]", self.out_features(), self.in_features())
-    }
-}
-
-/// y = x Wᵀ + b for x [N, in] and b `[out]`, plus the low-rank `updates` of W; W and b are frozen.
+/// Several linear maps of the same x [N, in].
 ///
-/// On the CPU the updates are added to each block of y, and to that of the gradient of x, while it is
-/// in cache.
-pub fn linear(
-    tape: &Tape,
-    x: &Value,
-    w: &Weight,
-    bias: Option<&Tensor>,
-    updates: &[LowRankUpdate],
-) -> Result<Value> {
-    let engine = tape.engine();
-    if !engine.fused() {
-        let y = w.apply(engine, x.tensor(), bias, &[])?;
-        let y = tape.push(y, &[x], || {
-            let (w, engine) = (w.clone(), engine.clone());
-            move |dy: Tensor, sink: &mut Sink| w.give_input_gradient(&engine, &dy, &[], sink)
-        });
-        return updates.iter().try_fold(y, |y, update| {
-            low_rank_add(tape, &y, update.input(x), (&update.down, &update.up), update.form)
-        });
-    }
-    let codes = updates.iter().map(|update| update.code(x)).collect::<Result<Vec<_>>>()?;
-    let shifts = updates.iter().zip(&codes).map(|(update, code)| update.shift(code));
-    let y = w.apply(engine, x.tensor(), bias, &shifts.collect::<Result<Vec<_>>>()?)?;
-    let of_updates = updates.iter().flat_map(|update| update.inputs(x));
-    let inputs: Vec<&Value> = std::iter::once(x).chain(of_updates).collect();
-    Ok(tape.push(y, &inputs, || {
-        let kept = updates.iter().zip(codes).map(|(update, code)| update.keep(x, code));
-        let (kept, w, engine) = (kept.collect::<Vec<_>>(), w.clone(), engine.clone());
-        move |dy: Tensor, sink: &mut Sink| {
-            let backward = |(i, update): (usize, &KeptUpdate)| {
-                update.backward(&dy, 1 + 3 * i, sink).transpose()
-            };
-            let shifts =
-                kept.iter().enumerate().filter_map(backward).collect::<Result<Vec<_>>>()?;
-            w.give_input_gradient(&engine, &dy, &shifts, sink)
-        }
-    }))
+/// On the CPU they are computed together, and the updates are added to each block of y, and to that
+/// of the gradient of x, while it is in cache.
+pub fn linears<const N: usize>(tape: &Tape, x: &Value, maps: [Linear; N]) -> Result<[Value; N]> {
+    let results = match tape.engine().fused() {
+        true => fused(tape, x, &maps)?,
+        false => maps.iter().map(|map| composed(tape, x, map)).collect::<Result<_>>()?,
+    };
+    results.try_into().map_err(|_| Error::failure("a linear map has no result"))
+}
+
+fn composed(tape: &Tape, x: &Value, map: &Linear) -> Result<Value> {
+    let y = map.weight.apply(tape.engine(), x.tensor(), map.bias)?;
+    let y = tape.push(y, &[x], || {
+        let (weight, engine) = (map.weight.clone(), tape.engine().clone());
+        move |dy: Tensor, sink: &mut Sink| weight.give_input_gradient(&engine, &dy, &[], sink)
+    });
+    map.updates.iter().try_fold(y, |y, update| {
+        low_rank_add(tape, &y, update.input(x), (&update.down, &update.up), update.form)
+    })
+}
+
+fn fused(tape: &Tape, x: &Value, maps: &[Linear]) -> Result<Vec<Value>> {
+    let updates: Vec<_> = maps.iter().map(|map| &map.updates[..]).collect();
+    let codes = codes(x.tensor(), &updates)?;
+    let ys = products(tape.engine(), x.tensor(), maps, &codes)?;
+    let record = |((map, y), codes): ((&Linear, Tensor), Vec<Rc<[f32]>>)| {
+        let of_updates = map.updates.iter().flat_map(|update| update.inputs(x));
+        let inputs: Vec<&Value> = std::iter::once(x).chain(of_updates).collect();
+        tape.push(y, &inputs, || {
+            let kept = map.updates.iter().zip(codes).map(|(update, code)| update.keep(x, code));
+            let (kept, engine) = (kept.collect::<Vec<_>>(), tape.engine().clone());
+            let weight = map.weight.clone();
+            move |dy: Tensor, sink: &mut Sink| {
+                let backward = |(i, update): (usize, &KeptUpdate)| {
+                    update.backward(&dy, 1 + 3 * i, sink).transpose()
+                };
+                let shifts = kept.iter().enumerate().filter_map(backward);
+                let shifts = shifts.collect::<Result<Vec<_>>>()?;
+                weight.give_input_gradient(&engine, &dy, &shifts, sink)
+            }
+        })
+    };
+    Ok(maps.iter().zip(ys).zip(codes).map(record).collect())
+}
+
+/// The results of maps whose updates have these codes.
+fn products(
+    engine: &Engine,
+    x: &Tensor,
+    maps: &[Linear],
+    codes: &[Vec<Rc<[f32]>>],
+) -> Result<Vec<Tensor>> {
+    let rows = x.dims2()?.0;
+    let sum = |of: &dyn Fn(&Weight) -> usize| maps.iter().map(|map| of(map.weight)).sum::<usize>();
+    let width = sum(&Weight::out_features);
+    let (flops, bytes) = (sum(&|weight| weight.flops(rows)), sum(&|weight| weight.traffic(rows)));
+    let shifts = maps.iter().zip(codes).map(|(map, codes)| shifts(map, codes));
+    let shifts = shifts.collect::<Result<Vec<_>>>()?;
+    let _span = trace_span!("linear", rows, width, flops, bytes).entered();
+    let biases =
+        maps.iter().map(|map| map.bias.map(host).transpose()).collect::<Result<Vec<_>>>()?;
+    let mut ys: Vec<Vec<f32>> =
+        maps.iter().map(|map| room(rows * map.weight.out_features())).collect();
+    let sides = maps.iter().zip(&mut ys).zip(biases.iter().zip(&shifts));
+    let sides = sides.filter_map(|((map, y), (bias, shifts))| {
+        let terms = Terms { bias: bias.as_deref(), old: false, shifts };
+        Some(Side { w: map.weight.packed()?, terms, y })
+    });
+    matmul_all(&host(x)?, sides.collect(), engine.precision());
+    let tensor = |(map, y): (&Linear, _)| engine.tensor(y, &[rows, map.weight.out_features()]);
+    maps.iter().zip(ys).map(tensor).collect()
+}
+
+fn shifts(map: &Linear, codes: &[Rc<[f32]>]) -> Result<Vec<Shift>> {
+    map.updates.iter().zip(codes).map(|(update, code)| update.shift(code)).collect()
 }

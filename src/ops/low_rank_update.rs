@@ -10,7 +10,7 @@ use super::low_rank::{LowRank, give_matrices};
 use super::tape::Sink;
 use super::value::{Kept, Value};
 use crate::Result;
-use crate::kernels::low_rank::{self, InputGradient};
+use crate::kernels::low_rank::{self, Down, InputGradient};
 use crate::kernels::low_rank_shift::Shift;
 use crate::kernels::slices::room;
 
@@ -38,17 +38,6 @@ impl LowRankUpdate {
         [self.input(x), &self.down, &self.up]
     }
 
-    /// Its code before the activation, x Wdownᵀ [N, R].
-    pub(super) fn code(&self, x: &Value) -> Result<Rc<[f32]>> {
-        let (x, (r, d)) = (self.input(x).tensor(), self.down.tensor().dims2()?);
-        let m = x.dims2()?.0;
-        let _span =
-            trace_span!("low rank", flops = 2 * m * r * d, bytes = 4 * m * (d + r)).entered();
-        let mut z = room(m * r);
-        low_rank::down(&host(x)?, &host(self.down.tensor())?, d, r, &mut z);
-        Ok(z.into())
-    }
-
     /// What it adds, given its code.
     pub(super) fn shift(&self, code: &[f32]) -> Result<Shift> {
         let (up, LowRank { alpha, activation }) = (self.up.tensor(), self.form);
@@ -61,6 +50,32 @@ impl LowRankUpdate {
         let own_input = self.input.is_some();
         KeptUpdate { x: self.input(x).keep(), own_input, code, down, up, form: self.form }
     }
+}
+
+/// The codes before the activation, x Wdownᵀ [N, R], of the updates of some matrices with the same
+/// input x [N, in].
+pub(super) fn codes(x: &Tensor, updates: &[&[LowRankUpdate]]) -> Result<Vec<Vec<Rc<[f32]>>>> {
+    let all: Vec<&LowRankUpdate> = updates.iter().copied().flatten().collect();
+    let (m, d) = x.dims2()?;
+    let ranks = all.iter().map(|update| Ok(update.down.tensor().dims2()?.0));
+    let ranks = ranks.collect::<Result<Vec<_>>>()?;
+    let r: usize = ranks.iter().sum();
+    let _span = trace_span!("low rank", flops = 2 * m * r * d, bytes = 4 * m * (d + r)).entered();
+    let downs = all.iter().map(|update| host(update.down.tensor())).collect::<Result<Vec<_>>>()?;
+    let mut codes: Vec<Vec<f32>> = ranks.iter().map(|r| room(m * r)).collect();
+    let mut together = Vec::new();
+    for ((update, wdown), z) in all.iter().zip(&downs).zip(&mut codes) {
+        let down = Down { wdown, z };
+        match &update.input {
+            None => together.push(down),
+            Some(own) => low_rank::down_all(&host(own.tensor())?, d, vec![down]),
+        }
+    }
+    if !together.is_empty() {
+        low_rank::down_all(&host(x)?, d, together);
+    }
+    let mut codes = codes.into_iter().map(Rc::from);
+    Ok(updates.iter().map(|updates| codes.by_ref().take(updates.len()).collect()).collect())
 }
 
 /// What the backward pass keeps of an update.
