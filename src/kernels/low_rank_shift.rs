@@ -8,45 +8,59 @@ use super::lanes::{Kernel, LANES, Simd};
 use super::low_rank::{Activation, Transpose, scaled_code};
 
 /// `code [M, R]` times a matrix `[R, columns]`, finished before it is added.
-pub struct Shift {
-    /// `[M, R]`.
+pub struct Shift<'a> {
     pub(super) code: Vec<f32>,
-    /// `[panels, R, 16]`, the last panel padded with zeros.
-    pub(super) panels: Vec<f32>,
     pub(super) r: usize,
     pub(super) columns: usize,
+    factor: Factor<'a>,
 }
 
-impl Shift {
-    /// R, the rank.
-    pub fn rank(&self) -> usize {
-        self.r
-    }
+/// The matrix, row-major.
+#[derive(Clone, Copy)]
+enum Factor<'a> {
+    /// `[R, columns]`.
+    Down(&'a [f32]),
+    /// `[columns, R]`.
+    Up(&'a [f32]),
+}
 
+impl<'a> Shift<'a> {
     /// `alpha phi(z) Wup^T` for `z [M, R]` and `wup [columns, R]` row-major.
-    pub fn of_output((z, r): (&[f32], usize), wup: &[f32], phi: (f32, Activation)) -> Self {
+    pub fn of_output((z, r): (&[f32], usize), wup: &'a [f32], phi: (f32, Activation)) -> Self {
         let (code, columns) = (scaled_code(z, phi.0, phi.1), wup.len() / r);
-        let mut panels = vec![0.0; columns.next_multiple_of(LANES) * r];
-        CpuLevel::detect().run(PackTransposed { wup, r, panels: &mut panels });
-        Shift { code, panels, r, columns }
+        Shift { code, r, columns, factor: Factor::Up(wup) }
     }
 
     /// `dz Wdown` for `dz [M, R]` and `wdown [R, columns]` row-major.
-    pub fn of_input(dz: Vec<f32>, wdown: &[f32], r: usize) -> Self {
-        let columns = wdown.len() / r;
-        let mut panels = vec![0.0; columns.next_multiple_of(LANES) * r];
-        for (i, row) in wdown.chunks_exact(columns).enumerate() {
-            for (panel, from) in panels.chunks_exact_mut(r * LANES).zip(row.chunks(LANES)) {
-                panel[i * LANES..][..from.len()].copy_from_slice(from);
+    pub fn of_input((dz, r): (Vec<f32>, usize), wdown: &'a [f32]) -> Self {
+        Shift { code: dz, r, columns: wdown.len() / r, factor: Factor::Down(wdown) }
+    }
+
+    /// Some panels of the matrix, `[panels, R, 16]`, the last panel of all padded with zeros.
+    pub(super) fn pack(&self, level: CpuLevel, first: usize, panels: usize) -> Vec<f32> {
+        let mut packed = vec![0.0; panels * self.r * LANES];
+        let columns = first * LANES..self.columns.min((first + panels) * LANES);
+        match self.factor {
+            Factor::Down(rows) => {
+                for (i, row) in rows.chunks_exact(self.columns).enumerate() {
+                    let panels = packed.chunks_exact_mut(self.r * LANES);
+                    for (panel, from) in panels.zip(row[columns.clone()].chunks(LANES)) {
+                        panel[i * LANES..][..from.len()].copy_from_slice(from);
+                    }
+                }
+            }
+            Factor::Up(rows) => {
+                let rows = &rows[columns.start * self.r..columns.end * self.r];
+                level.run(PackTransposed { rows, r: self.r, panels: &mut packed });
             }
         }
-        Shift { code: dz, panels, r, columns }
+        packed
     }
 }
 
-/// Sixteen rows of `wup` become a panel.
+/// Sixteen rows become a panel.
 struct PackTransposed<'a> {
-    wup: &'a [f32],
+    rows: &'a [f32],
     r: usize,
     panels: &'a mut [f32],
 }
@@ -55,9 +69,9 @@ impl Kernel for PackTransposed<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let size = self.r * LANES;
-        for (panel, rows) in self.panels.chunks_exact_mut(size).zip(self.wup.chunks(size)) {
+        for (panel, rows) in self.panels.chunks_exact_mut(size).zip(self.rows.chunks(size)) {
             if rows.len() == size {
-                s.run(Transpose { w: rows, rows: LANES, columns: self.r, to: panel });
+                Transpose { w: rows, rows: LANES, columns: self.r, to: panel }.run(s);
                 continue;
             }
             for (i, row) in rows.chunks_exact(self.r).enumerate() {

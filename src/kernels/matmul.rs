@@ -101,7 +101,7 @@ pub struct Terms<'a> {
     /// Whether the result's old numbers are kept and added to.
     pub old: bool,
     /// Low-rank updates of the weight.
-    pub shifts: &'a [Shift],
+    pub shifts: &'a [Shift<'a>],
 }
 
 /// `y = x W^T + bias`: `x [M, in]`, `y [M, out]`, `bias [out]`. Panics if the lengths disagree.
@@ -338,40 +338,48 @@ impl<'a> Product<'a> {
             let a = a.as_ptr();
             for panel in panels.clone().step_by(group) {
                 let panels = group.min(panels.end - panel);
-                let (rows, scratch) = (rows.clone(), &mut *scratch);
-                let next = next(panel, k0);
-                let fetch = Fetch::NONE;
-                A::step(self, Step { rows, a, lda, panel, panels, k0, kc, next, fetch, scratch });
+                let (next, fetch, scratch) = (next(panel, k0), Fetch::NONE, &mut *scratch);
+                let step = Step {
+                    rows: rows.clone(),
+                    a,
+                    lda,
+                    panel,
+                    panels,
+                    k0,
+                    kc,
+                    next,
+                    fetch,
+                    scratch,
+                };
+                A::step(self, step);
+                if k0 + kc == self.k {
+                    let shifts = self.terms.shifts.iter();
+                    shifts.for_each(|shift| self.add_shift(rows, (panel, panels), shift));
+                }
             }
-        }
-        if k.end == self.k {
-            self.terms.shifts.iter().for_each(|shift| self.add_shift(rows, panels, shift));
         }
     }
 
-    /// Adds a low-rank shift to a block of outputs.
-    fn add_shift(&self, rows: &Range<usize>, panels: &Range<usize>, shift: &Shift) {
-        let group = best_panels(self.level, rows.len());
-        for panel in panels.clone().step_by(group) {
-            let step = Step {
-                rows: rows.clone(),
-                a: shift.code[rows.start * shift.r..].as_ptr(),
-                lda: shift.r,
-                panel,
-                panels: group.min(panels.end - panel),
-                k0: self.k,
-                kc: shift.r,
-                next: None,
-                fetch: Fetch::NONE,
-                scratch: &mut Vec::new(),
-            };
-            let b = shift.panels[panel * shift.r * LANES..].as_ptr();
-            let panels = Panels { b, stride: shift.r * LANES, stored: false };
-            // SAFETY: columns_of gives valid strips.
-            let multiply = |level, strip| unsafe { multiply_f32(level, strip) };
-            // SAFETY: the shift has been checked to have these rows, and so many panels.
-            unsafe { self.columns_of::<f32, f32>(&step, panels, multiply) }
-        }
+    /// Adds a low-rank shift to a panel group.
+    fn add_shift(&self, rows: &Range<usize>, (panel, panels): (usize, usize), shift: &Shift) {
+        let packed = shift.pack(self.level, panel, panels);
+        let step = Step {
+            rows: rows.clone(),
+            a: shift.code[rows.start * shift.r..].as_ptr(),
+            lda: shift.r,
+            panel,
+            panels,
+            k0: self.k,
+            kc: shift.r,
+            next: None,
+            fetch: Fetch::NONE,
+            scratch: &mut Vec::new(),
+        };
+        let panels = Panels { b: packed.as_ptr(), stride: shift.r * LANES, stored: false };
+        // SAFETY: columns_of gives valid strips.
+        let multiply = |level, strip| unsafe { multiply_f32(level, strip) };
+        // SAFETY: the shift has been checked to have these rows, and so many panels are packed.
+        unsafe { self.columns_of::<f32, f32>(&step, panels, multiply) }
     }
 
     /// Runs the strip of a panel group; a last, partial panel goes through a buffer.

@@ -199,7 +199,7 @@ fn a_shift_of_the_input_is_the_code_times_wdown() {
     let (m, out, in_, r) = (30, 20, 70, 5);
     let w = PackedMatrix::from_f32(&vec![0.0; out * in_], out, in_);
     let (dz, wdown) = (noise(1, m * r), noise(2, r * in_));
-    let shifts = &[Shift::of_input(dz.clone(), &wdown, r)];
+    let shifts = &[Shift::of_input((dz.clone(), r), &wdown)];
     let mut dx = vec![f32::NAN; m * in_];
     let terms = Terms { shifts, ..Terms::default() };
     matmul_input_grad_add(&noise(3, m * out), &w, terms, Highest, &mut dx);

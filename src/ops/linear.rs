@@ -6,7 +6,7 @@ use std::rc::Rc;
 use candle_core::Tensor;
 use tracing::trace_span;
 
-use super::engine::{Engine, host};
+use super::engine::{Engine, Host, host};
 use super::low_rank::low_rank_add;
 use super::low_rank_update::{KeptUpdate, LowRankUpdate, codes};
 use super::tape::{Sink, Tape};
@@ -69,11 +69,15 @@ fn fused(tape: &Tape, x: &Value, maps: &[Linear]) -> Result<Vec<Value>> {
             let (kept, engine) = (kept.collect::<Vec<_>>(), tape.engine().clone());
             let weight = map.weight.clone();
             move |dy: Tensor, sink: &mut Sink| {
-                let backward = |(i, update): (usize, &KeptUpdate)| {
-                    update.backward(&dy, 1 + 3 * i, sink).transpose()
-                };
-                let shifts = kept.iter().enumerate().filter_map(backward);
-                let shifts = shifts.collect::<Result<Vec<_>>>()?;
+                let backward =
+                    |(i, update): (usize, &KeptUpdate)| update.backward(&dy, 1 + 3 * i, sink);
+                let codes = kept.iter().enumerate().map(backward).collect::<Result<Vec<_>>>()?;
+                let downs = kept.iter().map(KeptUpdate::down).collect::<Result<Vec<_>>>()?;
+                let shifts = codes
+                    .into_iter()
+                    .zip(&downs)
+                    .filter_map(|(dz, (r, down))| Some(Shift::of_input((dz?, *r), down)));
+                let shifts: Vec<_> = shifts.collect();
                 weight.give_input_gradient(&engine, &dy, &shifts, sink)
             }
         })
@@ -92,7 +96,9 @@ fn products(
     let sum = |of: &dyn Fn(&Weight) -> usize| maps.iter().map(|map| of(map.weight)).sum::<usize>();
     let width = sum(&Weight::out_features);
     let (flops, bytes) = (sum(&|weight| weight.flops(rows)), sum(&|weight| weight.traffic(rows)));
-    let shifts = maps.iter().zip(codes).map(|(map, codes)| shifts(map, codes));
+    let ups = maps.iter().map(ups).collect::<Result<Vec<_>>>()?;
+    let shifts = maps.iter().zip(&ups).zip(codes);
+    let shifts = shifts.map(|((map, ups), codes)| shifts_of(map, ups, codes));
     let shifts = shifts.collect::<Result<Vec<_>>>()?;
     let _span = trace_span!("linear", rows, width, flops, bytes).entered();
     let biases =
@@ -109,6 +115,13 @@ fn products(
     maps.iter().zip(ys).map(tensor).collect()
 }
 
-fn shifts(map: &Linear, codes: &[Rc<[f32]>]) -> Result<Vec<Shift>> {
-    map.updates.iter().zip(codes).map(|(update, code)| update.shift(code)).collect()
+/// The numbers of each update's Wup.
+fn ups<'a>(map: &'a Linear) -> Result<Vec<Host<'a>>> {
+    map.updates.iter().map(|update| host(update.up.tensor())).collect()
+}
+
+/// What each update adds, given the numbers of its Wup and its code.
+fn shifts_of<'a>(map: &Linear, ups: &'a [Host], codes: &[Rc<[f32]>]) -> Result<Vec<Shift<'a>>> {
+    let shifts = map.updates.iter().zip(ups).zip(codes);
+    shifts.map(|((update, up), code)| update.shift(code, up)).collect()
 }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use candle_core::Tensor;
 use tracing::trace_span;
 
-use super::engine::host;
+use super::engine::{Host, host};
 use super::low_rank::{LowRank, give_matrices};
 use super::tape::Sink;
 use super::value::{Kept, Value};
@@ -38,10 +38,10 @@ impl LowRankUpdate {
         [self.input(x), &self.down, &self.up]
     }
 
-    /// What it adds, given its code.
-    pub(super) fn shift(&self, code: &[f32]) -> Result<Shift> {
-        let (up, LowRank { alpha, activation }) = (self.up.tensor(), self.form);
-        Ok(Shift::of_output((code, up.dims2()?.1), &host(up)?, (alpha, activation)))
+    /// What it adds, given its code and the numbers of Wup.
+    pub(super) fn shift<'a>(&self, code: &[f32], wup: &'a [f32]) -> Result<Shift<'a>> {
+        let (r, LowRank { alpha, activation }) = (self.up.tensor().dims2()?.1, self.form);
+        Ok(Shift::of_output((code, r), wup, (alpha, activation)))
     }
 
     /// What the backward pass needs, given its code.
@@ -56,6 +56,9 @@ impl LowRankUpdate {
 /// input x [N, in].
 pub(super) fn codes(x: &Tensor, updates: &[&[LowRankUpdate]]) -> Result<Vec<Vec<Rc<[f32]>>>> {
     let all: Vec<&LowRankUpdate> = updates.iter().copied().flatten().collect();
+    if all.is_empty() {
+        return Ok(vec![Vec::new(); updates.len()]);
+    }
     let (m, d) = x.dims2()?;
     let ranks = all.iter().map(|update| Ok(update.down.tensor().dims2()?.0));
     let ranks = ranks.collect::<Result<Vec<_>>>()?;
@@ -71,9 +74,7 @@ pub(super) fn codes(x: &Tensor, updates: &[&[LowRankUpdate]]) -> Result<Vec<Vec<
             Some(own) => low_rank::down_all(&host(own.tensor())?, d, vec![down]),
         }
     }
-    if !together.is_empty() {
-        low_rank::down_all(&host(x)?, d, together);
-    }
+    low_rank::down_all(&host(x)?, d, together);
     let mut codes = codes.into_iter().map(Rc::from);
     Ok(updates.iter().map(|updates| codes.by_ref().take(updates.len()).collect()).collect())
 }
@@ -91,15 +92,15 @@ pub(super) struct KeptUpdate {
 
 impl KeptUpdate {
     /// Gives the gradients of the update's own input, of Wdown and of Wup, inputs `first` to `first + 2` of
-    /// the operation. Returns what is to be added to the gradient of the matrix's input.
+    /// the operation. Returns the gradient of the code, if Wdown is applied to the matrix's input.
     pub(super) fn backward(
         &self,
         dy: &Tensor,
         first: usize,
         sink: &mut Sink,
-    ) -> Result<Option<Shift>> {
+    ) -> Result<Option<Vec<f32>>> {
         let x = self.x.tensor()?;
-        let (dims, r) = (x.dims2()?, self.down.dims2()?.0);
+        let dims = x.dims2()?;
         let rows = host(&x)?;
         let saved = (&*rows, &*self.code, &self.down, &self.up, self.form);
         if self.own_input {
@@ -110,6 +111,11 @@ impl KeptUpdate {
         }
         let mut dz = room(self.code.len());
         give_matrices(saved, dy, InputGradient::Code(&mut dz), first + 1, sink)?;
-        Ok(Some(Shift::of_input(dz, &host(&self.down)?, r)))
+        Ok(Some(dz))
+    }
+
+    /// R and the numbers of Wdown [R, in].
+    pub(super) fn down(&self) -> Result<(usize, Host<'_>)> {
+        Ok((self.down.dims2()?.0, host(&self.down)?))
     }
 }
