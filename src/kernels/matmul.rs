@@ -93,13 +93,11 @@ pub(crate) const STREAM_ROWS: usize = 64;
 /// memory is slower than the products.
 const FEW_ROWS: usize = 6;
 
-/// What a product is added to, and what is added to it.
+/// What is added to a product.
 #[derive(Clone, Copy, Default)]
 pub struct Terms<'a> {
-    /// Added to every row first, `[columns]`.
+    /// Added to every row, `[columns]`.
     pub bias: Option<&'a [f32]>,
-    /// Whether the result's old numbers are kept and added to.
-    pub old: bool,
     /// Low-rank updates of the weight.
     pub shifts: &'a [Shift<'a>],
 }
@@ -394,7 +392,7 @@ impl<'a> Product<'a> {
         multiply: impl Fn(CpuLevel, Strip<A, B>),
     ) {
         let (rows, column) = (step.rows.len(), step.panel * LANES);
-        let first = step.k0 == 0 && !self.terms.old;
+        let first = step.k0 == 0;
         let follows = step.next.as_ref().is_some_and(|(panels, _)| panels.start > step.panel);
         let mut strip = Strip {
             rows,

@@ -51,7 +51,7 @@ pub(crate) struct Product<'a> {
 impl Kernel for Product<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        if self.rows == 0 || self.depth == 0 {
+        if self.rows == 0 || self.depth == 0 || self.cols == 0 {
             return;
         }
         self.check();
@@ -82,8 +82,8 @@ impl Kernel for Product<'_> {
 impl Product<'_> {
     fn check(&self) {
         let (rows, depth, cols) = (self.rows - 1, self.depth - 1, self.cols);
+        let (vectors, lanes) = ((cols - 1) / LANES, (cols - 1) % LANES);
         assert!(rows * self.a_row + depth * self.a_step < self.a.len());
-        let (vectors, lanes) = ((cols.max(1) - 1) / LANES, (cols.max(1) - 1) % LANES);
         assert!(depth * self.b_row + vectors * self.b_vector + lanes < self.b.len());
         assert!(rows * self.c_row + cols <= self.c.len());
     }

@@ -66,23 +66,28 @@ fn fused(tape: &Tape, x: &Value, maps: &[Linear]) -> Result<Vec<Value>> {
         let inputs: Vec<&Value> = std::iter::once(x).chain(of_updates).collect();
         tape.push(y, &inputs, || {
             let kept = map.updates.iter().zip(codes).map(|(update, code)| update.keep(x, code));
-            let (kept, engine) = (kept.collect::<Vec<_>>(), tape.engine().clone());
-            let weight = map.weight.clone();
-            move |dy: Tensor, sink: &mut Sink| {
-                let backward =
-                    |(i, update): (usize, &KeptUpdate)| update.backward(&dy, 1 + 3 * i, sink);
-                let codes = kept.iter().enumerate().map(backward).collect::<Result<Vec<_>>>()?;
-                let downs = kept.iter().map(KeptUpdate::down).collect::<Result<Vec<_>>>()?;
-                let shifts = codes
-                    .into_iter()
-                    .zip(&downs)
-                    .filter_map(|(dz, (r, down))| Some(Shift::of_input((dz?, *r), down)));
-                let shifts: Vec<_> = shifts.collect();
-                weight.give_input_gradient(&engine, &dy, &shifts, sink)
-            }
+            let (kept, weight) = (kept.collect::<Vec<_>>(), map.weight.clone());
+            let engine = tape.engine().clone();
+            move |dy: Tensor, sink: &mut Sink| backward(&engine, (&weight, &kept), &dy, sink)
         })
     };
     Ok(maps.iter().zip(ys).zip(codes).map(record).collect())
+}
+
+/// Gives the gradients of the updates and of x.
+fn backward(
+    engine: &Engine,
+    (weight, updates): (&Weight, &[KeptUpdate]),
+    dy: &Tensor,
+    sink: &mut Sink,
+) -> Result<()> {
+    let of_update = |(i, update): (usize, &KeptUpdate)| update.backward(dy, 1 + 3 * i, sink);
+    let codes = updates.iter().enumerate().map(of_update).collect::<Result<Vec<_>>>()?;
+    let downs = updates.iter().map(KeptUpdate::down).collect::<Result<Vec<_>>>()?;
+    let shifts = codes.into_iter().zip(&downs);
+    let shifts: Vec<_> =
+        shifts.filter_map(|(dz, (r, down))| Some(Shift::of_input((dz?, *r), down))).collect();
+    weight.give_input_gradient(engine, dy, &shifts, sink)
 }
 
 /// The results of maps whose updates have these codes.
@@ -107,7 +112,7 @@ fn products(
         maps.iter().map(|map| room(rows * map.weight.out_features())).collect();
     let sides = maps.iter().zip(&mut ys).zip(biases.iter().zip(&shifts));
     let sides = sides.filter_map(|((map, y), (bias, shifts))| {
-        let terms = Terms { bias: bias.as_deref(), old: false, shifts };
+        let terms = Terms { bias: bias.as_deref(), shifts };
         Some(Side { w: map.weight.packed()?, terms, y })
     });
     matmul_all(&host(x)?, sides.collect(), engine.precision());

@@ -193,9 +193,8 @@ impl Weight {
         let _span = trace_span!("linear backward", rows, width, flops, bytes).entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
-                let before = sink.take_own(0);
-                let terms = Terms { old: before.is_some(), shifts, ..Terms::default() };
-                let mut dx = before.unwrap_or_else(|| room(rows * width));
+                let mut dx = room(rows * width);
+                let terms = Terms { shifts, ..Terms::default() };
                 matmul_input_grad_add(&host(dy)?, packed, terms, engine.precision(), &mut dx);
                 sink.give_own(0, dx, &(rows, width).into())
             }
