@@ -1,7 +1,7 @@
 //! What is trained: small adapters on a frozen policy.
 //!
 //! An [`Adapter`] hooks into the forward pass at two kinds of places: it may shift the tensor at a
-//! [`Site`] (steering), or add to the output of a matrix (LoRA). Several adapters are applied in
+//! [`Site`] (steering), or name a low-rank update of a matrix (LoRA). Several adapters are applied in
 //! order; `joint` is a steering adapter and a LoRA together.
 
 mod base;

@@ -181,17 +181,17 @@ impl Steering {
         &self.config
     }
 
-    fn shift_all(&self, tape: &Tape, layer: usize, y: &Value, x: &Value) -> Result<Value> {
+    fn shift_all(&self, tape: &Tape, layer: usize, h: &Value) -> Result<Value> {
         let param = |name: &str| {
             let key = format!("layers.{layer}.{name}");
             tape.param(&key, &self.parameters[&key])
         };
         match self.config.kind.activation() {
-            None => ops::add_vector(tape, y, &param("vector")),
+            None => ops::add_vector(tape, h, &param("vector")),
             Some(activation) => {
                 let form = LowRank { alpha: self.config.alpha as f32, activation };
                 let (down, up) = (param("down.weight"), param("up.weight"));
-                ops::low_rank_add(tape, y, x, (&down, &up), form)
+                ops::low_rank_shift(tape, h, (&down, &up), form)
             }
         }
     }
@@ -222,11 +222,11 @@ impl Adapter for Steering {
             return Ok(h);
         }
         match self.config.positions.rows(batch) {
-            None => self.shift_all(tape, layer, &h, &h),
+            None => self.shift_all(tape, layer, &h),
             Some(rows) if rows.is_empty() => Ok(h),
             Some(rows) => {
                 let some = ops::gather_rows(tape, &h, &rows)?;
-                let shifted = self.shift_all(tape, layer, &some, &some)?;
+                let shifted = self.shift_all(tape, layer, &some)?;
                 ops::replace_rows(tape, &h, &shifted, &rows)
             }
         }

@@ -33,7 +33,10 @@ pub struct Down<'a> {
 
 /// Several [`down`] of the same `x [M, D]`, which is read once. Panics if the lengths disagree.
 pub fn down_all(x: &[f32], d: usize, mut downs: Vec<Down>) {
-    let fits = |down: &Down| x.len() * down.wdown.len() == down.z.len() * d * d;
+    let fits = |down: &Down| {
+        let r = down.wdown.len() / d;
+        down.wdown.len() == r * d && down.z.len() * d == x.len() * r
+    };
     assert!(downs.iter().all(fits), "low-rank shapes disagree");
     let mut parts: Vec<_> = downs
         .iter_mut()

@@ -4,15 +4,17 @@
 //! on the weight, never on the number of rows, the row's place, the threads or (at `highest`) the
 //! machine.
 //! Every element is the bias (or zero) plus, in order, the sums over 256 k at a time, each of them
-//! one chain of fused multiply-adds in ascending k; then the low-rank shifts, each one such chain. `medium` is a chain of pairs where the machine
-//! multiplies pairs faster than f32 (`matmul_dot`); where it multiplies tiles, `medium` and `high` are
-//! made of the sums of its instruction (`matmul_amx`). They then have bits of their own.
+//! one chain of fused multiply-adds in ascending k. Low-rank terms follow, each one chain over its rank
+//! that is added when it is finished, in `f32` at every precision.
+//! `medium` is a chain of pairs where the machine multiplies pairs faster than f32 (`matmul_dot`); where
+//! it multiplies tiles, `medium` and `high` are made of the sums of its instruction (`matmul_amx`). They
+//! then have bits of their own.
 
 use std::ops::Range;
 
 use super::dispatch::CpuLevel;
 use super::lanes::LANES;
-use super::low_rank_shift::Shift;
+use super::low_rank_term::LowRankTerm;
 #[cfg(any(target_arch = "x86_64", test))]
 use super::matmul_amx::Chunk;
 use super::matmul_cut::cut;
@@ -21,7 +23,7 @@ use super::matmul_form::{Form, Panels, Step};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_tile::Pair;
 use super::matmul_tile::{Strip, best_panels, multiply_f32};
-use super::pack::PackedMatrix;
+use super::pack::{PackedMatrix, RowF32};
 use super::parallel::{SharedMut, for_each, for_each_index, task_count};
 
 /// How products are computed; the names are PyTorch's.
@@ -98,8 +100,8 @@ const FEW_ROWS: usize = 6;
 pub struct Terms<'a> {
     /// Added to every row, `[columns]`.
     pub bias: Option<&'a [f32]>,
-    /// Low-rank updates of the weight.
-    pub shifts: &'a [Shift<'a>],
+    /// What low-rank updates of the weight add.
+    pub low_rank: &'a [LowRankTerm<'a>],
 }
 
 /// `y = x W^T + bias`: `x [M, in]`, `y [M, out]`, `bias [out]`. Panics if the lengths disagree.
@@ -114,7 +116,7 @@ pub fn matmul(
 }
 
 /// One of several products of the same input.
-pub struct Side<'a> {
+pub struct Output<'a> {
     /// The weight.
     pub w: &'a PackedMatrix,
     /// Further terms.
@@ -131,14 +133,14 @@ pub fn matmul_add(
     precision: MatmulPrecision,
     y: &mut [f32],
 ) {
-    matmul_all(x, vec![Side { w, terms, y }], precision);
+    matmul_all(x, vec![Output { w, terms, y }], precision);
 }
 
-/// [`matmul_add`] of one input with several weights at once: its form is made once, and threads wait
-/// for each other once.
-pub fn matmul_all(x: &[f32], sides: Vec<Side>, precision: MatmulPrecision) {
+/// [`matmul_add`] of one input with several weights at once: the input is brought into the form of the
+/// inner loop once, and threads wait for each other once.
+pub fn matmul_all(x: &[f32], outputs: Vec<Output>, precision: MatmulPrecision) {
     let level = CpuLevel::detect();
-    product_by(Way::of(level, precision), (level, Axis::Output), x, sides);
+    product_by(Way::of(level, precision), (level, Axis::Output), x, outputs);
 }
 
 /// `dx = dy W`: `dy [M, out]`, `dx [M, in]`. Panics if the lengths disagree.
@@ -155,8 +157,8 @@ pub fn matmul_input_grad_add(
     dx: &mut [f32],
 ) {
     let level = CpuLevel::detect();
-    let side = Side { w, terms, y: dx };
-    product_by(Way::of(level, precision), (level, Axis::Input), dy, vec![side]);
+    let output = Output { w, terms, y: dx };
+    product_by(Way::of(level, precision), (level, Axis::Input), dy, vec![output]);
 }
 
 /// Which axis of the weight the result has.
@@ -170,9 +172,14 @@ pub(crate) enum Axis {
 
 /// Either kind of products, on the threads of the pool, in a given way. Panics if the level does not
 /// have it.
-pub(crate) fn product_by(way: Way, (level, axis): (CpuLevel, Axis), x: &[f32], sides: Vec<Side>) {
+pub(crate) fn product_by(
+    way: Way,
+    (level, axis): (CpuLevel, Axis),
+    x: &[f32],
+    outputs: Vec<Output>,
+) {
     let jobs: Vec<_> =
-        sides.into_iter().filter_map(|side| Product::new(level, axis, x, side)).collect();
+        outputs.into_iter().filter_map(|output| Product::new(level, axis, x, output)).collect();
     assert!(jobs.windows(2).all(|w| w[0].k == w[1].k), "the weights want different inputs");
     assert!(way != Way::Pairs || level.multiplies_pairs(), "the level has no pairs");
     match way {
@@ -197,7 +204,7 @@ fn compute<A: Form>(jobs: &[Product]) {
     for k0 in (0..k).step_by(K_SPAN) {
         let k = k0..(k0 + K_SPAN).min(k);
         jobs[0].copy_input(&k, &mut input);
-        for_each_index(tasks.len(), Vec::new, |scratch, i| {
+        for_each_index(tasks.len(), Scratch::new, |scratch, i| {
             let (rows, panels) = &tasks[i];
             let mut before = 0;
             for job in jobs {
@@ -207,6 +214,20 @@ fn compute<A: Form>(jobs: &[Product]) {
                 before += job.panels();
             }
         });
+    }
+}
+
+/// What a thread packs panels into.
+struct Scratch<R> {
+    /// Those of the weight.
+    panels: Vec<R>,
+    /// Those of low-rank terms.
+    low_rank: Vec<RowF32>,
+}
+
+impl<R> Scratch<R> {
+    fn new() -> Self {
+        Scratch { panels: Vec::new(), low_rank: Vec::new() }
     }
 }
 
@@ -231,7 +252,7 @@ impl<'a> Product<'a> {
         level: CpuLevel,
         axis: Axis,
         x: &'a [f32],
-        Side { w, terms, y }: Side<'a>,
+        Output { w, terms, y }: Output<'a>,
     ) -> Option<Self> {
         let (k, columns) = match axis {
             Axis::Output => (w.in_features(), w.out_features()),
@@ -240,8 +261,8 @@ impl<'a> Product<'a> {
         let rows = x.len() / k;
         assert!(x.len() == rows * k, "input is not [M, {k}]");
         assert!(y.len() == rows * columns, "output is not [{rows}, {columns}]");
-        let fits = |shift: &Shift| shift.columns == columns && shift.code.len() == rows * shift.r;
-        assert!(terms.shifts.iter().all(fits), "a low-rank shift is not of [{rows}, {columns}]");
+        let fits = |term: &LowRankTerm| (term.columns, term.code.len()) == (columns, rows * term.r);
+        assert!(terms.low_rank.iter().all(fits), "a low-rank term is not [{rows}, {columns}]");
         let mut start = vec![0.0; columns.next_multiple_of(LANES)];
         if let Some(bias) = terms.bias {
             start[..columns].copy_from_slice(bias);
@@ -287,7 +308,7 @@ impl<'a> Product<'a> {
         k: &Range<usize>,
         panels: &Range<usize>,
         input: &[A],
-        scratch: &mut Vec<A::Row>,
+        scratch: &mut Scratch<A::Row>,
     ) {
         if rows.is_empty() {
             return;
@@ -310,7 +331,7 @@ impl<'a> Product<'a> {
         k: &Range<usize>,
         panels: &Range<usize>,
         input: &[A],
-        scratch: &mut Vec<A::Row>,
+        scratch: &mut Scratch<A::Row>,
     ) {
         let group = best_panels(self.level, rows.len());
         let links = A::block_links(self.k);
@@ -336,47 +357,46 @@ impl<'a> Product<'a> {
             let a = a.as_ptr();
             for panel in panels.clone().step_by(group) {
                 let panels = group.min(panels.end - panel);
-                let (next, fetch, scratch) = (next(panel, k0), Fetch::NONE, &mut *scratch);
-                let step = Step {
-                    rows: rows.clone(),
-                    a,
-                    lda,
-                    panel,
-                    panels,
-                    k0,
-                    kc,
-                    next,
-                    fetch,
-                    scratch,
-                };
-                A::step(self, step);
+                let (next, fetch, all) = (next(panel, k0), Fetch::NONE, rows);
+                let (rows, scratch, packed) =
+                    (rows.clone(), &mut scratch.panels, &mut scratch.low_rank);
+                A::step(self, Step { rows, a, lda, panel, panels, k0, kc, next, fetch, scratch });
                 if k0 + kc == self.k {
-                    let shifts = self.terms.shifts.iter();
-                    shifts.for_each(|shift| self.add_shift(rows, (panel, panels), shift));
+                    for term in self.terms.low_rank {
+                        self.add_low_rank(all, (panel, panels), term, packed);
+                    }
                 }
             }
         }
     }
 
-    /// Adds a low-rank shift to a panel group.
-    fn add_shift(&self, rows: &Range<usize>, (panel, panels): (usize, usize), shift: &Shift) {
-        let packed = shift.pack(self.level, panel, panels);
+    /// Adds a low-rank term to a panel group.
+    fn add_low_rank(
+        &self,
+        rows: &Range<usize>,
+        (panel, panels): (usize, usize),
+        term: &LowRankTerm,
+        packed: &mut Vec<RowF32>,
+    ) {
+        term.pack(self.level, panel, panels, packed);
         let step = Step {
             rows: rows.clone(),
-            a: shift.code[rows.start * shift.r..].as_ptr(),
-            lda: shift.r,
+            a: term.code[rows.start * term.r..].as_ptr(),
+            lda: term.r,
             panel,
             panels,
+            // behind all links: the old results are added to
             k0: self.k,
-            kc: shift.r,
+            kc: term.r,
             next: None,
             fetch: Fetch::NONE,
             scratch: &mut Vec::new(),
         };
-        let panels = Panels { b: packed.as_ptr(), stride: shift.r * LANES, stored: false };
+        let b = packed.as_ptr().cast::<f32>();
+        let panels = Panels { b, stride: term.r * LANES, stored: false };
         // SAFETY: columns_of gives valid strips.
         let multiply = |level, strip| unsafe { multiply_f32(level, strip) };
-        // SAFETY: the shift has been checked to have these rows, and so many panels are packed.
+        // SAFETY: the term has been checked to have these rows, and so many panels are packed.
         unsafe { self.columns_of::<f32, f32>(&step, panels, multiply) }
     }
 

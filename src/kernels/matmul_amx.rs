@@ -2,7 +2,7 @@
 //! 16 x 16 sums.
 //!
 //! An element is the bias (or zero) plus, one after the other, the instruction's sums over
-//! thirty-two k, so a row's bits do not depend on the batch. `medium` multiplies rounded operands.
+//! thirty-two k (before low-rank terms), so a row's bits do not depend on the batch. `medium` multiplies rounded operands.
 //! `high` cuts each operand that bf16 does not hold into a half that is rounded and a half that
 //! rounding lost, rounded too, and adds the products of the halves but for that of the two small
 //! ones.

@@ -4,13 +4,13 @@
 use half::bf16;
 
 use super::dispatch::CpuLevel::{self, Avx512, Emulated};
-use super::matmul::{Axis, MatmulPrecision};
+use super::matmul::{Axis, MatmulPrecision, Terms};
 use super::matmul_amx::{BLOCK_ROWS, Chunk, multiply};
 use super::matmul_fetch::Fetch;
 use super::matmul_form::Form;
 use super::matmul_tile::Strip;
 use super::pack::{PackedMatrix, PairRow};
-use super::testing::{noise, product_at, relative_error, with_threads};
+use super::testing::{noise, product_at, relative_error, sides, with_threads};
 use MatmulPrecision::{High, Medium};
 
 /// Rows, outputs and inputs: single ones, odd ones, whole tiles and blocks, more than a span of k.
@@ -31,14 +31,6 @@ fn storages(out: usize, in_: usize) -> [PackedMatrix; 2] {
     [PackedMatrix::from_f32(&w, out, in_), PackedMatrix::from_f32_as_bf16(&w, out, in_)]
 }
 
-/// Length of the chains and number of results of a row.
-fn sides(axis: Axis, w: &PackedMatrix) -> (usize, usize) {
-    match axis {
-        Axis::Output => (w.in_features(), w.out_features()),
-        Axis::Input => (w.out_features(), w.in_features()),
-    }
-}
-
 fn run(
     level: CpuLevel,
     axis: Axis,
@@ -47,7 +39,7 @@ fn run(
     bias: Option<&[f32]>,
     precision: MatmulPrecision,
 ) -> Vec<f32> {
-    product_at((level, axis), x, w, bias, precision)
+    product_at((level, axis), x, w, Terms { bias, ..Terms::default() }, precision)
 }
 
 /// The product in f64, of operands changed by `form`.

@@ -4,9 +4,9 @@ use half::bf16;
 
 use super::dispatch::CpuLevel;
 use super::low_rank::{Activation, up_add};
-use super::low_rank_shift::Shift;
+use super::low_rank_term::LowRankTerm;
 use super::matmul::{
-    Axis, MatmulPrecision, Side, Terms, Way, matmul, matmul_add, matmul_all, matmul_input_grad,
+    Axis, MatmulPrecision, Output, Terms, Way, matmul, matmul_add, matmul_all, matmul_input_grad,
     matmul_input_grad_add, product_by,
 };
 use super::pack::PackedMatrix;
@@ -91,7 +91,9 @@ fn every_level_gives_the_same_bits_at_highest() {
             for axis in [Axis::Output, Axis::Input] {
                 let (k, columns) = sides(axis, &w);
                 let x = noise(5, m * k);
-                let at = |level, precision| product_at((level, axis), &x, &w, None, precision);
+                let at = |level, precision| {
+                    product_at((level, axis), &x, &w, Terms::default(), precision)
+                };
                 let plain = at(CpuLevel::Portable, Highest);
                 assert!(at(CpuLevel::detect(), Highest) == plain, "{m} x {k} x {columns}");
                 assert!(at(CpuLevel::Avx2, Highest) == plain, "{m} x {k} x {columns}");
@@ -109,8 +111,8 @@ fn run_pairs(axis: Axis, x: &[f32], w: &PackedMatrix) -> Option<Vec<f32>> {
     }
     let (k, columns) = sides(axis, w);
     let mut y = vec![f32::NAN; x.len() / k * columns];
-    let side = Side { w, terms: Terms::default(), y: &mut y };
-    product_by(Way::Pairs, (level, axis), x, vec![side]);
+    let output = Output { w, terms: Terms::default(), y: &mut y };
+    product_by(Way::Pairs, (level, axis), x, vec![output]);
     Some(y)
 }
 
@@ -134,7 +136,9 @@ fn rows_of_pairs_do_not_depend_on_the_batch_or_the_threads() {
 fn medium_without_a_faster_instruction_is_highest() {
     for w in storages(49, 270) {
         let x = noise(5, 7 * 270);
-        let at = |level, precision| product_at((level, Axis::Output), &x, &w, None, precision);
+        let at = |level, precision| {
+            product_at((level, Axis::Output), &x, &w, Terms::default(), precision)
+        };
         assert!(at(CpuLevel::Avx2, Medium) == at(CpuLevel::Avx2, Highest));
         let (here, same) = (CpuLevel::detect(), Medium.is_highest_here());
         assert_eq!(at(here, Medium) == at(here, Highest), same);
@@ -142,26 +146,30 @@ fn medium_without_a_faster_instruction_is_highest() {
 }
 
 #[test]
-fn shifts_are_added_to_the_product_as_passes_of_their_own_would() {
+fn low_rank_terms_are_added_to_the_product_as_passes_of_their_own_would() {
+    use CpuLevel::{Avx2, Avx512, Emulated, Portable};
     for (m, out, in_, r) in [(1, 40, 300, 8), (5, 17, 33, 3), (64, 576, 96, 8), (150, 33, 2100, 19)]
     {
-        let (bias, z, wup) = (noise(1, out), noise(2, m * r), noise(3, out * r));
+        let (x, bias) = (noise(4, m * in_), noise(1, out));
+        let (z, wup) = (noise(2, m * r), noise(3, out * r));
         let phi = (0.5, Activation::Silu);
-        let shift = || Shift::of_output((&z, r), &wup, phi);
-        for w in storages(out, in_) {
+        let both = [(); 2].map(|()| LowRankTerm::of_output((&z, r), &wup, phi));
+        let bias = Some(&bias[..]);
+        for (w, level) in storages(out, in_).iter().flat_map(|w| {
+            [Portable, Avx2, Avx512, Emulated, CpuLevel::detect()].map(|level| (w, level))
+        }) {
             for precision in [Highest, High, Medium] {
-                let x = noise(4, m * in_);
-                let mut plain = vec![0.0; m * out];
-                matmul(&x, &w, Some(&bias), precision, &mut plain);
-                let mut once = vec![0.0; m * out];
+                let run = |low_rank| {
+                    let terms = Terms { bias, low_rank };
+                    with_threads(2, || product_at((level, Axis::Output), &x, w, terms, precision))
+                };
+                let plain = run(&[]);
+                let (mut once, mut twice) = (plain.clone(), plain.clone());
                 up_add((&z, r), &wup, phi, &plain, &mut once);
-                let mut twice = vec![0.0; m * out];
                 up_add((&z, r), &wup, phi, &once, &mut twice);
-                let (shifts, bias) = (&[shift(), shift()][..], Some(&bias[..]));
-                let mut y = vec![f32::NAN; m * out];
-                let terms = Terms { bias, shifts };
-                with_threads(2, || matmul_add(&x, &w, terms, precision, &mut y));
-                assert!(y == twice, "{m} x {in_} x {out}, {precision:?}");
+                let case = format!("{m} x {in_} x {out}, {precision:?}, {level:?}");
+                assert!(plain != once && run(&both[..1]) == once, "{case}");
+                assert!(run(&both) == twice, "{case}");
             }
         }
     }
@@ -170,32 +178,47 @@ fn shifts_are_added_to_the_product_as_passes_of_their_own_would() {
 #[test]
 fn products_at_once_are_the_products_one_by_one() {
     for (m, in_) in [(1, 40), (64, 300), (65, 96), (300, 1024)] {
-        let x = noise(1, m * in_);
+        let (x, z) = (noise(1, m * in_), noise(2, m * 8));
+        let weights: Vec<_> =
+            [33, 48, 7, 576].into_iter().flat_map(|out| storages(out, in_)).collect();
+        let biases: Vec<_> = (3..).zip(&weights).map(|(i, w)| noise(i, w.out_features())).collect();
+        let ups: Vec<_> =
+            (20..).zip(&weights).map(|(i, w)| noise(i, 8 * w.out_features())).collect();
+        let terms =
+            ups.iter().map(|up| [LowRankTerm::of_output((&z, 8), up, (0.5, Activation::Linear))]);
+        let terms: Vec<_> = terms.collect();
         for precision in [Highest, High, Medium] {
-            let weights: Vec<_> =
-                [33, 48, 7, 576].map(|out| storages(out, in_)).into_iter().flatten().collect();
-            let each = weights.iter().map(|w| run(Axis::Output, &x, w, precision));
+            let of = |i: usize| Terms { bias: Some(&biases[i]), low_rank: &terms[i] };
+            let each = weights.iter().enumerate().map(|(i, w)| {
+                let mut y = vec![f32::NAN; m * w.out_features()];
+                matmul_add(&x, w, of(i), precision, &mut y);
+                y
+            });
             let each: Vec<_> = each.collect();
             let mut all: Vec<_> = each.iter().map(|y| vec![f32::NAN; y.len()]).collect();
-            let side = |(w, y)| Side { w, terms: Terms::default(), y };
-            let sides = weights.iter().zip(all.iter_mut().map(|y| &mut y[..])).map(side).collect();
-            with_threads(2, || matmul_all(&x, sides, precision));
+            let outputs = weights.iter().zip(&mut all).enumerate();
+            let outputs = outputs.map(|(i, (w, y))| Output { w, terms: of(i), y }).collect();
+            with_threads(2, || matmul_all(&x, outputs, precision));
             assert!(all == each, "{m} x {in_}, {precision:?}");
         }
     }
 }
 
 #[test]
-fn a_shift_of_the_input_is_the_code_times_wdown() {
+fn a_term_of_the_input_is_the_code_times_wdown() {
     let (m, out, in_, r) = (30, 20, 70, 5);
-    let w = PackedMatrix::from_f32(&vec![0.0; out * in_], out, in_);
-    let (dz, wdown) = (noise(1, m * r), noise(2, r * in_));
-    let shifts = &[Shift::of_input((dz.clone(), r), &wdown)];
-    let mut dx = vec![f32::NAN; m * in_];
-    let terms = Terms { shifts, ..Terms::default() };
-    matmul_input_grad_add(&noise(3, m * out), &w, terms, Highest, &mut dx);
-    let want = exact(&dz, r, in_, |k, j| wdown[k * in_ + j]);
-    assert!(relative_error(&dx, &want) < 1e-6);
+    for w in storages(out, in_) {
+        let (dy, dz, wdown) = (noise(3, m * out), noise(1, m * r), noise(2, r * in_));
+        let low_rank = &[LowRankTerm::of_input((dz.clone(), r), &wdown)];
+        let mut dx = vec![f32::NAN; m * in_];
+        let terms = Terms { low_rank, ..Terms::default() };
+        matmul_input_grad_add(&dy, &w, terms, Highest, &mut dx);
+        let plain = w.unpack();
+        let mut want = exact(&dz, r, in_, |k, j| wdown[k * in_ + j]);
+        let product = exact(&dy, out, in_, |o, k| plain[o * in_ + k]);
+        want.iter_mut().zip(product).for_each(|(want, product)| *want += product);
+        assert!(relative_error(&dx, &want) < 1e-6);
+    }
 }
 
 /// `x [m, k]` times `w [k, n]` seen through `at`, in f64.

@@ -24,7 +24,7 @@ mod logp_row;
 mod logp_rule;
 pub mod low_rank;
 mod low_rank_activation;
-pub mod low_rank_shift;
+pub mod low_rank_term;
 pub mod matmul;
 #[cfg(any(target_arch = "x86_64", test))]
 mod matmul_amx;

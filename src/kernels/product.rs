@@ -84,6 +84,7 @@ impl Product<'_> {
         let (rows, depth, cols) = (self.rows - 1, self.depth - 1, self.cols);
         let (vectors, lanes) = ((cols - 1) / LANES, (cols - 1) % LANES);
         assert!(rows * self.a_row + depth * self.a_step < self.a.len());
+        assert!(vectors == 0 || self.b_vector >= LANES);
         assert!(depth * self.b_row + vectors * self.b_vector + lanes < self.b.len());
         assert!(rows * self.c_row + cols <= self.c.len());
     }

@@ -1,7 +1,7 @@
 //! Numbers for tests.
 
 use super::dispatch::CpuLevel;
-use super::matmul::{Axis, MatmulPrecision, Side, Terms, Way, product_by};
+use super::matmul::{Axis, MatmulPrecision, Output, Terms, Way, product_by};
 use super::pack::{PackedMatrix, Storage};
 
 /// All bits of a packed matrix, padding included.
@@ -29,13 +29,13 @@ pub(crate) fn product_at(
     (level, axis): (CpuLevel, Axis),
     x: &[f32],
     w: &PackedMatrix,
-    bias: Option<&[f32]>,
+    terms: Terms,
     precision: MatmulPrecision,
 ) -> Vec<f32> {
     let (k, columns) = sides(axis, w);
     let mut y = vec![f32::NAN; x.len() / k * columns];
-    let side = Side { w, terms: Terms { bias, ..Terms::default() }, y: &mut y };
-    product_by(Way::of(level, precision), (level, axis), x, vec![side]);
+    let output = Output { w, terms, y: &mut y };
+    product_by(Way::of(level, precision), (level, axis), x, vec![output]);
     y
 }
 

@@ -1,4 +1,4 @@
-//! Low-rank shifts of activations: steering of a site, and the update that LoRA adds to a matrix.
+//! Low-rank shifts of activations: the steering of a site.
 
 use std::rc::Rc;
 
@@ -13,7 +13,7 @@ use crate::Result;
 use crate::kernels::low_rank::{self, Activation, Gradients, InputGradient, Saved};
 use crate::kernels::slices::{copied, room};
 
-/// The form of a low-rank shift, alpha * phi(x Wdownᵀ) Wupᵀ.
+/// The form of a low-rank shift or update, alpha * phi(x Wdownᵀ) Wupᵀ.
 #[derive(Clone, Copy, Debug)]
 pub struct LowRank {
     /// Factor of the shift.
@@ -22,54 +22,52 @@ pub struct LowRank {
     pub activation: Activation,
 }
 
-/// y + alpha * phi(x Wdownᵀ) Wupᵀ for y [N, O], x [N, D], Wdown [R, D], Wup [O, R].
-///
-/// With y = x, the same value, this steers the residual stream in one pass over it, and the result is
-/// cheap to make again.
-pub fn low_rank_add(
+/// x + alpha * phi(x Wdownᵀ) Wupᵀ for x [N, D], Wdown [R, D], Wup [D, R]: steers in one pass over x, and
+/// the result is cheap to make again.
+pub fn low_rank_shift(
+    tape: &Tape,
+    x: &Value,
+    (down, up): (&Value, &Value),
+    form: LowRank,
+) -> Result<Value> {
+    if !tape.engine().fused() {
+        return composed_add(tape, x, x, (down, up), form);
+    }
+    let (m, d) = x.tensor().dims2()?;
+    let r = up.tensor().dims2()?.1;
+    let _span = trace_span!("low rank", flops = 4 * m * r * d, bytes = 12 * m * d).entered();
+    let mut z = room(m * r);
+    low_rank::down(&host(x.tensor())?, &host(down.tensor())?, d, r, &mut z);
+    let z: Rc<[f32]> = z.into();
+    let out = shifted(tape.engine(), x.tensor(), &z, up.tensor(), form)?;
+    Ok(tape.push_cheap(out, &[x, down, up], || {
+        let (kept, code, engine) = (x.keep(), z.clone(), tape.engine().clone());
+        let (down, up) = (down.tensor().clone(), up.tensor().clone());
+        let wup = up.clone();
+        let pullback = move |dy: Tensor, sink: &mut Sink| {
+            let _span = trace_span!("low rank backward", flops = 8 * m * r * d).entered();
+            let x = kept.tensor()?;
+            let mut dx = copied(&host(&dy)?);
+            let saved = (&*host(&x)?, &*code, &down, &up, form);
+            give_matrices(saved, &dy, InputGradient::Add(&mut dx), 1, sink)?;
+            sink.give_own(0, dx, &(m, d).into())
+        };
+        let x = x.keep();
+        (pullback, move || shifted(&engine, &x.tensor()?, &z, &wup, form))
+    }))
+}
+
+/// y + alpha * phi(x Wdownᵀ) Wupᵀ for y [N, O], x [N, D], Wdown [R, D], Wup [O, R], in tensor operations.
+pub(super) fn composed_add(
     tape: &Tape,
     y: &Value,
     x: &Value,
     (down, up): (&Value, &Value),
     form: LowRank,
 ) -> Result<Value> {
-    let (m, d) = x.tensor().dims2()?;
-    let (o, r) = up.tensor().dims2()?;
-    let _span =
-        trace_span!("low rank", flops = 2 * m * r * (d + o), bytes = 4 * m * (d + 2 * o)).entered();
-    if !tape.engine().fused() {
-        return composed(tape, &[y, x, down, up], |xs| twin(xs, form));
-    }
-    let mut z = room(m * r);
-    low_rank::down(&host(x.tensor())?, &host(down.tensor())?, d, r, &mut z);
-    let z: Rc<[f32]> = z.into();
-    let out = shifted(tape.engine(), y.tensor(), &z, up.tensor(), form)?;
-    let same = std::ptr::eq(x, y);
-    let pullback = || {
-        let (x, z) = (x.keep(), z.clone());
-        let (down, up) = (down.tensor().clone(), up.tensor().clone());
-        move |dy: Tensor, sink: &mut Sink| {
-            let mut dx = match same {
-                true => copied(&host(&dy)?),
-                false => sink.take_own(1).unwrap_or_else(|| vec![0.0; m * d]),
-            };
-            let x = x.tensor()?;
-            let saved = (&*host(&x)?, &*z, &down, &up, form);
-            give_matrices(saved, &dy, InputGradient::Add(&mut dx), 2, sink)?;
-            if !same {
-                sink.give(0, dy)?;
-            }
-            sink.give_own(1, dx, &(m, d).into())
-        }
-    };
-    let inputs = [y, x, down, up];
-    if !same {
-        return Ok(tape.push(out, &inputs, pullback));
-    }
-    Ok(tape.push_cheap(out, &inputs, || {
-        let (y, z, up, engine) = (y.keep(), z.clone(), up.tensor().clone(), tape.engine().clone());
-        (pullback(), move || shifted(&engine, &y.tensor()?, &z, &up, form))
-    }))
+    let ((m, d), (o, r)) = (x.tensor().dims2()?, up.tensor().dims2()?);
+    let _span = trace_span!("low rank", flops = 2 * m * r * (d + o)).entered();
+    composed(tape, &[y, x, down, up], |xs| twin(xs, form))
 }
 
 /// Gives the gradients of Wdown and Wup, inputs `first` and `first + 1` of the operation, and writes
@@ -82,7 +80,6 @@ pub(super) fn give_matrices(
     sink: &mut Sink,
 ) -> Result<()> {
     let ((r, d), o) = (down.dims2()?, up.dims2()?.0);
-    let _span = trace_span!("low rank backward", flops = 4 * z.len() * (d + o)).entered();
     let (at, LowRank { alpha, activation }) = ([first, first + 1], form);
     let [mut dwdown, mut dwup] = sink.take_rows([(at[0], r * d), (at[1], o * r)]);
     {

@@ -11,7 +11,7 @@ use super::tape::Sink;
 use super::value::{Kept, Value};
 use crate::Result;
 use crate::kernels::low_rank::{self, Down, InputGradient};
-use crate::kernels::low_rank_shift::Shift;
+use crate::kernels::low_rank_term::LowRankTerm;
 use crate::kernels::slices::room;
 
 /// What is added to the product of a matrix: alpha * phi(x Wdownᵀ) Wupᵀ.
@@ -39,9 +39,9 @@ impl LowRankUpdate {
     }
 
     /// What it adds, given its code and the numbers of Wup.
-    pub(super) fn shift<'a>(&self, code: &[f32], wup: &'a [f32]) -> Result<Shift<'a>> {
+    pub(super) fn term<'a>(&self, code: &[f32], wup: &'a [f32]) -> Result<LowRankTerm<'a>> {
         let (r, LowRank { alpha, activation }) = (self.up.tensor().dims2()?.1, self.form);
-        Ok(Shift::of_output((code, r), wup, (alpha, activation)))
+        Ok(LowRankTerm::of_output((code, r), wup, (alpha, activation)))
     }
 
     /// What the backward pass needs, given its code.
@@ -100,18 +100,21 @@ impl KeptUpdate {
         sink: &mut Sink,
     ) -> Result<Option<Vec<f32>>> {
         let x = self.x.tensor()?;
-        let dims = x.dims2()?;
+        let ((m, d), (o, r)) = (x.dims2()?, self.up.dims2()?);
+        let own = self.own_input && sink.wants(first);
+        let sums = 2 * m * r * (d + 2 * o) + if own { 2 * m * r * d } else { 0 };
+        let _span = trace_span!("low rank backward", flops = sums).entered();
         let rows = host(&x)?;
         let saved = (&*rows, &*self.code, &self.down, &self.up, self.form);
-        if self.own_input {
-            let mut dx = sink.take_own(first).unwrap_or_else(|| vec![0.0; dims.0 * dims.1]);
+        if own {
+            let mut dx = vec![0.0; m * d];
             give_matrices(saved, dy, InputGradient::Add(&mut dx), first + 1, sink)?;
-            sink.give_own(first, dx, &dims.into())?;
+            sink.give_own(first, dx, &(m, d).into())?;
             return Ok(None);
         }
         let mut dz = room(self.code.len());
         give_matrices(saved, dy, InputGradient::Code(&mut dz), first + 1, sink)?;
-        Ok(Some(dz))
+        Ok((!self.own_input).then_some(dz))
     }
 
     /// R and the numbers of Wdown [R, in].

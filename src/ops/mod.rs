@@ -38,7 +38,7 @@ pub use glu::glu;
 pub use head::{Distribution, Head, Logps, Pull, head_scratch};
 pub use kv_cache::{KvCache, SlotId};
 pub use linear::{Linear, linear, linears};
-pub use low_rank::{LowRank, low_rank_add};
+pub use low_rank::{LowRank, low_rank_shift};
 pub use low_rank_update::LowRankUpdate;
 pub use norm::rms_norm;
 pub use rotary::{Rotary, rotate};

@@ -79,16 +79,12 @@ pub fn dropout(tape: &Tape, x: &Value, p: f64, key: &[u64], row_keys: &[u64]) ->
     let width = x.tensor().dims2()?.1;
     let mask = Rc::new(Mask::new(p, key, row_keys, width));
     let y = mask.apply(tape.engine(), x.tensor())?;
-    let pullback = || {
-        let (mask, engine) = (mask.clone(), tape.engine().clone());
-        move |dy: Tensor, sink: &mut Sink| sink.give(0, mask.apply(&engine, &dy)?)
-    };
-    if !x.is_cheap() {
-        return Ok(tape.push(y, &[x], pullback));
-    }
     Ok(tape.push_cheap(y, &[x], || {
-        let (x, mask, engine) = (x.keep(), mask.clone(), tape.engine().clone());
-        (pullback(), move || mask.apply(&engine, &x.tensor()?))
+        let (x, again, engine) = (x.keep(), mask.clone(), tape.engine().clone());
+        let backwards = engine.clone();
+        let pullback =
+            move |dy: Tensor, sink: &mut Sink| sink.give(0, mask.apply(&backwards, &dy)?);
+        (pullback, move || again.apply(&engine, &x.tensor()?))
     }))
 }
 

@@ -94,19 +94,6 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    /// The gradient of input `i` so far, to add to it and give it back by [`Sink::give_own`]; nothing if
-    /// there is none that nobody else holds.
-    pub(super) fn take_own(&mut self, i: usize) -> Option<Vec<f32>> {
-        let node = self.inputs[i].0?;
-        match self.slots[node].take() {
-            Some(Slot::Own(values, _)) => Some(values),
-            other => {
-                self.slots[node] = other;
-                None
-            }
-        }
-    }
-
     /// Sums over rows, `len` numbers each, to add the gradients of the given inputs to. Those of
     /// parameters go on from the passes before. They are handed back to [`Sink::give_rows`].
     pub(super) fn take_rows<const N: usize>(&mut self, of: [(usize, usize); N]) -> [RowSum; N] {

@@ -9,7 +9,7 @@ use tracing::trace_span;
 
 use super::engine::{Engine, host};
 use super::tape::Sink;
-use crate::kernels::low_rank_shift::Shift;
+use crate::kernels::low_rank_term::LowRankTerm;
 use crate::kernels::matmul::{Terms, matmul, matmul_input_grad_add};
 use crate::kernels::pack::PackedMatrix;
 use crate::kernels::slices::room;
@@ -142,14 +142,14 @@ impl Weight {
         }
     }
 
+    /// [`Weight::packed`] for an operation that has no other way.
+    pub(super) fn packed_here(&self) -> Result<&PackedMatrix> {
+        self.packed().ok_or_else(|| Error::failure("a matrix was stored for another engine"))
+    }
+
     /// FLOPs of a product with `rows` rows.
     pub(super) fn flops(&self, rows: usize) -> usize {
         2 * rows * self.in_features() * self.out_features()
-    }
-
-    /// Bytes that a product with `rows` rows reads and writes at least.
-    pub(super) fn traffic(&self, rows: usize) -> usize {
-        self.bytes() + 4 * rows * (self.in_features() + self.out_features())
     }
 
     /// x Wᵀ + b for x [N, in], not recorded.
@@ -160,8 +160,14 @@ impl Weight {
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
         let (rows, width) = (x.dims2()?.0, self.out_features());
-        let (flops, bytes) = (self.flops(rows), self.traffic(rows));
-        let _span = trace_span!("linear", rows, width, flops, bytes).entered();
+        let _span = trace_span!(
+            "linear",
+            rows,
+            width,
+            flops = self.flops(rows),
+            bytes = self.bytes() + 4 * rows * (self.in_features() + width),
+        )
+        .entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
                 let mut y = room(rows * width);
@@ -176,29 +182,36 @@ impl Weight {
         }
     }
 
-    /// Gives the gradient of x, input 0 of the operation: dy W for dy [N, out]; on the CPU with low-rank
-    /// shifts.
+    /// Gives the gradient of x, input 0 of the operation: dy W for dy [N, out]; on the CPU with the
+    /// terms of low-rank updates.
     pub(super) fn give_input_gradient(
         &self,
         engine: &Engine,
         dy: &Tensor,
-        shifts: &[Shift],
+        low_rank: &[LowRankTerm],
         sink: &mut Sink,
     ) -> Result<()> {
         if !sink.wants(0) {
             return Ok(());
         }
         let (rows, width) = (dy.dims2()?.0, self.in_features());
-        let (flops, bytes) = (self.flops(rows), self.traffic(rows));
-        let _span = trace_span!("linear backward", rows, width, flops, bytes).entered();
+        let _span = trace_span!(
+            "linear backward",
+            rows,
+            width,
+            flops = self.flops(rows) + low_rank.iter().map(LowRankTerm::flops).sum::<usize>(),
+            bytes = self.bytes() + 4 * rows * (self.out_features() + width),
+        )
+        .entered();
         match self.packed().filter(|_| engine.fused()) {
             Some(packed) => {
                 let mut dx = room(rows * width);
-                let terms = Terms { shifts, ..Terms::default() };
+                let terms = Terms { low_rank, ..Terms::default() };
                 matmul_input_grad_add(&host(dy)?, packed, terms, engine.precision(), &mut dx);
                 sink.give_own(0, dx, &(rows, width).into())
             }
-            None => sink.give(0, dy.matmul(&self.dense(engine)?)?),
+            None if low_rank.is_empty() => sink.give(0, dy.matmul(&self.dense(engine)?)?),
+            None => self.packed_here().map(|_| ()),
         }
     }
 }

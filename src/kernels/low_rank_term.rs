@@ -6,9 +6,10 @@
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::low_rank::{Activation, Transpose, scaled_code};
+use super::pack::RowF32;
 
 /// `code [M, R]` times a matrix `[R, columns]`, finished before it is added.
-pub struct Shift<'a> {
+pub struct LowRankTerm<'a> {
     pub(super) code: Vec<f32>,
     pub(super) r: usize,
     pub(super) columns: usize,
@@ -24,37 +25,56 @@ enum Factor<'a> {
     Up(&'a [f32]),
 }
 
-impl<'a> Shift<'a> {
-    /// `alpha phi(z) Wup^T` for `z [M, R]` and `wup [columns, R]` row-major.
+impl<'a> LowRankTerm<'a> {
+    /// `alpha phi(z) Wup^T` for `z [M, R]` and `wup [columns, R]` row-major. Panics if the lengths
+    /// disagree.
     pub fn of_output((z, r): (&[f32], usize), wup: &'a [f32], phi: (f32, Activation)) -> Self {
         let (code, columns) = (scaled_code(z, phi.0, phi.1), wup.len() / r);
-        Shift { code, r, columns, factor: Factor::Up(wup) }
+        assert!(z.len().is_multiple_of(r) && wup.len() == columns * r, "low-rank shapes disagree");
+        LowRankTerm { code, r, columns, factor: Factor::Up(wup) }
     }
 
-    /// `dz Wdown` for `dz [M, R]` and `wdown [R, columns]` row-major.
+    /// `dz Wdown` for `dz [M, R]` and `wdown [R, columns]` row-major. Panics if the lengths disagree.
     pub fn of_input((dz, r): (Vec<f32>, usize), wdown: &'a [f32]) -> Self {
-        Shift { code: dz, r, columns: wdown.len() / r, factor: Factor::Down(wdown) }
+        let columns = wdown.len() / r;
+        assert!(
+            dz.len().is_multiple_of(r) && wdown.len() == r * columns,
+            "low-rank shapes disagree"
+        );
+        LowRankTerm { code: dz, r, columns, factor: Factor::Down(wdown) }
     }
 
-    /// Some panels of the matrix, `[panels, R, 16]`, the last panel of all padded with zeros.
-    pub(super) fn pack(&self, level: CpuLevel, first: usize, panels: usize) -> Vec<f32> {
-        let mut packed = vec![0.0; panels * self.r * LANES];
-        let columns = first * LANES..self.columns.min((first + panels) * LANES);
+    /// FLOPs of its product.
+    pub fn flops(&self) -> usize {
+        2 * self.code.len() * self.columns
+    }
+
+    /// Writes some panels of the matrix, `[panels, R, 16]`, the last panel of all padded with zeros.
+    pub(super) fn pack(
+        &self,
+        level: CpuLevel,
+        first: usize,
+        panels: usize,
+        packed: &mut Vec<RowF32>,
+    ) {
+        packed.clear();
+        packed.resize(panels * self.r, RowF32([0.0; LANES]));
+        let panels = first * LANES..self.columns.min((first + panels) * LANES);
         match self.factor {
             Factor::Down(rows) => {
                 for (i, row) in rows.chunks_exact(self.columns).enumerate() {
-                    let panels = packed.chunks_exact_mut(self.r * LANES);
-                    for (panel, from) in panels.zip(row[columns.clone()].chunks(LANES)) {
-                        panel[i * LANES..][..from.len()].copy_from_slice(from);
+                    let links = packed.iter_mut().skip(i).step_by(self.r);
+                    for (link, from) in links.zip(row[panels.clone()].chunks(LANES)) {
+                        link.0[..from.len()].copy_from_slice(from);
                     }
                 }
             }
             Factor::Up(rows) => {
-                let rows = &rows[columns.start * self.r..columns.end * self.r];
-                level.run(PackTransposed { rows, r: self.r, panels: &mut packed });
+                let rows = &rows[panels.start * self.r..panels.end * self.r];
+                let panels = RowF32::elements_mut(packed);
+                level.run(PackTransposed { rows, r: self.r, panels });
             }
         }
-        packed
     }
 }
 
