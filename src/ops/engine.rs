@@ -103,7 +103,7 @@ pub(super) fn host(tensor: &Tensor) -> Result<Host<'_>> {
 
 /// Runs `f`, made of plain differentiable tensor operations, as one operation of the tape.
 ///
-/// This is the road for anything without a kernel: the composed twins, and adapters that are small
+/// This is the road for anything without a kernel: the composed twins, and steering that is small
 /// enough to be written in tensor operations.
 pub fn composed<F>(tape: &Tape, inputs: &[&Value], f: F) -> Result<Value>
 where
