@@ -115,17 +115,17 @@ pub fn matmul(
     matmul_add(x, w, Terms { bias, ..Terms::default() }, precision, y);
 }
 
-/// One of several products of the same input.
+/// One of several products of the same input `[M, in]`.
 pub struct Output<'a> {
-    /// The weight.
+    /// The weight `[out, in]`.
     pub w: &'a PackedMatrix,
     /// Further terms.
     pub terms: Terms<'a>,
-    /// The result.
+    /// The result, `[M, out]`.
     pub y: &'a mut [f32],
 }
 
-/// [`matmul`] with further terms.
+/// [`matmul`] with further terms. Panics if the lengths disagree.
 pub fn matmul_add(
     x: &[f32],
     w: &PackedMatrix,
@@ -137,7 +137,8 @@ pub fn matmul_add(
 }
 
 /// [`matmul_add`] of one input with several weights at once: the input is brought into the form of the
-/// inner loop once, and threads wait for each other once.
+/// inner loop once, and threads wait for each other once. Panics if the lengths disagree or the weights
+/// want different inputs.
 pub fn matmul_all(x: &[f32], outputs: Vec<Output>, precision: MatmulPrecision) {
     let level = CpuLevel::detect();
     product_by(Way::of(level, precision), (level, Axis::Output), x, outputs);
@@ -148,7 +149,7 @@ pub fn matmul_input_grad(dy: &[f32], w: &PackedMatrix, precision: MatmulPrecisio
     matmul_input_grad_add(dy, w, Terms::default(), precision, dx);
 }
 
-/// [`matmul_input_grad`] with further terms.
+/// [`matmul_input_grad`] with further terms. Panics if the lengths disagree.
 pub fn matmul_input_grad_add(
     dy: &[f32],
     w: &PackedMatrix,
