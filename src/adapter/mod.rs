@@ -86,6 +86,11 @@ pub trait Adapter {
         Ok(h)
     }
 
+    /// Whether it shifts anything at a site of a layer.
+    fn steers(&self, _layer: usize, _site: Site) -> bool {
+        false
+    }
+
     /// What is added to the output of a matrix whose input is x [N, in].
     fn update(
         &self,

@@ -218,7 +218,7 @@ impl Adapter for Steering {
         h: Value,
         batch: &Batch,
     ) -> Result<Value> {
-        if site != self.config.site || !self.config.layers.contains(&layer) {
+        if !self.steers(layer, site) {
             return Ok(h);
         }
         match self.config.positions.rows(batch) {
@@ -230,6 +230,10 @@ impl Adapter for Steering {
                 ops::replace_rows(tape, &h, &shifted, &rows)
             }
         }
+    }
+
+    fn steers(&self, layer: usize, site: Site) -> bool {
+        site == self.config.site && self.config.layers.contains(&layer)
     }
 
     fn kept(&self, model: &ModelConfig, layer: usize) -> usize {

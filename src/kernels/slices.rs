@@ -25,6 +25,16 @@ pub fn copied(x: &[f32]) -> Vec<f32> {
     y
 }
 
+/// Rows of `width` numbers, one after the other.
+pub fn gathered(rows: &[&[f32]], width: usize) -> Vec<f32> {
+    let (task, mut y) = (task_len(width), room(rows.len() * width));
+    let tasks = y.chunks_mut(task.max(1)).zip(rows.chunks((task / width.max(1)).max(1)));
+    for_each(tasks, |(y, rows)| {
+        y.chunks_exact_mut(width).zip(rows).for_each(|(y, row)| y.copy_from_slice(row));
+    });
+    y
+}
+
 /// `a + b`, element by element.
 pub fn sum(a: &[f32], b: &[f32]) -> Vec<f32> {
     assert!(a.len() == b.len(), "lengths disagree");

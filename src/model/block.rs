@@ -49,6 +49,8 @@ pub(super) struct Pass<'a> {
     pub(super) rotaries: Vec<Rotary>,
     pub(super) adapters: &'a [Box<dyn Adapter>],
     pub(super) cache: Option<(&'a mut KvCache, &'a [SlotId])>,
+    /// Takes up the blocks' outputs before what adapters add to them, if that is wanted.
+    pub(super) outputs: Option<Vec<Tensor>>,
 }
 
 impl Block {
@@ -124,15 +126,53 @@ impl Block {
         h: &Value,
         pass: &mut Pass,
     ) -> Result<Value> {
+        let (h, inner) = self.first_part(tape, layer, h, pass)?;
+        let [y] = self.linears(tape, layer, [Matrix::Down], &inner, pass)?;
+        let y = self.sandwich(tape, y, &self.post_mlp_norm)?;
+        let y = pass.shift(tape, layer, Site::PostMlp, y)?;
+        let out = ops::add(tape, &h, &y)?;
+        if let Some(outputs) = &mut pass.outputs {
+            outputs.push(out.tensor().clone());
+        }
+        pass.shift(tape, layer, Site::PostBlock, out)
+    }
+
+    /// [`Block::forward`] for the way back alone: `out` is what the block is known to put out before
+    /// what adapters add to that, so that its last product is not needed.
+    pub(super) fn forward_known(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        (h, out): (&Value, &Tensor),
+        pass: &mut Pass,
+    ) -> Result<Value> {
+        let read = self.post_mlp_norm.is_some() || pass.steers(layer, Site::PostMlp);
+        if read {
+            return self.forward(tape, layer, h, pass);
+        }
+        let (h, inner) = self.first_part(tape, layer, h, pass)?;
+        let [map] = self.maps(tape, layer, [Matrix::Down], &inner, pass)?;
+        let y = ops::linear_unread(tape, &inner, map, out)?;
+        let out = ops::add_known(tape, &h, &y, out.clone());
+        pass.shift(tape, layer, Site::PostBlock, out)
+    }
+
+    /// All but the MLP's last matrix: the stream [N, D] that it adds to, and its input [N, F].
+    fn first_part(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        h: &Value,
+        pass: &mut Pass,
+    ) -> Result<(Value, Value)> {
         let attended = self.attend(tape, layer, h, pass)?;
         let attended = pass.shift(tape, layer, Site::PostAttention, attended)?;
         let h = ops::add(tape, h, &attended)?;
         let x = self.norm(tape, &h, &self.mlp_norm)?;
         let x = pass.shift(tape, layer, Site::PreMlp, x)?;
-        let y = self.mlp(tape, layer, &x, pass)?;
-        let y = pass.shift(tape, layer, Site::PostMlp, y)?;
-        let out = ops::add(tape, &h, &y)?;
-        pass.shift(tape, layer, Site::PostBlock, out)
+        let [gate, up] = self.linears(tape, layer, [Matrix::Gate, Matrix::Up], &x, pass)?;
+        let inner = ops::glu(tape, &gate, &up, self.act)?;
+        Ok((h, inner))
     }
 
     fn attend(&self, tape: &Tape, layer: usize, h: &Value, pass: &mut Pass) -> Result<Value> {
@@ -172,15 +212,6 @@ impl Block {
         Ok((turned(q, q_norm)?, turned(k, k_norm)?, v))
     }
 
-    fn mlp(&self, tape: &Tape, layer: usize, x: &Value, pass: &Pass) -> Result<Value> {
-        let inner = {
-            let [gate, up] = self.linears(tape, layer, [Matrix::Gate, Matrix::Up], x, pass)?;
-            ops::glu(tape, &gate, &up, self.act)?
-        };
-        let [y] = self.linears(tape, layer, [Matrix::Down], &inner, pass)?;
-        self.sandwich(tape, y, &self.post_mlp_norm)
-    }
-
     /// The results of matrices with the same input x [N, in].
     fn linears<const N: usize>(
         &self,
@@ -190,6 +221,18 @@ impl Block {
         x: &Value,
         pass: &Pass,
     ) -> Result<[Value; N]> {
+        ops::linears(tape, x, self.maps(tape, layer, matrices, x, pass)?)
+    }
+
+    /// The matrices with what adapters add to them, for the input x [N, in].
+    fn maps<const N: usize>(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        matrices: [Matrix; N],
+        x: &Value,
+        pass: &Pass,
+    ) -> Result<[ops::Linear<'_>; N]> {
         let mut maps = matrices.map(|matrix| {
             let Linear { weight, bias } = &self.linears[matrix as usize];
             ops::Linear { weight, bias: bias.as_ref(), updates: Vec::new() }
@@ -199,7 +242,7 @@ impl Block {
                 map.updates.extend(adapter.update(tape, layer, matrix, x, &pass.batch)?);
             }
         }
-        ops::linears(tape, x, maps)
+        Ok(maps)
     }
 
     fn norm(&self, tape: &Tape, x: &Value, weight: &Tensor) -> Result<Value> {
@@ -212,7 +255,12 @@ impl Block {
 }
 
 impl Pass<'_> {
-    fn shift(&self, tape: &Tape, layer: usize, site: Site, h: Value) -> Result<Value> {
+    fn steers(&self, layer: usize, site: Site) -> bool {
+        self.adapters.iter().any(|adapter| adapter.steers(layer, site))
+    }
+
+    /// What adapters make of h [N, D] at a site.
+    pub(super) fn shift(&self, tape: &Tape, layer: usize, site: Site, h: Value) -> Result<Value> {
         self.adapters
             .iter()
             .try_fold(h, |h, adapter| adapter.shift(tape, layer, site, h, &self.batch))

@@ -8,6 +8,7 @@ use tracing::debug_span;
 use super::batch::Batch;
 use super::block::{Block, Pass};
 use super::config::ModelConfig;
+use super::recording::{Recorded, Recording};
 use super::trace::Trace;
 use super::weights::Weights;
 use crate::Result;
@@ -134,6 +135,22 @@ impl Policy {
         self.run(batch, &mut pass)
     }
 
+    /// [`Policy::hidden_cached`] whose blocks' outputs go into `recording`.
+    pub fn hidden_recorded(
+        &self,
+        batch: &Batch,
+        adapters: &[Box<dyn Adapter>],
+        (cache, slots): (&mut KvCache, &[SlotId]),
+        recording: &mut Recording,
+    ) -> Result<Tensor> {
+        let mut pass = self.pass(Cow::Borrowed(batch), adapters);
+        pass.cache = Some((cache, slots));
+        pass.outputs = Some(Vec::with_capacity(self.blocks.len()));
+        let hidden = self.run(batch, &mut pass)?;
+        recording.push(pass.outputs.unwrap_or_default());
+        Ok(hidden)
+    }
+
     fn run(&self, batch: &Batch, pass: &mut Pass) -> Result<Tensor> {
         let tape = Tape::off(&self.engine);
         let mut h = Value::constant(self.embed(&batch.input_ids)?);
@@ -157,6 +174,22 @@ impl Policy {
         Trace::new(self, embedded, batch, adapters, checkpointing)
     }
 
+    /// [`Policy::trace`] of tokens that the same adapters have passed before: nothing is computed of a
+    /// segment whose blocks' outputs are `recorded`, which must be all; on the way back a block has
+    /// its input and its output.
+    ///
+    /// On the CPU only. In layer `checked` the output is computed nevertheless, and must be the
+    /// recorded one to the bit.
+    pub fn retrace<'a>(
+        &'a self,
+        batch: &Batch,
+        adapters: &'a [Box<dyn Adapter>],
+        recorded: &[Recorded],
+        checked: usize,
+    ) -> Result<Trace<'a>> {
+        Trace::recorded(self, batch, adapters, recorded, checked)
+    }
+
     pub(super) fn pass<'a>(
         &self,
         batch: Cow<'a, Batch>,
@@ -166,7 +199,7 @@ impl Policy {
             |(freqs, factor): &(Vec<f32>, f32)| Rotary::new(&batch.positions, freqs, *factor);
         let rotaries = self.inv_freqs.iter().map(rotary).collect();
         let segments = batch.shared_segments();
-        Pass { batch, segments, rotaries, adapters, cache: None }
+        Pass { batch, segments, rotaries, adapters, cache: None, outputs: None }
     }
 
     /// Logits [rows, V] of the given rows of the last block's output h [N, D].

@@ -9,9 +9,10 @@ use tracing::debug_span;
 use super::batch::Batch;
 use super::block::Pass;
 use super::policy::{Policy, part_tokens};
-use crate::Result;
-use crate::adapter::Adapter;
-use crate::ops::{GradientSums, Gradients, Place, Tape, Value};
+use super::recording::{Recorded, outputs};
+use crate::adapter::{Adapter, Site};
+use crate::ops::{GradientSums, Gradients, Place, Tape, Value, equal_bits};
+use crate::{Error, Result};
 
 /// What is kept of one block for the backward pass.
 enum Kept {
@@ -37,6 +38,14 @@ struct Part<'a> {
     rows: Range<usize>,
     pass: Pass<'a>,
     kept: Vec<Kept>,
+    recorded: Option<Outputs>,
+}
+
+/// The blocks' outputs of a part's tokens, where a pass over them was recorded.
+struct Outputs {
+    segments: Vec<Recorded>,
+    /// The layer whose output is computed again and compared.
+    checked: usize,
 }
 
 impl<'a> Trace<'a> {
@@ -47,12 +56,9 @@ impl<'a> Trace<'a> {
         adapters: &'a [Box<dyn Adapter>],
         checkpointing: bool,
     ) -> Result<Self> {
-        let lowest = adapters.iter().filter_map(|adapter| adapter.lowest_layer()).min();
-        let lowest = lowest.unwrap_or(policy.blocks.len());
-        let (mut parts, mut outputs, mut end) = (Vec::new(), Vec::new(), 0);
-        for part in batch.parts(part_tokens()) {
-            let rows = end..end + part.len();
-            end = rows.end;
+        let lowest = lowest(policy, adapters);
+        let (mut parts, mut outputs) = (Vec::new(), Vec::new());
+        for (rows, part) in parts_of(batch) {
             let whole = rows.len() == batch.len();
             let h = if whole {
                 embedded.clone()
@@ -60,15 +66,31 @@ impl<'a> Trace<'a> {
                 embedded.narrow(0, rows.start, rows.len())?
             };
             let pass = policy.pass(Cow::Owned(part), adapters);
-            let mut part = Part { rows, pass, kept: Vec::new() };
+            let mut part = Part { rows, pass, kept: Vec::new(), recorded: None };
             outputs.push(part.forward(policy, h, lowest, checkpointing)?);
             parts.push(part);
         }
-        let output = match <[Tensor; 1]>::try_from(outputs) {
-            Ok([output]) => output,
-            Err(outputs) => Tensor::cat(&outputs, 0)?,
-        };
-        Ok(Trace { policy, lowest, parts, output })
+        Ok(Trace { policy, lowest, parts, output: one(outputs)? })
+    }
+
+    pub(super) fn recorded(
+        policy: &'a Policy,
+        batch: &Batch,
+        adapters: &'a [Box<dyn Adapter>],
+        segments: &[Recorded],
+        checked: usize,
+    ) -> Result<Self> {
+        let _phase = debug_span!("recorded", tokens = batch.len()).entered();
+        let (mut segments, mut parts, mut outputs) = (segments.iter(), Vec::new(), Vec::new());
+        for (rows, part) in parts_of(batch) {
+            let of_part = segments.by_ref().take(part.segments().len()).cloned().collect();
+            let recorded = Some(Outputs { segments: of_part, checked });
+            let pass = policy.pass(Cow::Owned(part), adapters);
+            let part = Part { rows, pass, kept: Vec::new(), recorded };
+            outputs.push(part.stream(policy, policy.blocks.len())?);
+            parts.push(part);
+        }
+        Ok(Trace { policy, lowest: lowest(policy, adapters), parts, output: one(outputs)? })
     }
 
     /// The last block's output [N, D], before the final norm.
@@ -90,9 +112,34 @@ impl<'a> Trace<'a> {
         drop(self.output);
         for part in self.parts {
             let gradient = gradient.narrow(0, part.rows.start, part.rows.len())?;
-            part.backward(self.policy, self.lowest, gradient, sums)?;
+            match part.recorded.is_some() {
+                true => part.backward_recorded(self.policy, self.lowest, gradient, sums)?,
+                false => part.backward(self.policy, self.lowest, gradient, sums)?,
+            }
         }
         Ok(())
+    }
+}
+
+/// The lowest layer that has an adapter; that above the last one without any.
+fn lowest(policy: &Policy, adapters: &[Box<dyn Adapter>]) -> usize {
+    let layers = adapters.iter().filter_map(|adapter| adapter.lowest_layer());
+    layers.min().unwrap_or(policy.blocks.len())
+}
+
+/// The parts that a batch goes through the blocks in, with their rows.
+fn parts_of(batch: &Batch) -> impl Iterator<Item = (Range<usize>, Batch)> {
+    batch.parts(part_tokens()).into_iter().scan(0, |end, part| {
+        let start = std::mem::replace(end, *end + part.len());
+        Some((start..*end, part))
+    })
+}
+
+/// The rows of all parts.
+fn one(outputs: Vec<Tensor>) -> Result<Tensor> {
+    match <[Tensor; 1]>::try_from(outputs) {
+        Ok([output]) => Ok(output),
+        Err(outputs) => Ok(Tensor::cat(&outputs, 0)?),
     }
 }
 
@@ -146,5 +193,71 @@ impl Part<'_> {
             gradient = tape.backward_into(output, dy, input, sums)?;
         }
         Ok(())
+    }
+
+    /// The recorded output of a layer's block, before what adapters add to it.
+    fn output(&self, policy: &Policy, layer: usize) -> Result<Tensor> {
+        let segments = self.recorded.as_ref().map_or(&[][..], |recorded| &recorded.segments);
+        outputs(policy.engine(), segments, layer)
+    }
+
+    /// The recorded stream into a layer's block, or with the number of layers out of the last one.
+    fn stream(&self, policy: &Policy, layer: usize) -> Result<Tensor> {
+        match layer.checked_sub(1) {
+            None => policy.embed(&self.pass.batch.input_ids),
+            Some(below) => {
+                let (off, out) = (Tape::off(policy.engine()), self.output(policy, below)?);
+                let shifted = self.pass.shift(&off, below, Site::PostBlock, Value::constant(out))?;
+                Ok(shifted.tensor().clone())
+            }
+        }
+    }
+
+    /// [`Part::backward`] from recorded outputs.
+    fn backward_recorded(
+        mut self,
+        policy: &Policy,
+        lowest: usize,
+        gradient: Tensor,
+        sums: &mut GradientSums,
+    ) -> Result<()> {
+        let mut gradient = Some(gradient);
+        for layer in (lowest..policy.blocks.len()).rev() {
+            let Some(dy) = gradient.take() else { break };
+            let phase = debug_span!("recompute", layer).entered();
+            let (h, out) = (self.stream(policy, layer)?, self.output(policy, layer)?);
+            let tape = Tape::recording(policy.engine());
+            let input = if layer > lowest { tape.input(&h) } else { Value::constant(h) };
+            let output = self.forward_known(policy, &tape, layer, (&input, &out))?.place();
+            drop(phase);
+            gradient = tape.backward_into(output, dy, input.place(), sums)?;
+        }
+        Ok(())
+    }
+
+    /// A block's way forward to a known output; the checked one's is computed and compared.
+    fn forward_known(
+        &mut self,
+        policy: &Policy,
+        tape: &Tape,
+        layer: usize,
+        (h, out): (&Value, &Tensor),
+    ) -> Result<Value> {
+        let block = &policy.blocks[layer];
+        if self.recorded.as_ref().is_none_or(|recorded| recorded.checked != layer) {
+            return block.forward_known(tape, layer, (h, out), &mut self.pass);
+        }
+        self.pass.outputs = Some(Vec::new());
+        let result = block.forward(tape, layer, h, &mut self.pass)?;
+        let computed = self.pass.outputs.take().unwrap_or_default();
+        for computed in computed {
+            if !equal_bits(&computed, out)? {
+                return Err(Error::failure(format!(
+                    "layer {layer} puts out in training what it did not put out while sampling, with \
+                     the same adapters; this is a bug"
+                )));
+            }
+        }
+        Ok(result)
     }
 }

@@ -58,6 +58,17 @@ pub fn linears<const N: usize>(tape: &Tape, x: &Value, maps: [Linear; N]) -> Res
     results.try_into().map_err(|_| Error::failure("a linear map has no result"))
 }
 
+/// A linear map of x [N, in] whose result nobody reads, only the gradient's way through it is wanted:
+/// `stand_in` [N, out] takes the result's place, and nothing is multiplied.
+pub fn linear_unread(tape: &Tape, x: &Value, map: Linear, stand_in: &Tensor) -> Result<Value> {
+    if !tape.engine().fused() {
+        return composed(tape, x, &map);
+    }
+    let codes = codes(x.tensor(), &[&map.updates])?;
+    let of_map = codes.into_iter().next().unwrap_or_default();
+    Ok(record(tape, x, &map, (stand_in.clone(), of_map)))
+}
+
 fn composed(tape: &Tape, x: &Value, map: &Linear) -> Result<Value> {
     let y = map.weight.apply(tape.engine(), x.tensor(), map.bias)?;
     let y = tape.push(y, &[x], || {
@@ -73,17 +84,20 @@ fn fused(tape: &Tape, x: &Value, maps: &[Linear]) -> Result<Vec<Value>> {
     let updates: Vec<_> = maps.iter().map(|map| &map.updates[..]).collect();
     let codes = codes(x.tensor(), &updates)?;
     let ys = products(tape.engine(), x.tensor(), maps, &codes)?;
-    let record = |((map, y), codes): ((&Linear, Tensor), Vec<Rc<[f32]>>)| {
-        let of_updates = map.updates.iter().flat_map(|update| update.inputs(x));
-        let inputs: Vec<&Value> = std::iter::once(x).chain(of_updates).collect();
-        tape.push(y, &inputs, || {
-            let kept = map.updates.iter().zip(codes).map(|(update, code)| update.keep(x, code));
-            let (kept, weight) = (kept.collect::<Vec<_>>(), map.weight.clone());
-            let engine = tape.engine().clone();
-            move |dy: Tensor, sink: &mut Sink| backward(&engine, (&weight, &kept), &dy, sink)
-        })
-    };
-    Ok(maps.iter().zip(ys).zip(codes).map(record).collect())
+    let results = maps.iter().zip(ys.into_iter().zip(codes));
+    Ok(results.map(|(map, result)| record(tape, x, map, result)).collect())
+}
+
+/// The result of a map, which has these codes.
+fn record(tape: &Tape, x: &Value, map: &Linear, (y, codes): (Tensor, Vec<Rc<[f32]>>)) -> Value {
+    let of_updates = map.updates.iter().flat_map(|update| update.inputs(x));
+    let inputs: Vec<&Value> = std::iter::once(x).chain(of_updates).collect();
+    tape.push(y, &inputs, || {
+        let kept = map.updates.iter().zip(codes).map(|(update, code)| update.keep(x, code));
+        let (kept, weight) = (kept.collect::<Vec<_>>(), map.weight.clone());
+        let engine = tape.engine().clone();
+        move |dy: Tensor, sink: &mut Sink| backward(&engine, (&weight, &kept), &dy, sink)
+    })
 }
 
 /// Gives the gradients of the updates and of x.

@@ -11,18 +11,23 @@ use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
 use crate::kernels::row_sum::add_rows;
-use crate::kernels::slices::{add_to_rows, copied, mask};
+use crate::kernels::slices::{add_to_rows, copied, gathered, mask};
 use crate::random::Stream;
 
 /// a + b of equal shapes.
 pub fn add(tape: &Tape, a: &Value, b: &Value) -> Result<Value> {
     let sum = tape.engine().add(a.tensor(), b.tensor())?;
-    Ok(tape.push(sum, &[a, b], || {
+    Ok(add_known(tape, a, b, sum))
+}
+
+/// [`add`] where the sum is known.
+pub fn add_known(tape: &Tape, a: &Value, b: &Value, sum: Tensor) -> Value {
+    tape.push(sum, &[a, b], || {
         |dy, sink| {
             sink.give(0, dy.clone())?;
             sink.give(1, dy)
         }
-    }))
+    })
 }
 
 /// x [N, D] + v `[D]` on every row.
@@ -65,6 +70,23 @@ pub fn replace_rows(tape: &Tape, x: &Value, new: &Value, rows: &[u32]) -> Result
             sink.give(1, picked)
         }
     }))
+}
+
+/// Rows of tensors [_, D] on the CPU, each given as its tensor and its place there, one after the other.
+pub fn pick_rows(engine: &Engine, rows: &[(&Tensor, usize)]) -> Result<Tensor> {
+    let width = rows.first().map_or(Ok(0), |(tensor, _)| tensor.dim(1))?;
+    let _span = trace_span!("pick rows", bytes = 8 * rows.len() * width).entered();
+    let from = rows.iter().map(|(tensor, _)| host(tensor)).collect::<Result<Vec<_>>>()?;
+    let from: Vec<&[f32]> =
+        from.iter().zip(rows).map(|(all, (_, row))| &all[row * width..][..width]).collect();
+    engine.tensor(gathered(&from, width), &[rows.len(), width])
+}
+
+/// Whether two tensors on the CPU hold the same numbers, to the bit.
+pub fn equal_bits(a: &Tensor, b: &Tensor) -> Result<bool> {
+    let (a, b) = (host(a)?, host(b)?);
+    let mut pairs = a.iter().zip(b.iter());
+    Ok(a.len() == b.len() && pairs.all(|(a, b)| a.to_bits() == b.to_bits()))
 }
 
 /// `index` [rows], repeated for every column of `of` [rows, D].

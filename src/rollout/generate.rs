@@ -2,14 +2,16 @@
 
 use std::collections::VecDeque;
 
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use tracing::debug_span;
 
 use crate::adapter::Adapter;
 use crate::model::{Batch, Policy};
-use crate::ops::{KvCache, SlotId, parallel_map};
+use crate::ops::{KvCache, Segment, SlotId, parallel_map};
 use crate::{Error, Result};
 
+use super::recorder::Recorder;
 use super::sampling::{RandomKey, Sampled, SamplingParams, distinct, sample};
 
 /// A prompt that wants a completion.
@@ -199,13 +201,27 @@ impl<'a> Generator<'a> {
         requests: &[Request],
         on_done: &mut dyn FnMut(usize),
     ) -> Result<Vec<Completion>> {
+        self.run_recorded(requests, on_done, None)
+    }
+
+    /// [`Generator::run`] whose passes are recorded, if a recorder is given.
+    ///
+    /// # Errors
+    /// As [`Generator::run`].
+    pub(super) fn run_recorded(
+        &self,
+        requests: &[Request],
+        on_done: &mut dyn FnMut(usize),
+        recorder: Option<&mut Recorder>,
+    ) -> Result<Vec<Completion>> {
         let mut finished = 0;
-        self.stream(requests, &mut |event| {
+        let mut on_event = |event| {
             if let Progress::Done(_) = event {
                 finished += 1;
                 on_done(finished);
             }
-        })
+        };
+        self.generate(requests, &mut on_event, recorder)
     }
 
     /// Like [`Generator::run`]; `on_event` sees each token as it is drawn.
@@ -217,6 +233,15 @@ impl<'a> Generator<'a> {
         requests: &[Request],
         on_event: &mut dyn FnMut(Progress),
     ) -> Result<Vec<Completion>> {
+        self.generate(requests, on_event, None)
+    }
+
+    fn generate(
+        &self,
+        requests: &[Request],
+        on_event: &mut dyn FnMut(Progress),
+        mut recorder: Option<&mut Recorder>,
+    ) -> Result<Vec<Completion>> {
         self.options.sampling.validate()?;
         self.check(requests)?;
         let mut cache = KvCache::new(self.policy.config().layers.len());
@@ -226,7 +251,8 @@ impl<'a> Generator<'a> {
         let mut logits = Vec::new();
         while !(waiting.is_empty() && active.is_empty()) {
             let followers = self.admit(requests, &mut waiting, &mut active, &mut cache)?;
-            let drawn = self.advance(&mut active, followers, &mut cache, &mut logits)?;
+            let hidden = self.hidden(&active, &mut cache, recorder.as_deref_mut())?;
+            let drawn = self.advance(&mut active, followers, (&mut cache, hidden), &mut logits)?;
             let mut still = Vec::with_capacity(active.len());
             for (mut sequence, drawn) in active.into_iter().zip(drawn) {
                 on_event(Progress::Token(sequence.index, drawn.token));
@@ -300,17 +326,16 @@ impl<'a> Generator<'a> {
         Ok(followers)
     }
 
-    /// One pass: every sequence goes on by its last token, or takes up what the cache lacks of its
-    /// prompt, and then so have its followers. Each gets a new token.
-    fn advance<'r>(
+    /// One pass through the blocks: every sequence goes on by its last token, or takes up what the cache
+    /// lacks of its prompt. The last block's output, and the last row of each sequence.
+    fn hidden(
         &self,
-        active: &mut Vec<Active<'r>>,
-        followers: Vec<Follower<'r>>,
+        active: &[Active],
         cache: &mut KvCache,
-        logits: &mut Vec<f32>,
-    ) -> Result<Vec<Sampled>> {
+        recorder: Option<&mut Recorder>,
+    ) -> Result<(Tensor, Vec<u32>)> {
         let mut batch = Batch::new();
-        for sequence in &*active {
+        for sequence in active {
             let (prompt, cached) = (&sequence.request.prompt, cache.len(sequence.slot));
             let new = match sequence.drawn.tokens.last() {
                 Some(last) => std::slice::from_ref(last),
@@ -324,8 +349,38 @@ impl<'a> Generator<'a> {
             false => debug_span!("decode", tokens).entered(),
         };
         let slots: Vec<SlotId> = active.iter().map(|sequence| sequence.slot).collect();
-        let h = self.policy.hidden_cached(&batch, self.adapters, cache, &slots)?;
-        let mut rows = batch.last_rows();
+        let hidden = match recorder {
+            None => self.policy.hidden_cached(&batch, self.adapters, cache, &slots)?,
+            Some(recorder) => {
+                let (cached, recording) = ((cache, &slots[..]), &mut recorder.recording);
+                let hidden =
+                    self.policy.hidden_recorded(&batch, self.adapters, cached, recording)?;
+                self.note(active, &batch, recorder);
+                hidden
+            }
+        };
+        Ok((hidden, batch.last_rows()))
+    }
+
+    /// Tells a recorder which tokens went where in a pass.
+    fn note(&self, active: &[Active], batch: &Batch, recorder: &mut Recorder) {
+        for (sequence, segment) in active.iter().zip(batch.segments()) {
+            let Segment { start, len, position0, .. } = *segment;
+            match sequence.drawn.tokens.is_empty() {
+                true => recorder.took_prompt(&sequence.request.prompt, position0, (start, len)),
+                false => recorder.took_token(sequence.index, start),
+            }
+        }
+    }
+
+    /// The new token of every sequence after a pass, and of its followers.
+    fn advance<'r>(
+        &self,
+        active: &mut Vec<Active<'r>>,
+        followers: Vec<Follower<'r>>,
+        (cache, (h, mut rows)): (&mut KvCache, (Tensor, Vec<u32>)),
+        logits: &mut Vec<f32>,
+    ) -> Result<Vec<Sampled>> {
         for Follower { index, request, leader } in followers {
             let slot = cache.fork(active[leader].slot, request.prompt.len())?;
             rows.push(rows[leader]);

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::generate::{Completion, Generator, Request};
+use super::recorder::{RecordedGroup, Recorder};
 use crate::Result;
 
 /// Completions of one prompt, sampled by the same adapters.
@@ -18,10 +19,14 @@ pub struct Group {
     pub version: u64,
     /// The completions.
     pub completions: Vec<Completion>,
+    /// What its sampling computed, if that was kept.
+    #[serde(skip)]
+    pub recorded: Option<RecordedGroup>,
 }
 
 /// Samples `num_generations` completions of each prompt, given as (number in the run, row, token ids).
-/// The prompt is computed once for its group; `on_done` sees how many completions are finished.
+/// The prompt is computed once for its group; `on_done` sees how many completions are finished. With
+/// `record` the groups keep what was computed, 4 L D bytes a token.
 ///
 /// # Errors
 /// As [`Generator::run`].
@@ -29,6 +34,7 @@ pub fn sample_groups(
     generator: &Generator,
     prompts: Vec<(u64, usize, Vec<u32>)>,
     (num_generations, version): (usize, u64),
+    record: bool,
     on_done: &mut dyn FnMut(usize),
 ) -> Result<Vec<Group>> {
     let of_prompt = |(prompt_id, _, prompt): &(u64, usize, Vec<u32>)| -> Vec<Request> {
@@ -36,10 +42,18 @@ pub fn sample_groups(
         (0..num_generations as u64).map(request).collect()
     };
     let requests: Vec<Request> = prompts.iter().flat_map(of_prompt).collect();
-    let mut completions = generator.run(&requests, on_done)?.into_iter();
-    let group = |(prompt_id, row, prompt)| {
-        let completions = completions.by_ref().take(num_generations).collect();
-        Group { prompt, prompt_id, row, version, completions }
+    let mut recorder = record.then(Recorder::default);
+    let completions = generator.run_recorded(&requests, on_done, recorder.as_mut())?;
+    let mut recorded = match recorder {
+        None => vec![None; prompts.len()],
+        Some(recorder) => {
+            recorder.groups(prompts.iter().map(|(.., prompt)| &prompt[..]), num_generations)
+        }
     };
-    Ok(prompts.into_iter().map(group).collect())
+    let mut completions = completions.into_iter();
+    let group = |((prompt_id, row, prompt), recorded): ((u64, usize, Vec<u32>), _)| {
+        let completions = completions.by_ref().take(num_generations).collect();
+        Group { prompt, prompt_id, row, version, completions, recorded }
+    };
+    Ok(prompts.into_iter().zip(recorded.drain(..)).map(group).collect())
 }

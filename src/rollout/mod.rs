@@ -4,10 +4,12 @@
 
 mod generate;
 mod group;
+mod recorder;
 mod sampling;
 mod stop;
 
 pub use generate::{Completion, GenerateOptions, Generator, Progress, Request, StopReason};
 pub use group::{Group, sample_groups};
+pub use recorder::RecordedGroup;
 pub use sampling::{RandomKey, Sampled, SamplingParams, sample};
 pub use stop::StopStrings;

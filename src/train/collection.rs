@@ -206,7 +206,7 @@ mod tests {
             judged: Judged { reward: *reward, scores: vec![Score::NotApplicable] },
         });
         let scored = scored.collect();
-        let group = Group { prompt: vec![1], prompt_id: 0, row: 0, version: 0, completions };
+        let group = Group { prompt: vec![1], prompt_id: 0, row: 0, version: 0, completions, recorded: None };
         Collected { group, scored }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::model::Batch;
+use crate::model::{Batch, Recorded};
 use crate::ops::{RowRule, Target};
 use crate::rollout::Group;
 
@@ -92,6 +92,19 @@ impl GroupBatch {
         GroupBatch { batch, targets, completions, of }
     }
 
+    /// What the sampling of each of the batch's segments computed, if all of that was kept.
+    pub fn recorded(&self, groups: &[Group]) -> Option<Vec<Recorded>> {
+        let mut all = Vec::with_capacity(self.batch.segments().len());
+        for of_group in self.completions.chunk_by(|a, b| a.0 == b.0) {
+            let recorded = groups[of_group[0].0].recorded.as_ref()?;
+            all.push(recorded.prompt.clone());
+            let completions = of_group.iter().map(|(_, c)| &recorded.completions[*c]);
+            all.extend(completions.filter(|recorded| !recorded.rows.is_empty()).cloned());
+        }
+        let lengths = self.batch.segments().iter().map(|segment| segment.len);
+        all.iter().map(|recorded| recorded.rows.len()).eq(lengths).then_some(all)
+    }
+
     /// The values of targets, gathered by completion.
     pub fn by_completion<T: Copy + Default>(&self, values: &[T]) -> Vec<Vec<T>> {
         let mut all: Vec<Vec<T>> = vec![Vec::new(); self.completions.len()];
@@ -159,7 +172,7 @@ mod tests {
             stop: StopReason::Eos,
         };
         let completions = lengths.iter().map(completion).collect();
-        Group { prompt: vec![7; prompt], prompt_id: 0, row: 0, version: 0, completions }
+        Group { prompt: vec![7; prompt], prompt_id: 0, row: 0, version: 0, completions, recorded: None }
     }
 
     #[test]

@@ -40,6 +40,8 @@ pub struct GrpoTrainer<'a> {
     pub(super) objective: Objective,
     pub(super) options: GenerateOptions,
     pub(super) plan: Plan,
+    /// Whether the update begins with what sampling computed.
+    pub(super) records: bool,
     /// What the next step learns from, if it was sampled before.
     pub(super) pending: Option<Rollouts>,
     /// The order of the prompts of an epoch.
@@ -105,6 +107,7 @@ impl<'a> GrpoTrainer<'a> {
                 ..GenerateOptions::default()
             },
             plan: Plan::unbounded(optim),
+            records: std::env::var("REC").is_ok(),
             config,
             text,
             prompts,
@@ -174,7 +177,7 @@ impl<'a> GrpoTrainer<'a> {
         let prompt = |(id, row): &Drawn| (*id, *row, self.prompts[*row].input_ids.clone());
         let prompts = drawn.iter().map(prompt).collect();
         let how = (self.config.grpo.num_generations, state.global_step);
-        sample_groups(&generator, prompts, how, &mut |_| {})
+        sample_groups(&generator, prompts, how, self.records, &mut |_| {})
     }
 
     /// Rewards of the completions of groups.

@@ -27,7 +27,7 @@ impl GrpoTrainer<'_> {
         let generator = Generator::new(policy, adapters, &options, None);
         let prompts = (0..rows).map(|row| (row as u64, row, self.prompts[row].input_ids.clone()));
         let each = REHEARSED.div_ceil(rows);
-        let groups = sample_groups(&generator, prompts.collect(), (each, 0), &mut |_| {})?;
+        let groups = sample_groups(&generator, prompts.collect(), (each, 0), false, &mut |_| {})?;
         let pairs: Vec<_> = groups
             .iter()
             .flat_map(|group| group.completions.iter().map(|c| (&self.prompts[group.row], c)))

@@ -244,8 +244,18 @@ impl Part<'_> {
         };
         let plain = Distribution { temperature: sampling.temperature, ..Distribution::default() };
         let of = Distributions { sampled: sampling.distribution(&rules), plain };
-        let embedded = policy.embed(&packed.batch.input_ids)?;
-        let trace = policy.trace(&packed.batch, embedded, self.adapters, checkpointing)?;
+        let recorded = packed.recorded(self.step.groups).filter(|_| self.is_known());
+        let trace = match recorded {
+            Some(recorded) => {
+                let version = self.step.groups[chosen[0].0].version as usize;
+                let checked = version % policy.config().layers.len();
+                policy.retrace(&packed.batch, self.adapters, &recorded, checked)?
+            }
+            None => {
+                let embedded = policy.embed(&packed.batch.input_ids)?;
+                policy.trace(&packed.batch, embedded, self.adapters, checkpointing)?
+            }
+        };
         let losses = self.losses(&packed, trace.output(), &of, sums)?;
         match self.head_gradient(&packed, trace.output(), &losses, &of, sums)? {
             Some(dh) => trace.backward_into(dh, gradients),

@@ -127,7 +127,7 @@ mod tests {
             stop: *stop,
         };
         let completions = entropies.iter().zip(stops).map(completion).collect();
-        Group { prompt: vec![1], prompt_id: 0, row: 0, version: 0, completions }
+        Group { prompt: vec![1], prompt_id: 0, row: 0, version: 0, completions, recorded: None }
     }
 
     #[test]
