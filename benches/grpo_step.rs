@@ -2,7 +2,8 @@
 //! each are sampled, rewarded and learnt from.
 //!
 //! `cargo bench --bench grpo_step -- [--steps 1] [--adapter steering|lora] [--dtype f32|bf16]
-//! [--matmul_precision highest|high|medium] [--beta 0] [--micro_batch_tokens N] [--profile TRACE]`
+//! [--matmul_precision highest|high|medium] [--beta 0] [--micro_batch_tokens N]
+//! [--reuse_activations true|false] [--profile TRACE]`
 //!
 //! Nothing ends a completion before its 128 tokens. Needs gsm8k/train.jsonl (docs/data.md). The last line
 //! of the output is `key value ...`.
@@ -95,6 +96,7 @@ fn config(flags: &Flags) -> Result<GrpoConfig> {
         config.grpo.beta = beta;
     }
     config.optim.micro_batch_tokens = flags.count("--micro_batch_tokens");
+    config.grpo.reuse_activations = flags.value("--reuse_activations").map(|value| value == "true");
     config.validate()?;
     Ok(config)
 }

@@ -21,14 +21,23 @@ fn policy(family: &str) -> Option<Policy> {
     Some(policy_stored_as(&folder, &Engine::cpu(), WeightDtype::Bf16))
 }
 
-/// Three groups of completions of up to nine tokens.
+/// Three groups of completions of up to nine tokens, with what was computed.
 fn sampled(policy: &Policy, adapters: &Adapters, sampling: SamplingParams) -> Vec<Group> {
+    sampled_at_once(policy, adapters, sampling, 64)
+}
+
+fn sampled_at_once(
+    policy: &Policy,
+    adapters: &Adapters,
+    sampling: SamplingParams,
+    max_batch: usize,
+) -> Vec<Group> {
     let prompts = (0..3).map(|i| (i, i as usize, text(policy, i as usize, 5 + 3 * i as usize)));
-    let options = GenerateOptions { max_new_tokens: 9, sampling, ..Default::default() };
+    let options = GenerateOptions { max_new_tokens: 9, max_batch, sampling, ..Default::default() };
     // some completions end early
     let options = GenerateOptions { eos_token_ids: (0..40).collect(), ..options };
     let generator = Generator::new(policy, adapters, &options, None);
-    sample_groups(&generator, prompts.collect(), (G, 0), &mut |_| {}).unwrap()
+    sample_groups(&generator, prompts.collect(), (G, 0), true, &mut |_| {}).unwrap()
 }
 
 fn advantages() -> Vec<Option<f64>> {
@@ -63,6 +72,20 @@ fn step(
     let step = Step { groups, advantages, reference, chosen, normaliser, on_policy, off_policy };
     let cut = Cut { micro_batch_tokens, gradient_checkpointing };
     gradients(policy, adapters, &step, objective, cut).unwrap()
+}
+
+/// Why an on-policy step is refused.
+fn refusal(
+    (policy, adapters): (&Policy, &Adapters),
+    (groups, advantages): (&[Group], &[Option<f64>]),
+) -> String {
+    let (reference, chosen) = (&[][..], &[][..]);
+    let normaliser = Normaliser { completions: 11, tokens: 60, max_completion_length: 9 };
+    let (on_policy, off_policy) = (true, None);
+    let step = Step { groups, advantages, reference, chosen, normaliser, on_policy, off_policy };
+    let cut = Cut { micro_batch_tokens: 0, gradient_checkpointing: false };
+    let objective = objective(PolicyLoss::default(), 0.0, SamplingParams::default());
+    gradients(policy, adapters, &step, &objective, cut).err().unwrap().to_string()
 }
 
 fn all_sampling() -> Vec<SamplingParams> {
@@ -113,6 +136,47 @@ fn on_policy_the_ratio_is_one_to_the_bit_under_every_processor_and_adapter() {
 }
 
 #[test]
+fn updates_from_what_sampling_computed_have_the_bits_of_updates_from_a_forward_pass() {
+    for family in ["llama3-scaled-rope", "qwen3", "gemma3"] {
+        let Some(policy) = policy(family) else { return };
+        for (name, adapters) in adapter_sets(&policy) {
+            for max_batch in [64, 3] {
+                let groups =
+                    sampled_at_once(&policy, &adapters, SamplingParams::default(), max_batch);
+                let mut without = groups.clone();
+                without.iter_mut().for_each(Group::forget);
+                assert!(groups.iter().all(|group| group.recorded.is_some()));
+                let of = |groups: &[Group], tokens| {
+                    let objective =
+                        objective(PolicyLoss::default(), 0.0, SamplingParams::default());
+                    let way = (tokens, false, true);
+                    step((&policy, &adapters), (groups, &advantages()), &objective, way)
+                };
+                for tokens in [0, 30] {
+                    let ((sums, gradients), (want, wanted)) =
+                        (of(&groups, tokens), of(&without, tokens));
+                    assert_eq!(sums, want, "{family} {name}");
+                    assert_same_bits(&gradients, &wanted, &format!("{family} {name} {max_batch}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_other_adapters_computed_stops_the_step() {
+    let Some(policy) = policy("qwen2") else { return };
+    let groups = sampled(&policy, &Vec::new(), SamplingParams::default());
+    let adapters: Adapters = vec![lora(&policy)];
+    for version in [0, 1] {
+        let of_version = |group: &Group| Group { version, ..group.clone() };
+        let groups: Vec<Group> = groups.iter().map(of_version).collect();
+        let error = refusal((&policy, &adapters), (&groups, &advantages()));
+        assert!(error.contains(&format!("layer {version} puts out in training")), "{error}");
+    }
+}
+
+#[test]
 fn recorded_entropies_are_those_of_training() {
     let Some(policy) = policy("llama3-scaled-rope") else { return };
     let adapters = several(&policy);
@@ -135,14 +199,7 @@ fn a_log_prob_that_was_not_sampled_stops_the_step() {
     let adapters: Adapters = vec![lora(&policy)];
     let mut groups = sampled(&policy, &adapters, SamplingParams::default());
     groups[1].completions[2].logps[0] += 1e-6;
-    let (reference, chosen, advantages) = (&[][..], &[][..], advantages());
-    let normaliser = Normaliser { completions: 11, tokens: 60, max_completion_length: 9 };
-    let (groups, advantages) = (&groups[..], &advantages[..]);
-    let (on_policy, off_policy) = (true, None);
-    let step = Step { groups, advantages, reference, chosen, normaliser, on_policy, off_policy };
-    let cut = Cut { micro_batch_tokens: 0, gradient_checkpointing: false };
-    let objective = objective(PolicyLoss::default(), 0.0, SamplingParams::default());
-    let error = gradients(&policy, &adapters, &step, &objective, cut).err().unwrap().to_string();
+    let error = refusal((&policy, &adapters), (&groups, &advantages()));
     assert!(error.contains("the importance ratio is not 1 on-policy"), "{error}");
 }
 

@@ -68,6 +68,9 @@ pub struct GrpoArgs {
     pub dynamic_sampling: bool,
     /// Rounds of replacing in a step at most.
     pub dynamic_sampling_rounds: usize,
+    /// Keep what sampling computed (the outputs of all blocks) and begin updates with it instead of a
+    /// forward pass; changes memory and time, not results; unset = where memory_budget has room.
+    pub reuse_activations: Option<bool>,
     /// Show some completions with their rewards at every logging step.
     pub log_completions: bool,
     /// How many of them.
@@ -97,6 +100,7 @@ impl Default for GrpoArgs {
             mask_truncated_completions: false,
             dynamic_sampling: false,
             dynamic_sampling_rounds: 3,
+            reuse_activations: None,
             log_completions: false,
             num_completions_to_print: 2,
         }
@@ -267,6 +271,13 @@ impl RunConfig for GrpoConfig {
             self.grpo.reference == Reference::Base || self.adapter.adapter_name_or_path.is_some(),
             "reference = adapter wants adapter_name_or_path",
         )?;
+        let of_sampling = self.sampling.rollout_matmul_precision;
+        let other = of_sampling.is_some_and(|p| p != self.model.matmul_precision);
+        require(
+            !(other && self.grpo.reuse_activations == Some(true)),
+            "reuse_activations = true wants rollout_matmul_precision unset: another precision computes \
+             something else",
+        )?;
         match self.train.metric_for_best_model {
             BestMetric::EvalReward | BestMetric::EvalAccuracy => Ok(()),
             _ => Err(Error::usage(
@@ -297,6 +308,7 @@ impl TrainConfig for GrpoConfig {
 
 #[cfg(test)]
 mod tests {
+    use super::super::choices::MatmulPrecision;
     use super::*;
 
     fn refused(change: impl FnOnce(&mut GrpoConfig)) -> String {
@@ -324,6 +336,11 @@ mod tests {
         assert!(text.contains("temperature must be above 0"), "{text}");
         let text = refused(|c| c.reward.reward_weights.0 = vec![1.0, 2.0]);
         assert!(text.contains("2 numbers for 1 reward_funcs"), "{text}");
+        let text = refused(|c| {
+            c.sampling.rollout_matmul_precision = Some(MatmulPrecision::Medium);
+            c.grpo.reuse_activations = Some(true);
+        });
+        assert!(text.contains("rollout_matmul_precision unset"), "{text}");
         let text = refused(|c| c.grpo.reference = Reference::Adapter);
         assert!(text.contains("wants adapter_name_or_path"), "{text}");
         let text = refused(|c| c.train.metric_for_best_model = BestMetric::EvalLoss);

@@ -27,6 +27,13 @@ pub struct Recorded {
     pub rows: RecordedRows,
 }
 
+/// What tokens are does not depend on what was kept of their computation.
+impl PartialEq for Recorded {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
 impl Recording {
     /// Takes in the outputs of a pass's blocks, the lowest first.
     pub(super) fn push(&mut self, outputs: Vec<Tensor>) {

@@ -87,7 +87,8 @@ impl<'a> Trace<'a> {
             let recorded = Some(Outputs { segments: of_part, checked });
             let pass = policy.pass(Cow::Owned(part), adapters);
             let part = Part { rows, pass, kept: Vec::new(), recorded };
-            outputs.push(part.stream(policy, policy.blocks.len())?);
+            let layers = policy.blocks.len();
+            outputs.push(part.stream(policy, layers, part.output(policy, layers)?)?);
             parts.push(part);
         }
         Ok(Trace { policy, lowest: lowest(policy, adapters), parts, output: one(outputs)? })
@@ -195,22 +196,18 @@ impl Part<'_> {
         Ok(())
     }
 
-    /// The recorded output of a layer's block, before what adapters add to it.
-    fn output(&self, policy: &Policy, layer: usize) -> Result<Tensor> {
+    /// What the blocks below `layer` are recorded to put out, before what adapters add to it.
+    fn output(&self, policy: &Policy, layer: usize) -> Result<Option<Tensor>> {
         let segments = self.recorded.as_ref().map_or(&[][..], |recorded| &recorded.segments);
-        outputs(policy.engine(), segments, layer)
+        layer.checked_sub(1).map(|below| outputs(policy.engine(), segments, below)).transpose()
     }
 
-    /// The recorded stream into a layer's block, or with the number of layers out of the last one.
-    fn stream(&self, policy: &Policy, layer: usize) -> Result<Tensor> {
-        match layer.checked_sub(1) {
-            None => policy.embed(&self.pass.batch.input_ids),
-            Some(below) => {
-                let (off, out) = (Tape::off(policy.engine()), self.output(policy, below)?);
-                let shifted = self.pass.shift(&off, below, Site::PostBlock, Value::constant(out))?;
-                Ok(shifted.tensor().clone())
-            }
-        }
+    /// The stream into a layer's block, or with the number of layers out of the last one, given what
+    /// the blocks below put out.
+    fn stream(&self, policy: &Policy, layer: usize, output: Option<Tensor>) -> Result<Tensor> {
+        let Some(output) = output else { return policy.embed(&self.pass.batch.input_ids) };
+        let (off, output) = (Tape::off(policy.engine()), Value::constant(output));
+        Ok(self.pass.shift(&off, layer - 1, Site::PostBlock, output)?.tensor().clone())
     }
 
     /// [`Part::backward`] from recorded outputs.
@@ -221,16 +218,18 @@ impl Part<'_> {
         gradient: Tensor,
         sums: &mut GradientSums,
     ) -> Result<()> {
-        let mut gradient = Some(gradient);
-        for layer in (lowest..policy.blocks.len()).rev() {
-            let Some(dy) = gradient.take() else { break };
+        let (mut gradient, layers) = (Some(gradient), policy.blocks.len());
+        let mut output = self.output(policy, layers)?;
+        for layer in (lowest..layers).rev() {
+            let (Some(dy), Some(out)) = (gradient.take(), output) else { break };
             let phase = debug_span!("recompute", layer).entered();
-            let (h, out) = (self.stream(policy, layer)?, self.output(policy, layer)?);
+            output = self.output(policy, layer)?;
+            let h = self.stream(policy, layer, output.clone())?;
             let tape = Tape::recording(policy.engine());
             let input = if layer > lowest { tape.input(&h) } else { Value::constant(h) };
-            let output = self.forward_known(policy, &tape, layer, (&input, &out))?.place();
+            let result = self.forward_known(policy, &tape, layer, (&input, &out))?.place();
             drop(phase);
-            gradient = tape.backward_into(output, dy, input.place(), sums)?;
+            gradient = tape.backward_into(result, dy, input.place(), sums)?;
         }
         Ok(())
     }

@@ -42,7 +42,9 @@ pub use low_rank::{LowRank, low_rank_shift};
 pub use low_rank_update::LowRankUpdate;
 pub use norm::rms_norm;
 pub use rotary::{Rotary, rotate};
-pub use rows::{add, add_known, add_vector, dropout, equal_bits, gather_rows, pick_rows, replace_rows};
+pub use rows::{
+    add, add_known, add_vector, dropout, equal_bits, gather_rows, pick_rows, replace_rows,
+};
 pub use sums::{GradientSums, Gradients};
 pub use tape::{Sink, Tape};
 pub use value::{Kept, Place, Value};

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tracing::debug_span;
 
 use crate::adapter::Adapter;
-use crate::model::{Batch, Policy};
+use crate::model::{Batch, Policy, Recorded};
 use crate::ops::{KvCache, Segment, SlotId, parallel_map};
 use crate::{Error, Result};
 
@@ -64,6 +64,9 @@ pub struct Completion {
     pub kept: Vec<Vec<u32>>,
     /// Why it ended.
     pub stop: StopReason,
+    /// What was computed of its tokens, the last one excepted, if that was kept.
+    #[serde(skip)]
+    pub recorded: Option<Recorded>,
 }
 
 /// What happens while generating; requests are named by their place.
@@ -148,7 +151,7 @@ impl Drawn {
 
     fn completion(self, stop: StopReason) -> Completion {
         let Drawn { tokens, logps, entropies, kept } = self;
-        Completion { tokens, logps, entropies, kept, stop }
+        Completion { tokens, logps, entropies, kept, stop, recorded: None }
     }
 }
 

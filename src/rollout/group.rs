@@ -3,8 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::generate::{Completion, Generator, Request};
-use super::recorder::{RecordedGroup, Recorder};
+use super::recorder::Recorder;
 use crate::Result;
+use crate::model::Recorded;
 
 /// Completions of one prompt, sampled by the same adapters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -19,9 +20,17 @@ pub struct Group {
     pub version: u64,
     /// The completions.
     pub completions: Vec<Completion>,
-    /// What its sampling computed, if that was kept.
+    /// What was computed of its prompt, if that was kept.
     #[serde(skip)]
-    pub recorded: Option<RecordedGroup>,
+    pub recorded: Option<Recorded>,
+}
+
+impl Group {
+    /// Frees what was kept of its computation.
+    pub fn forget(&mut self) {
+        self.recorded = None;
+        self.completions.iter_mut().for_each(|completion| completion.recorded = None);
+    }
 }
 
 /// Samples `num_generations` completions of each prompt, given as (number in the run, row, token ids).
@@ -44,16 +53,14 @@ pub fn sample_groups(
     let requests: Vec<Request> = prompts.iter().flat_map(of_prompt).collect();
     let mut recorder = record.then(Recorder::default);
     let completions = generator.run_recorded(&requests, on_done, recorder.as_mut())?;
-    let mut recorded = match recorder {
-        None => vec![None; prompts.len()],
-        Some(recorder) => {
-            recorder.groups(prompts.iter().map(|(.., prompt)| &prompt[..]), num_generations)
-        }
-    };
     let mut completions = completions.into_iter();
-    let group = |((prompt_id, row, prompt), recorded): ((u64, usize, Vec<u32>), _)| {
+    let group = |(prompt_id, row, prompt)| {
         let completions = completions.by_ref().take(num_generations).collect();
-        Group { prompt, prompt_id, row, version, completions, recorded }
+        Group { prompt, prompt_id, row, version, completions, recorded: None }
     };
-    Ok(prompts.into_iter().zip(recorded.drain(..)).map(group).collect())
+    let mut groups: Vec<Group> = prompts.into_iter().map(group).collect();
+    if let Some(recorder) = recorder {
+        recorder.give(&mut groups);
+    }
+    Ok(groups)
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::group::Group;
 use crate::model::{Recorded, RecordedRows, Recording};
 
 /// Takes up the passes of a generation, and where each sequence's tokens went.
@@ -13,22 +14,6 @@ pub struct Recorder {
     prompts: BTreeMap<Vec<u32>, RecordedRows>,
     /// The tokens of each request's completion, the last one excepted, which no pass has taken up.
     completions: BTreeMap<usize, RecordedRows>,
-}
-
-/// The passes over a group's tokens.
-#[derive(Clone, Debug)]
-pub struct RecordedGroup {
-    /// Over its prompt.
-    pub prompt: Recorded,
-    /// Over each completion, its last token excepted.
-    pub completions: Vec<Recorded>,
-}
-
-/// What a group's completions are does not depend on what was kept of their computation.
-impl PartialEq for RecordedGroup {
-    fn eq(&self, _: &Self) -> bool {
-        true
-    }
 }
 
 impl Recorder {
@@ -51,23 +36,18 @@ impl Recorder {
         self.completions.entry(request).or_default().extend(next);
     }
 
-    /// The passes over groups of `size` requests each, given their prompts.
-    pub(super) fn groups<'p>(
-        mut self,
-        prompts: impl Iterator<Item = &'p [u32]>,
-        size: usize,
-    ) -> Vec<Option<RecordedGroup>> {
+    /// Hands the passes over groups' tokens to them.
+    pub(super) fn give(mut self, groups: &mut [Group]) {
         let recording = Arc::new(std::mem::take(&mut self.recording));
-        let recorded = |rows: Option<RecordedRows>| Recorded {
-            recording: recording.clone(),
-            rows: rows.unwrap_or_default(),
-        };
-        let mut group = |(g, prompt): (usize, &[u32])| {
-            let rows = self.prompts.get(prompt).filter(|rows| rows.len() == prompt.len())?;
-            let completions = (g * size..(g + 1) * size).map(|i| self.completions.remove(&i));
-            let completions = completions.map(recorded).collect();
-            Some(RecordedGroup { prompt: recorded(Some(rows.clone())), completions })
-        };
-        prompts.enumerate().map(|of| group(of)).collect()
+        let recorded = |rows| Recorded { recording: recording.clone(), rows };
+        let mut requests = 0..;
+        for group in groups {
+            let rows = self.prompts.get(&group.prompt);
+            group.recorded = rows.cloned().map(recorded);
+            for (completion, request) in group.completions.iter_mut().zip(requests.by_ref()) {
+                let rows = self.completions.remove(&request).unwrap_or_default();
+                completion.recorded = Some(recorded(rows));
+            }
+        }
     }
 }

@@ -198,6 +198,7 @@ mod tests {
             entropies: vec![0.7],
             kept: Vec::new(),
             stop: StopReason::Eos,
+            recorded: None,
         };
         let completions = vec![completion; rewards.len()];
         let scored = rewards.iter().map(|reward| Scored {
@@ -206,7 +207,14 @@ mod tests {
             judged: Judged { reward: *reward, scores: vec![Score::NotApplicable] },
         });
         let scored = scored.collect();
-        let group = Group { prompt: vec![1], prompt_id: 0, row: 0, version: 0, completions, recorded: None };
+        let group = Group {
+            prompt: vec![1],
+            prompt_id: 0,
+            row: 0,
+            version: 0,
+            completions,
+            recorded: None,
+        };
         Collected { group, scored }
     }
 

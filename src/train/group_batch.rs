@@ -96,10 +96,12 @@ impl GroupBatch {
     pub fn recorded(&self, groups: &[Group]) -> Option<Vec<Recorded>> {
         let mut all = Vec::with_capacity(self.batch.segments().len());
         for of_group in self.completions.chunk_by(|a, b| a.0 == b.0) {
-            let recorded = groups[of_group[0].0].recorded.as_ref()?;
-            all.push(recorded.prompt.clone());
-            let completions = of_group.iter().map(|(_, c)| &recorded.completions[*c]);
-            all.extend(completions.filter(|recorded| !recorded.rows.is_empty()).cloned());
+            let group = &groups[of_group[0].0];
+            all.push(group.recorded.clone()?);
+            for (_, c) in of_group {
+                let recorded = group.completions[*c].recorded.clone()?;
+                all.extend(Some(recorded).filter(|recorded| !recorded.rows.is_empty()));
+            }
         }
         let lengths = self.batch.segments().iter().map(|segment| segment.len);
         all.iter().map(|recorded| recorded.rows.len()).eq(lengths).then_some(all)
@@ -170,9 +172,17 @@ mod tests {
             entropies: vec![0.0; *n],
             kept: Vec::new(),
             stop: StopReason::Eos,
+            recorded: None,
         };
         let completions = lengths.iter().map(completion).collect();
-        Group { prompt: vec![7; prompt], prompt_id: 0, row: 0, version: 0, completions, recorded: None }
+        Group {
+            prompt: vec![7; prompt],
+            prompt_id: 0,
+            row: 0,
+            version: 0,
+            completions,
+            recorded: None,
+        }
     }
 
     #[test]

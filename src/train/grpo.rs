@@ -40,8 +40,6 @@ pub struct GrpoTrainer<'a> {
     pub(super) objective: Objective,
     pub(super) options: GenerateOptions,
     pub(super) plan: Plan,
-    /// Whether the update begins with what sampling computed.
-    pub(super) records: bool,
     /// What the next step learns from, if it was sampled before.
     pub(super) pending: Option<Rollouts>,
     /// The order of the prompts of an epoch.
@@ -107,7 +105,6 @@ impl<'a> GrpoTrainer<'a> {
                 ..GenerateOptions::default()
             },
             plan: Plan::unbounded(optim),
-            records: std::env::var("REC").is_ok(),
             config,
             text,
             prompts,
@@ -177,7 +174,7 @@ impl<'a> GrpoTrainer<'a> {
         let prompt = |(id, row): &Drawn| (*id, *row, self.prompts[*row].input_ids.clone());
         let prompts = drawn.iter().map(prompt).collect();
         let how = (self.config.grpo.num_generations, state.global_step);
-        sample_groups(&generator, prompts, how, self.records, &mut |_| {})
+        sample_groups(&generator, prompts, how, self.plan.reuse_activations, &mut |_| {})
     }
 
     /// Rewards of the completions of groups.
@@ -268,6 +265,7 @@ impl<'a> GrpoTrainer<'a> {
         let seconds = started.elapsed().as_secs_f64();
         metrics.extend(self.metrics(&sums, update).with(Fold::Mean, "time/train", seconds));
         if rollouts.used < self.config.grpo.num_iterations {
+            rollouts.groups.iter_mut().for_each(Group::forget);
             self.pending = Some(rollouts);
         }
         let step = self.learner.state().global_step;
@@ -340,6 +338,12 @@ impl<'a> Trainer<'a> for GrpoTrainer<'a> {
         self.plan = self.learner.plan(case, before)?;
         let wanted = self.options.max_batch.min(grpo.prompts_per_step * grpo.num_generations);
         self.options.max_batch = self.learner.sequences_that_fit(case.sequence, wanted, &self.plan);
+        if self.sampler.is_none() {
+            let rounds = if grpo.dynamic_sampling { 1 + grpo.dynamic_sampling_rounds } else { 1 };
+            let sampled = (rounds * case.step, self.options.max_batch);
+            let reuse = grpo.reuse_activations;
+            self.plan = self.learner.plan_reuse(self.plan, case, sampled, reuse)?;
+        }
         Ok(self.plan)
     }
 

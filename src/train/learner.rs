@@ -122,6 +122,37 @@ impl<'a> Learner<'a> {
         Plan::choose(&optim, case, &memory, budget)
     }
 
+    /// The plan with what sampling computes kept for the updates, or as it is where there is no room:
+    /// `sampled` is how many tokens a step samples, and how many sequences at once.
+    ///
+    /// # Errors
+    /// Usage, if that is `wanted` and cannot be.
+    pub fn plan_reuse(
+        &self,
+        plan: Plan,
+        case: LongestCase,
+        sampled: (usize, usize),
+        wanted: Option<bool>,
+    ) -> Result<Plan> {
+        let policy = self.policy;
+        let memory = MemoryModel::new(policy.config(), &self.adapters, policy.bytes());
+        let none = |reason: &str| match wanted {
+            Some(true) => Err(Error::usage(format!("reuse_activations = true {reason}"))),
+            _ => Ok(plan),
+        };
+        match plan.reusing(case, &memory, sampled) {
+            _ if wanted == Some(false) => Ok(plan),
+            _ if !policy.engine().device().is_cpu() => none("works on the cpu only"),
+            Some(plan) => Ok(plan),
+            None => none(&format!(
+                "would keep {} tokens of {} bytes, more than memory_budget has room for: leave it unset, \
+                 or sample fewer or shorter completions",
+                sampled.0,
+                memory.recorded(1)
+            )),
+        }
+    }
+
     /// How many of `wanted` sequences of `tokens` tokens the cache of keys and values can hold in the
     /// plan's memory; at least one.
     pub fn sequences_that_fit(&self, tokens: usize, wanted: usize, plan: &Plan) -> usize {

@@ -54,6 +54,11 @@ impl<'a> MemoryModel<'a> {
         4 * of_token * tokens.next_multiple_of(PAGE)
     }
 
+    /// Bytes of the outputs of all blocks at `tokens` tokens.
+    pub fn recorded(&self, tokens: usize) -> usize {
+        4 * self.config.layers.len() * self.config.hidden_size * tokens
+    }
+
     /// Bytes that the process takes while it samples, besides the cache.
     pub fn sampling(&self) -> usize {
         let parameters: usize = self.adapters.iter().map(|a| a.parameter_count()).sum();

@@ -8,6 +8,15 @@ use crate::config::{MemoryBudget, OptimArgs};
 use crate::model::part_tokens;
 use crate::{Error, Result};
 
+/// A plan before anything is chosen.
+const NONE: Plan = Plan {
+    micro_batch_tokens: 0,
+    gradient_checkpointing: false,
+    reuse_activations: false,
+    bytes: 0,
+    budget: Budget { bytes: None, auto: false },
+};
+
 /// Micro-batches that are tried, in tokens, the largest first. Larger ones are no faster; down to a
 /// quarter they are hardly slower, while computing blocks again costs a third of a step.
 fn micro_batches() -> [usize; 3] {
@@ -53,6 +62,8 @@ pub struct Plan {
     pub micro_batch_tokens: usize,
     /// Compute blocks again in the backward pass.
     pub gradient_checkpointing: bool,
+    /// Begin updates with what sampling computed, without a forward pass.
+    pub reuse_activations: bool,
     /// Bytes that the process is predicted to take at most.
     pub bytes: usize,
     /// The memory that it may take.
@@ -65,6 +76,7 @@ impl Plan {
         Plan {
             micro_batch_tokens: optim.micro_batch_tokens.unwrap_or_else(part_tokens),
             gradient_checkpointing: optim.gradient_checkpointing.unwrap_or(false),
+            reuse_activations: false,
             bytes: 0,
             budget: Budget::default(),
         }
@@ -90,19 +102,42 @@ impl Plan {
         let mut least: Option<Plan> = None;
         for &gradient_checkpointing in recompute {
             for &micro_batch_tokens in &micro_batches {
-                let at_once = if micro_batch_tokens == 0 { case.step } else { micro_batch_tokens };
-                let tokens = at_once.min(case.step).max(case.sequence);
-                let longest = case.family.min(tokens);
-                let size = PassSize { tokens, longest, gradient_checkpointing };
-                let bytes = memory.peak(size);
-                let plan = Plan { micro_batch_tokens, gradient_checkpointing, bytes, budget };
-                if budget.bytes.is_none_or(|budget| bytes <= budget) {
+                let mut plan = Plan { micro_batch_tokens, gradient_checkpointing, budget, ..NONE };
+                plan.bytes = memory.peak(plan.pass(case));
+                if plan.fits() {
                     return Ok(plan);
                 }
-                least = least.filter(|least| least.bytes <= bytes).or(Some(plan));
+                least = least.filter(|least| least.bytes <= plan.bytes).or(Some(plan));
             }
         }
         Err(least.map_or_else(|| Error::failure("no micro-batch was tried"), |p| p.refusal(case)))
+    }
+
+    /// The largest pass of a step.
+    fn pass(&self, case: LongestCase) -> PassSize {
+        let whole = self.micro_batch_tokens == 0;
+        let at_once = if whole { case.step } else { self.micro_batch_tokens };
+        let tokens = at_once.min(case.step).max(case.sequence);
+        let gradient_checkpointing = self.gradient_checkpointing;
+        PassSize { tokens, longest: case.family.min(tokens), gradient_checkpointing }
+    }
+
+    fn fits(&self) -> bool {
+        self.budget.bytes.is_none_or(|budget| self.bytes <= budget)
+    }
+
+    /// The same cut of steps that begin with what the sampling of `tokens` tokens in `sequences`
+    /// sequences at once computed; none if that does not fit.
+    pub fn reusing(
+        self,
+        case: LongestCase,
+        memory: &MemoryModel,
+        (tokens, sequences): (usize, usize),
+    ) -> Option<Self> {
+        let sampling = memory.sampling() + sequences * memory.cached_sequence(case.sequence);
+        let update = memory.peak(PassSize { gradient_checkpointing: true, ..self.pass(case) });
+        let bytes = memory.recorded(tokens) + sampling.max(update);
+        Some(Plan { reuse_activations: true, bytes, ..self }).filter(Plan::fits)
     }
 
     /// The keys of a configuration as the plan has them.
@@ -138,7 +173,11 @@ impl fmt::Display for Plan {
             tokens => write!(f, "micro-batches of {tokens} tokens")?,
         }
         let recompute = if self.gradient_checkpointing { "on" } else { "off" };
-        write!(f, ", gradient_checkpointing {recompute}, about {}", size(self.bytes))?;
+        write!(f, ", gradient_checkpointing {recompute}")?;
+        if self.reuse_activations {
+            f.write_str(", reuse_activations on")?;
+        }
+        write!(f, ", about {}", size(self.bytes))?;
         match self.budget.bytes {
             None => Ok(()),
             Some(budget) => write!(f, " of {}", size(budget)),
@@ -220,9 +259,11 @@ mod tests {
     fn a_plan_reads_as_a_line() {
         let budget = Budget { bytes: Some(4 << 30), auto: true };
         let (micro_batch_tokens, bytes) = (1024, 700 << 20);
-        let plan = Plan { micro_batch_tokens, gradient_checkpointing: false, bytes, budget };
+        let plan = Plan { micro_batch_tokens, bytes, budget, ..NONE };
         let line =
             "micro-batches of 1024 tokens, gradient_checkpointing off, about 700 MiB of 4.0 GiB";
         assert_eq!(plan.to_string(), line);
+        let reusing = Plan { reuse_activations: true, ..plan }.to_string();
+        assert!(reusing.contains("checkpointing off, reuse_activations on, about"), "{reusing}");
     }
 }

@@ -125,6 +125,7 @@ mod tests {
             entropies: entropies.to_vec(),
             kept: Vec::new(),
             stop: *stop,
+            recorded: None,
         };
         let completions = entropies.iter().zip(stops).map(completion).collect();
         Group { prompt: vec![1], prompt_id: 0, row: 0, version: 0, completions, recorded: None }
