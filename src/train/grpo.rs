@@ -182,12 +182,13 @@ impl<'a> GrpoTrainer<'a> {
     }
 
     /// What sampling keeps for the update. Gradients of log-probs cost a product with the head for every
-    /// token, and spare one for those that are learnt from.
+    /// token, and spare two for those that are learnt from.
     fn record(&self) -> Record {
-        let learnt = self.learner.state().learnt_share;
-        let rules = self.objective.sampling.has_rules() || self.objective.entropy_coef != 0.0;
+        let Objective { entropy_coef, sampling, .. } = &self.objective;
+        let apart = *entropy_coef != 0.0 || sampling.has_rules();
+        let many = self.learner.state().learnt_share >= PULLED_SHARE;
         match self.plan.reuse_activations {
-            true if learnt >= PULLED_SHARE && !rules => Record::OutputsAndPulls,
+            true if many && !apart && !self.config.grpo.dynamic_sampling => Record::OutputsAndPulls,
             true => Record::Outputs,
             false => Record::Nothing,
         }

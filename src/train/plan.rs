@@ -256,6 +256,19 @@ mod tests {
     }
 
     #[test]
+    fn what_sampling_computed_is_kept_where_there_is_room_for_it() {
+        let config = tiny_model();
+        let memory = MemoryModel::new(&config, &[], 0);
+        let plan = choose(&OptimArgs::default(), CASE, None).unwrap();
+        let reusing = plan.reusing(CASE, &memory, (CASE.step, 4)).unwrap();
+        assert!(reusing.reuse_activations && reusing.bytes > memory.recorded(CASE.step));
+        let of = |bytes| Plan { budget: Budget { bytes: Some(bytes), auto: false }, ..plan };
+        assert!(of(reusing.bytes).reusing(CASE, &memory, (CASE.step, 4)).is_some());
+        assert!(of(reusing.bytes - 1).reusing(CASE, &memory, (CASE.step, 4)).is_none());
+        assert!(of(reusing.bytes).reusing(CASE, &memory, (2 * CASE.step, 4)).is_none());
+    }
+
+    #[test]
     fn a_plan_reads_as_a_line() {
         let budget = Budget { bytes: Some(4 << 30), auto: true };
         let (micro_batch_tokens, bytes) = (1024, 700 << 20);
