@@ -8,9 +8,7 @@ use common::{policy_stored_as, relative, shared};
 use steersman::config::{KlEstimator, LossType};
 use steersman::model::Policy;
 use steersman::ops::{Engine, Gradients, WeightDtype};
-use steersman::rollout::{
-    GenerateOptions, Generator, Group, Record, SamplingParams, sample_groups,
-};
+use steersman::rollout::{GenerateOptions, Generator, Group, SamplingParams, sample_groups};
 use steersman::train::loss::policy::{Normaliser, PolicyLoss};
 use steersman::train::policy_gradient::{
     Cut, Objective, OffPolicy, Step, Sums, gradients, plain_logps,
@@ -25,21 +23,21 @@ fn policy(family: &str) -> Option<Policy> {
 
 /// Three groups of completions of up to nine tokens, with what was computed.
 fn sampled(policy: &Policy, adapters: &Adapters, sampling: SamplingParams) -> Vec<Group> {
-    sampled_at_once(policy, adapters, sampling, (64, Record::Outputs))
+    sampled_at_once(policy, adapters, sampling, 64)
 }
 
 fn sampled_at_once(
     policy: &Policy,
     adapters: &Adapters,
     sampling: SamplingParams,
-    (max_batch, record): (usize, Record),
+    max_batch: usize,
 ) -> Vec<Group> {
     let prompts = (0..3).map(|i| (i, i as usize, text(policy, i as usize, 5 + 3 * i as usize)));
     let options = GenerateOptions { max_new_tokens: 9, max_batch, sampling, ..Default::default() };
     // some completions end early
     let options = GenerateOptions { eos_token_ids: (0..40).collect(), ..options };
     let generator = Generator::new(policy, adapters, &options, None);
-    sample_groups(&generator, prompts.collect(), (G, 0), record, &mut |_| {}).unwrap()
+    sample_groups(&generator, prompts.collect(), (G, 0), true, &mut |_| {}).unwrap()
 }
 
 fn advantages() -> Vec<Option<f64>> {
@@ -143,8 +141,8 @@ fn updates_from_what_sampling_computed_have_the_bits_of_updates_from_a_forward_p
         let Some(policy) = policy(family) else { return };
         for (name, adapters) in adapter_sets(&policy) {
             for max_batch in [64, 3] {
-                let how = (max_batch, Record::Outputs);
-                let groups = sampled_at_once(&policy, &adapters, SamplingParams::default(), how);
+                let groups =
+                    sampled_at_once(&policy, &adapters, SamplingParams::default(), max_batch);
                 let mut without = groups.clone();
                 without.iter_mut().for_each(Group::forget);
                 assert!(groups.iter().all(|group| group.recorded.is_some()));
@@ -160,37 +158,6 @@ fn updates_from_what_sampling_computed_have_the_bits_of_updates_from_a_forward_p
                     assert_eq!(sums, want, "{family} {name}");
                     assert_same_bits(&gradients, &wanted, &format!("{family} {name} {max_batch}"));
                 }
-            }
-        }
-    }
-}
-
-#[test]
-fn gradients_taken_while_sampling_are_those_of_the_update() {
-    for family in ["llama3-scaled-rope", "qwen3", "gemma3"] {
-        let Some(policy) = policy(family) else { return };
-        let (adapters, plain) = (joint(&policy), SamplingParams::default());
-        let warm = SamplingParams { temperature: 0.7, ..plain };
-        for (sampling, max_batch) in [(plain, 64), (warm, 3)] {
-            let how = (max_batch, Record::OutputsAndPulls);
-            let groups = sampled_at_once(&policy, &adapters, sampling, how);
-            let mut without = groups.clone();
-            without.iter_mut().for_each(Group::forget);
-            let loss = PolicyLoss { beta: 0.1, ..Default::default() };
-            let of = |groups: &[Group], tokens| {
-                let way = (tokens, false, true);
-                let objective = objective(loss, 0.0, sampling);
-                step((&policy, &adapters), (groups, &advantages()), &objective, way)
-            };
-            let (want, wanted) = of(&without, 0);
-            for tokens in [0, 30] {
-                let (sums, gradients) = of(&groups, tokens);
-                assert!((sums.loss - want.loss).abs() < 1e-9, "{family}");
-                assert!((sums.entropy - want.entropy).abs() < 1e-9 * want.entropy, "{family}");
-                assert_eq!((sums.ratio_min, sums.ratio_max), (1.0, 1.0), "{family}");
-                let off = gradients.iter().map(|(key, g)| squares(&(g - &wanted[key]).unwrap()));
-                let error = (off.sum::<f64>() / wanted.values().map(squares).sum::<f64>()).sqrt();
-                assert!(error > 0.0 && error < 1e-6, "{family} {tokens}: {error}");
             }
         }
     }

@@ -152,14 +152,6 @@ pub fn backward(
     });
 }
 
-/// Turns a row `l`, whose log of the sum of exponentials is `lse`, into the gradient of the log-prob of
-/// `token` to the raw logits, in place.
-pub fn pull_token(row: &mut [f32], token: u32, lse: f32, options: &LogpOptions) {
-    let pull = Pull { lse, weight: 1.0, dentropy: 0.0, entropy: 0.0 };
-    let target = std::iter::once((token as usize, 1.0));
-    gradient_row(CpuLevel::detect(), row, options, &RowRule::default(), pull, target);
-}
-
 /// Bounds raw logits `[N, V]` to `cap tanh(z / cap)` in place.
 pub fn cap(logits: &mut [f32], tokens: usize, cap: f32) {
     let options = LogpOptions { softcap: Some(cap), ..LogpOptions::default() };

@@ -1,11 +1,7 @@
 //! The promises of the fused log-prob: right to f64 and to finite differences, same bits in any
 //! batch, both ways to the gradient equal.
 
-use super::logp::{
-    LogpForward, LogpOptions, RowRule, RowStats, Target, backward, forward, forward_backward,
-    pull_token,
-};
-use super::matmul::{MatmulPrecision, matmul, matmul_input_grad};
+use super::logp::{LogpForward, LogpOptions, RowRule, Target, backward, forward, forward_backward};
 use super::pack::PackedMatrix;
 use super::testing::{noise, relative_error, with_threads};
 
@@ -217,27 +213,4 @@ fn nan_is_not_hidden_and_no_rows_give_no_results() {
     let got = forward(&h, &head, &targets, LogpOptions::default());
     assert!(got.logp[0].is_nan() && got.logp[1].is_finite());
     assert!(forward(&[], &head, &[], LogpOptions::default()).logp.is_empty());
-}
-
-#[test]
-fn a_drawn_tokens_gradient_is_that_of_its_log_prob() {
-    let (h, head) = (noise(2, ROWS * D), head());
-    for options in all_options(&[]) {
-        let options = LogpOptions { repetition_penalty: 1.0, ..options };
-        for (i, target) in TARGETS.iter().enumerate() {
-            let mut weights = vec![0.0; TARGETS.len()];
-            weights[i] = 1.0;
-            let own = target.row as usize * D..(target.row as usize + 1) * D;
-            let exact = &exact_gradient(&h, &weights, &[0.0; ROWS], &options)[own.clone()];
-            let (mut row, mut dh) = (vec![0.0; V], vec![0.0; D]);
-            matmul(&h[own], &head, None, MatmulPrecision::Highest, &mut row);
-            let stats = RowStats::of(&mut row, &options, &RowRule::default());
-            pull_token(&mut row, target.token, stats.lse(), &options);
-            matmul_input_grad(&row, &head, MatmulPrecision::Highest, &mut dh);
-            let largest = exact.iter().fold(0f64, |top, x| top.max(x.abs()));
-            for (dh, exact) in dh.iter().zip(exact) {
-                assert!((f64::from(*dh) - exact).abs() < 2e-6 * largest, "{dh} {exact}");
-            }
-        }
-    }
 }

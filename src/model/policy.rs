@@ -8,7 +8,7 @@ use tracing::debug_span;
 use super::batch::Batch;
 use super::block::{Block, Pass};
 use super::config::ModelConfig;
-use super::recording::{self, Recorded, RecordedRow, Recording};
+use super::recording::{Recorded, Recording};
 use super::trace::Trace;
 use super::weights::Weights;
 use crate::Result;
@@ -147,7 +147,7 @@ impl Policy {
         pass.cache = Some((cache, slots));
         pass.outputs = Some(Vec::with_capacity(self.blocks.len()));
         let hidden = self.run(batch, &mut pass)?;
-        recording.push_outputs(pass.outputs.unwrap_or_default());
+        recording.push(pass.outputs.unwrap_or_default());
         Ok(hidden)
     }
 
@@ -208,37 +208,10 @@ impl Policy {
         self.head().logits(&self.engine, h, rows)
     }
 
-    /// [`Policy::logits`] into `into` [rows, V].
-    pub fn logits_into(&self, h: &Tensor, rows: &[u32], into: &mut [f32]) -> Result<()> {
+    /// [`Policy::logits`] into a vector, whose memory is used again from call to call.
+    pub fn logits_into(&self, h: &Tensor, rows: &[u32], into: &mut Vec<f32>) -> Result<()> {
         let _phase = debug_span!("head").entered();
         self.head().logits_into(&self.engine, h, rows, into)
-    }
-
-    /// Turns a row of [`Policy::logits`], divided by the temperature, into the gradient of the log-prob of
-    /// `token`; `lse` is the log of the sum of their exponentials.
-    pub fn pull_token(&self, row: &mut [f32], (token, lse): (u32, f32), temperature: f64) {
-        self.head().pull_token(row, (token, lse), temperature);
-    }
-
-    /// The head's part of the gradients of log-probs, given rows of [`Policy::pull_token`] one after the
-    /// other; goes into `recording`. On the CPU.
-    pub fn record_pulls(&self, rows: &[f32], recording: &mut Recording) -> Result<()> {
-        let _phase = debug_span!("head").entered();
-        recording.push_pulls(self.head().pulls(&self.engine, rows)?);
-        Ok(())
-    }
-
-    /// The gradient that [`Policy::weighted_logps`] has for h [N, D], made of recorded ones: `pulls` names
-    /// that of each target.
-    pub fn recorded_gradient(
-        &self,
-        h: &Tensor,
-        (targets, weights): (&[Target], &[f32]),
-        pulls: &[RecordedRow],
-    ) -> Result<Option<Tensor>> {
-        let _phase = debug_span!("head").entered();
-        let pulls = recording::pulls(&self.engine, pulls)?;
-        self.head().pulled(&self.engine, h, (targets, weights), &pulls)
     }
 
     /// sum over t of `weights[t]` * log p(target t), where a target's row is a row of h [N, D], the

@@ -12,7 +12,7 @@ use super::value::Value;
 use super::weight::Weight;
 use crate::Result;
 use crate::kernels::logp::{self, LogpForward, LogpOptions, RowRule, Target};
-use crate::kernels::matmul::{matmul, matmul_input_grad};
+use crate::kernels::matmul::matmul;
 use crate::kernels::norm;
 use crate::kernels::slices::room;
 
@@ -91,73 +91,27 @@ impl Head<'_> {
         Ok(capped(z, self.softcap.map(|cap| cap as f32))?)
     }
 
-    /// [`Head::logits`] into `into` [rows, V].
+    /// [`Head::logits`] into a vector that keeps its memory from call to call.
     pub fn logits_into(
         &self,
         engine: &Engine,
         h: &Tensor,
         rows: &[u32],
-        into: &mut [f32],
+        into: &mut Vec<f32>,
     ) -> Result<()> {
         let Some(packed) = self.weight.packed().filter(|_| engine.fused()) else {
-            let logits: Vec<f32> = self.logits(engine, h, rows)?.flatten_all()?.to_vec1()?;
-            into.copy_from_slice(&logits);
+            *into = self.logits(engine, h, rows)?.flatten_all()?.to_vec1()?;
             return Ok(());
         };
         let normed = self.normed(&Tape::off(engine), &Value::constant(h.clone()), rows)?;
         let tokens = packed.out_features();
         let _span = trace_span!("logits", flops = self.weight.flops(rows.len())).entered();
+        into.resize(rows.len() * tokens, 0.0);
         matmul(&host(normed.tensor())?, packed, None, engine.precision(), into);
         if let Some(cap) = self.softcap {
             logp::cap(into, tokens, cap as f32);
         }
         Ok(())
-    }
-
-    /// Turns logits of a row, divided by the temperature, into the gradient of the log-prob of `token` to
-    /// what comes out of the head's matrix; `lse` is the log of the sum of their exponentials.
-    pub fn pull_token(&self, row: &mut [f32], (token, lse): (u32, f32), temperature: f64) {
-        let options = LogpOptions {
-            inv_temperature: (1.0 / temperature) as f32,
-            softcap: self.softcap.map(|cap| cap as f32),
-            ..LogpOptions::default()
-        };
-        logp::pull_token(row, token, lse, &options);
-    }
-
-    /// Gradients of log-probs to the normed rows of h, [rows, D], given those to what comes out of the
-    /// head's matrix, `[rows, V]`; on the CPU.
-    pub fn pulls(&self, engine: &Engine, dlogits: &[f32]) -> Result<Tensor> {
-        let packed = self.weight.packed_here()?;
-        let (rows, d) = (dlogits.len() / packed.out_features(), packed.in_features());
-        let _span =
-            trace_span!("log-prob gradients", rows, flops = self.weight.flops(rows)).entered();
-        let mut dx = room(rows * d);
-        matmul_input_grad(dlogits, packed, engine.precision(), &mut dx);
-        engine.tensor(dx, &[rows, d])
-    }
-
-    /// Gradient of sum over t of `weights[t]` * log p(targets`[t]`) to h [N, D], given the gradient of each
-    /// log-prob to its normed row, `pulls` [targets, D].
-    pub fn pulled(
-        &self,
-        engine: &Engine,
-        h: &Tensor,
-        (targets, weights): (&[Target], &[f32]),
-        pulls: &Tensor,
-    ) -> Result<Option<Tensor>> {
-        let Rows { rows, targets } = compact(targets, usize::MAX).next().unwrap_or_default();
-        let (tape, d) = (Tape::recording(engine), h.dims2()?.1);
-        let h = tape.input(h);
-        let normed = self.normed(&tape, &h, &rows)?;
-        let mut dx = vec![0.0; rows.len() * d];
-        let pulls = host(pulls)?;
-        for ((target, weight), pull) in targets.iter().zip(weights).zip(pulls.chunks_exact(d)) {
-            let dx = &mut dx[target.row as usize * d..][..d];
-            dx.iter_mut().zip(pull).for_each(|(dx, pull)| *dx += weight * pull);
-        }
-        let dx = engine.tensor(dx, &[rows.len(), d])?;
-        Ok(tape.backward_to_input(&normed, dx, &h)?.0)
     }
 
     /// sum over t of `weights[t]` * log p(targets`[t]`), and over rows of dentropy * entropy, as one

@@ -255,8 +255,7 @@ impl<'a> Generator<'a> {
         while !(waiting.is_empty() && active.is_empty()) {
             let followers = self.admit(requests, &mut waiting, &mut active, &mut cache)?;
             let hidden = self.hidden(&active, &mut cache, recorder.as_deref_mut())?;
-            let head = (&mut logits, recorder.as_deref_mut());
-            let drawn = self.advance(&mut active, followers, (&mut cache, hidden), head)?;
+            let drawn = self.advance(&mut active, followers, (&mut cache, hidden), &mut logits)?;
             let mut still = Vec::with_capacity(active.len());
             for (mut sequence, drawn) in active.into_iter().zip(drawn) {
                 on_event(Progress::Token(sequence.index, drawn.token));
@@ -271,9 +270,6 @@ impl<'a> Generator<'a> {
                 }
             }
             active = still;
-        }
-        if let Some(recorder) = recorder {
-            recorder.pull(&logits, self.policy)?;
         }
         Ok(done.into_iter().flatten().collect())
     }
@@ -380,49 +376,27 @@ impl<'a> Generator<'a> {
         }
     }
 
-    /// The new token of every sequence after a pass, and of its followers. `logits` is memory for their
-    /// rows [N, V], after those that the recorder waits with.
+    /// The new token of every sequence after a pass, and of its followers.
     fn advance<'r>(
         &self,
         active: &mut Vec<Active<'r>>,
         followers: Vec<Follower<'r>>,
         (cache, (h, mut rows)): (&mut KvCache, (Tensor, Vec<u32>)),
-        (logits, recorder): (&mut Vec<f32>, Option<&mut Recorder>),
+        logits: &mut Vec<f32>,
     ) -> Result<Vec<Sampled>> {
         for Follower { index, request, leader } in followers {
             let slot = cache.fork(active[leader].slot, request.prompt.len())?;
             rows.push(rows[leader]);
             active.push(Active { index, request, slot, drawn: Drawn::default() });
         }
-        let recorder = recorder.filter(|recorder| recorder.pulls);
-        let (policy, tokens) = (self.policy, self.policy.config().vocab_size);
-        let first = tokens * recorder.as_ref().map_or(0, |recorder| recorder.waiting());
-        let end = first + tokens * rows.len();
-        logits.resize(logits.len().max(end), 0.0);
-        policy.logits_into(&h, &rows, &mut logits[first..end])?;
-        let drawn = self.draw(active, &mut logits[first..end], recorder.is_some())?;
-        if let Some(recorder) = recorder {
-            let requests = active.iter().map(|sequence| sequence.index);
-            recorder.drew(requests, &logits[..end], policy)?;
-        }
-        Ok(drawn)
-    }
-
-    /// The next token of each sequence, given its logits; with `pulls` they become the gradient of the
-    /// token's log-prob.
-    fn draw(&self, active: &[Active], logits: &mut [f32], pulls: bool) -> Result<Vec<Sampled>> {
+        self.policy.logits_into(&h, &rows, logits)?;
         let _phase = debug_span!("sample", tokens = active.len()).entered();
-        let (policy, sampling) = (self.policy, &self.options.sampling);
+        let rows = logits.chunks_exact_mut(self.policy.config().vocab_size);
         let (seed, step) = (self.options.seed, self.options.step);
-        let rows = logits.chunks_exact_mut(policy.config().vocab_size);
-        let draw = |(row, sequence): (&mut [f32], &Active)| {
-            let drawn = sequence.draw(row, sampling, seed, step)?;
-            if pulls {
-                policy.pull_token(row, (drawn.token, drawn.lse), sampling.temperature);
-            }
-            Ok(drawn)
-        };
-        parallel_map(rows.zip(active), draw).into_iter().collect()
+        let sampling = &self.options.sampling;
+        let draw =
+            |(row, sequence): (&mut [f32], &Active)| sequence.draw(row, sampling, seed, step);
+        parallel_map(rows.zip(&*active), draw).into_iter().collect()
     }
 
     fn stopped(&self, sequence: &Active) -> Option<StopReason> {

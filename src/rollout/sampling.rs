@@ -113,8 +113,6 @@ pub struct Sampled {
     pub entropy: f32,
     /// The tokens that could be drawn, sorted; empty = all.
     pub kept: Vec<u32>,
-    /// Log of the sum of the exponentials of what the logits became.
-    pub lse: f32,
 }
 
 /// Draws the next token from logits `[V]`, which the processors change in place; `seen` are the tokens
@@ -142,13 +140,12 @@ pub fn sample(
         return Err(Error::failure(format!("{place}: the model's logits are not finite")));
     }
     if greedy {
-        let lse = stats.lse();
-        return Ok(Sampled { token: stats.argmax, logp: 0.0, entropy: 0.0, kept: Vec::new(), lse });
+        return Ok(Sampled { token: stats.argmax, logp: 0.0, entropy: 0.0, kept: Vec::new() });
     }
     if !params.filters() {
         let token = stats.draw(logits, key.uniform());
         let (logp, entropy) = (stats.logp(logits[token as usize]), stats.entropy as f32);
-        return Ok(Sampled { token, logp, entropy, kept: Vec::new(), lse: stats.lse() });
+        return Ok(Sampled { token, logp, entropy, kept: Vec::new() });
     }
     Ok(sample_kept(logits, stats.max, params, key))
 }
@@ -168,7 +165,7 @@ fn sample_kept(logits: &[f32], max: f32, params: &SamplingParams, key: &RandomKe
         }
     }
     let (logp, entropy) = (stats.logp(logits[token as usize]), stats.entropy as f32);
-    Sampled { token, logp, entropy, kept, lse: stats.lse() }
+    Sampled { token, logp, entropy, kept }
 }
 
 /// The tokens of a sequence, each once, sorted.

@@ -34,9 +34,6 @@ pub struct TrainerState {
     pub cursor: DataCursor,
     /// Seed of the run; all randomness is a function of it and of the counters here.
     pub seed: u64,
-    /// Share of the sampled tokens that the last step learnt from.
-    #[serde(default)]
-    pub learnt_share: f64,
     /// What the steps are made from.
     pub data: DataIdentity,
     /// Best value of `metric_for_best_model` so far.
@@ -214,7 +211,6 @@ mod tests {
             num_tokens: 12,
             cursor: DataCursor { epoch: 1, row: 5 },
             seed: u64::MAX,
-            learnt_share: 0.1 + 0.2,
             data: DataIdentity { examples: 3, steps_per_epoch: 2, sha256: "ab".into() },
             best_metric: Some(5e-324),
             best_step: Some(3),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::model::{Batch, Recorded, RecordedRow};
+use crate::model::{Batch, Recorded};
 use crate::ops::{RowRule, Target};
 use crate::rollout::Group;
 
@@ -100,22 +100,11 @@ impl GroupBatch {
             all.push(group.recorded.clone()?);
             for (_, c) in of_group {
                 let recorded = group.completions[*c].recorded.clone()?;
-                all.extend(Some(recorded).filter(|recorded| !recorded.outputs.is_empty()));
+                all.extend(Some(recorded).filter(|recorded| !recorded.rows.is_empty()));
             }
         }
         let lengths = self.batch.segments().iter().map(|segment| segment.len);
-        all.iter().map(|recorded| recorded.outputs.len()).eq(lengths).then_some(all)
-    }
-
-    /// The gradient of each target's log-prob, if all of them were kept.
-    pub fn pulls<'a>(&self, groups: &'a [Group]) -> Option<Vec<RecordedRow<'a>>> {
-        let of_completion = |(g, c): &(usize, usize)| {
-            let completion = &groups[*g].completions[*c];
-            let pulls: Vec<_> = completion.recorded.as_ref()?.pulls().collect();
-            (pulls.len() == completion.tokens.len()).then_some(pulls)
-        };
-        let pulls = self.completions.iter().map(of_completion).collect::<Option<Vec<_>>>()?;
-        Some(self.by_target(&pulls))
+        all.iter().map(|recorded| recorded.rows.len()).eq(lengths).then_some(all)
     }
 
     /// The values of targets, gathered by completion.

@@ -24,12 +24,8 @@ use crate::config::{GrpoConfig, OptimArgs, Reference};
 use crate::model::{Policy, TextModel};
 use crate::ops::Gradients;
 use crate::report::{CompletionRow, Fold, StepMetrics};
-use crate::rollout::{GenerateOptions, Generator, Group, Record, StopStrings, sample_groups};
+use crate::rollout::{GenerateOptions, Generator, Group, StopStrings, sample_groups};
 use crate::{Error, Result};
-
-/// Share of the tokens that a step must have learnt from for the next one's gradients of log-probs to be
-/// taken while sampling.
-const PULLED_SHARE: f64 = 0.7;
 
 /// Policy-gradient training of adapters on a frozen policy.
 pub struct GrpoTrainer<'a> {
@@ -178,20 +174,7 @@ impl<'a> GrpoTrainer<'a> {
         let prompt = |(id, row): &Drawn| (*id, *row, self.prompts[*row].input_ids.clone());
         let prompts = drawn.iter().map(prompt).collect();
         let how = (self.config.grpo.num_generations, state.global_step);
-        sample_groups(&generator, prompts, how, self.record(), &mut |_| {})
-    }
-
-    /// What sampling keeps for the update. Gradients of log-probs cost a product with the head for every
-    /// token, and spare two for those that are learnt from.
-    fn record(&self) -> Record {
-        let Objective { entropy_coef, sampling, .. } = &self.objective;
-        let apart = *entropy_coef != 0.0 || sampling.has_rules();
-        let many = self.learner.state().learnt_share >= PULLED_SHARE;
-        match self.plan.reuse_activations {
-            true if many && !apart && !self.config.grpo.dynamic_sampling => Record::OutputsAndPulls,
-            true => Record::Outputs,
-            false => Record::Nothing,
-        }
+        sample_groups(&generator, prompts, how, self.plan.reuse_activations, &mut |_| {})
     }
 
     /// Rewards of the completions of groups.
@@ -269,10 +252,7 @@ impl<'a> GrpoTrainer<'a> {
         let tokens = if rollouts.used == 0 { rollouts.tokens() } else { 0 };
         let update = self.learner.update(gradients, tokens)?;
         let rows = self.prompts.len() as f64;
-        let completions = rollouts.groups.iter().flat_map(|group| &group.completions);
-        let sampled: usize = completions.map(|completion| completion.tokens.len()).sum();
         let state = self.learner.state_mut();
-        state.learnt_share = sums.tokens as f64 / sampled.max(1) as f64;
         state.cursor = rollouts.cursor;
         state.epoch = rollouts.cursor.epoch as f64 + rollouts.cursor.row as f64 / rows;
         rollouts.used += 1;

@@ -54,9 +54,9 @@ impl<'a> MemoryModel<'a> {
         4 * of_token * tokens.next_multiple_of(PAGE)
     }
 
-    /// Bytes of what sampling keeps of `tokens` tokens: the outputs of all blocks, and one gradient.
+    /// Bytes of the outputs of all blocks at `tokens` tokens.
     pub fn recorded(&self, tokens: usize) -> usize {
-        4 * (self.config.layers.len() + 1) * self.config.hidden_size * tokens
+        4 * self.config.layers.len() * self.config.hidden_size * tokens
     }
 
     /// Bytes that the process takes while it samples, besides the cache.

@@ -10,13 +10,10 @@ use candle_core::{DType, Tensor};
 use super::group_batch::{Chosen, GroupBatch, micro_batches};
 use super::loss::policy::{Completion, CompletionLoss, Normaliser, PolicyLoss};
 use crate::adapter::Adapter;
-use crate::model::{Policy, RecordedRow};
+use crate::model::Policy;
 use crate::ops::{Distribution, GradientSums, Gradients, Pull, Tape, Value, add};
 use crate::rollout::{self, Group, SamplingParams};
 use crate::{Error, Result};
-
-/// Of so many tokens one's log-prob is computed although its gradient was recorded.
-const CHECKED: usize = 61;
 
 /// What a step learns from.
 pub struct Step<'a> {
@@ -344,9 +341,6 @@ impl Part<'_> {
         sums: &mut Sums,
     ) -> Result<Option<Tensor>> {
         let (policy, bonus) = (self.policy, self.bonus(packed));
-        if let Some(pulls) = self.pulls(packed) {
-            return self.pulled(packed, output, (losses, &pulls), sums);
-        }
         let tape = Tape::recording(policy.engine());
         let h = tape.input(output);
         let weights = |get: fn(&CompletionLoss) -> &Vec<f32>| -> Vec<f32> {
@@ -371,40 +365,6 @@ impl Part<'_> {
         }
         let one = Tensor::ones(1, DType::F32, policy.engine().device())?;
         Ok(tape.backward_to_input(&loss, one, &h)?.0)
-    }
-
-    /// The recorded gradients of the batch's log-probs, if they are all that the loss depends on.
-    fn pulls(&self, packed: &GroupBatch) -> Option<Vec<RecordedRow<'_>>> {
-        let objective = self.objective;
-        let apart = objective.entropy_coef != 0.0 || objective.sampling.has_rules();
-        packed.pulls(self.step.groups).filter(|_| self.is_known() && !apart)
-    }
-
-    /// [`Part::head_gradient`] from recorded gradients; the log-probs of every sixty-first token are
-    /// computed and compared.
-    fn pulled(
-        &self,
-        packed: &GroupBatch,
-        output: &Tensor,
-        (losses, pulls): (&[CompletionLoss], &[RecordedRow]),
-        sums: &mut Sums,
-    ) -> Result<Option<Tensor>> {
-        let gather = |values: Vec<Vec<f32>>| packed.by_target(&values);
-        let sampled = gather(self.completions(packed).map(|(_, c)| c.logps.clone()).collect());
-        let first = self.step.groups[packed.completions[0].0].version as usize % CHECKED;
-        let some = || (first % packed.targets.len()..packed.targets.len()).step_by(CHECKED);
-        let targets: Vec<_> = some().map(|i| packed.targets[i]).collect();
-        let weights = vec![0.0; targets.len()];
-        let pull = Pull { targets: &targets, weights: &weights, dentropy: None };
-        let (tape, h) = (Tape::off(self.policy.engine()), Value::constant(output.clone()));
-        let plain = self.objective.sampling.distribution(&[]);
-        let said = self.policy.weighted_logps_under(&tape, &h, pull, plain)?.1.logps;
-        same_logps(&some().map(|i| sampled[i]).collect::<Vec<_>>(), &said)?;
-        for (_, completion) in self.completions(packed) {
-            sums.add_entropies(&completion.entropies);
-        }
-        let weights = gather(losses.iter().map(|loss| loss.dlogps.clone()).collect());
-        self.policy.recorded_gradient(output, (&packed.targets, &weights), pulls)
     }
 
     /// The completion of each of the batch's places.
@@ -439,19 +399,16 @@ impl Part<'_> {
     /// Refuses to go on where the trainer's log-probs are not the sampler's.
     fn check_ratio(&self, packed: &GroupBatch, logps: &[f32]) -> Result<()> {
         let of_batch = self.completions(packed).zip(packed.by_completion(logps));
-        of_batch
-            .into_iter()
-            .try_for_each(|((_, completion), logps)| same_logps(&completion.logps, &logps))
+        for ((_, completion), logps) in of_batch {
+            let pairs = completion.logps.iter().zip(&logps).enumerate();
+            let Some((t, (sampled, now))) = pairs.into_iter().find(|(_, (a, b))| a != b) else {
+                continue;
+            };
+            return Err(Error::failure(format!(
+                "the importance ratio is not 1 on-policy: token {t} of a completion was sampled with \
+                 log-prob {sampled} and has {now} in training, by the same adapters; this is a bug"
+            )));
+        }
+        Ok(())
     }
-}
-
-/// Refuses a log-prob that is not the sampled one.
-fn same_logps(sampled: &[f32], now: &[f32]) -> Result<()> {
-    let Some((sampled, now)) = sampled.iter().zip(now).find(|(sampled, now)| sampled != now) else {
-        return Ok(());
-    };
-    Err(Error::failure(format!(
-        "the importance ratio is not 1 on-policy: a token was sampled with log-prob {sampled} and has \
-         {now} in training, by the same adapters; this is a bug"
-    )))
 }
