@@ -96,7 +96,7 @@ fn config(flags: &Flags) -> Result<GrpoConfig> {
         config.grpo.beta = beta;
     }
     config.optim.micro_batch_tokens = flags.count("--micro_batch_tokens");
-    config.grpo.reuse_activations = flags.value("--reuse_activations").map(|value| value == "true");
+    config.grpo.reuse_activations = flags.value("--reuse_activations").and_then(|v| v.parse().ok());
     config.validate()?;
     Ok(config)
 }

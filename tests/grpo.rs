@@ -347,6 +347,30 @@ fn the_micro_batch_and_the_number_of_sequences_change_no_metric() {
 }
 
 #[test]
+fn reusing_what_sampling_computed_changes_nothing_but_memory_and_time() {
+    let Some(place) = place() else { return };
+    // a step is several parts of a batch
+    let step = "--prompts_per_step 6 --num_generations 8 --max_completion_length 60 --max_steps 3";
+    for (i, keys) in ["--adapter lora", "--adapter steering --beta 0.1 --num_iterations 2"]
+        .into_iter()
+        .enumerate()
+    {
+        let run = |reuse: bool| {
+            let name = format!("run-{i}-{reuse}");
+            let more = format!("--micro_batch_tokens 0 --reuse_activations {reuse}");
+            let said = place.run(&name, &format!("{REWARDS} {keys} {step} {more}")).ok().stderr;
+            assert_eq!(said.contains("reuse_activations on, about"), reuse, "{said}");
+            place.dir(&name)
+        };
+        assert_same_run(&run(true), &run(false), keys);
+    }
+    let refused =
+        place.run("refused", &format!("{REWARDS} --reuse_activations true --memory_budget 40MiB"));
+    let said = refused.only_sentence(2);
+    assert!(said.contains("memory_budget has no room for: leave it unset"), "{said}");
+}
+
+#[test]
 fn an_adapter_can_be_the_start_and_the_reference() {
     let Some(place) = place() else { return };
     place.run("first", &format!("{REWARDS} --max_steps 2")).ok();

@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+
 use common::passes::{Adapters, adapter_sets, assert_same_bits, joint, lora, several, text};
 use common::{policy_stored_as, relative, shared};
 use steersman::config::{KlEstimator, LossType};
@@ -21,23 +23,35 @@ fn policy(family: &str) -> Option<Policy> {
     Some(policy_stored_as(&folder, &Engine::cpu(), WeightDtype::Bf16))
 }
 
-/// Three groups of completions of up to nine tokens, with what was computed.
+/// Three groups of completions of up to nine tokens.
 fn sampled(policy: &Policy, adapters: &Adapters, sampling: SamplingParams) -> Vec<Group> {
-    sampled_at_once(policy, adapters, sampling, 64)
+    let options = GenerateOptions { sampling, ..Default::default() };
+    groups((policy, adapters), &options, (5, false))
 }
 
-fn sampled_at_once(
+/// The same, with what was computed; the first prompt has `prompt` tokens.
+fn recorded(
     policy: &Policy,
     adapters: &Adapters,
-    sampling: SamplingParams,
-    max_batch: usize,
+    (prompt, max_batch): (usize, usize),
 ) -> Vec<Group> {
-    let prompts = (0..3).map(|i| (i, i as usize, text(policy, i as usize, 5 + 3 * i as usize)));
-    let options = GenerateOptions { max_new_tokens: 9, max_batch, sampling, ..Default::default() };
+    let sampling = SamplingParams::default();
+    let options = GenerateOptions { sampling, max_batch, ..Default::default() };
+    groups((policy, adapters), &options, (prompt, true))
+}
+
+fn groups(
+    (policy, adapters): (&Policy, &Adapters),
+    options: &GenerateOptions,
+    (prompt, record): (usize, bool),
+) -> Vec<Group> {
+    let prompt = |i: usize| (i as u64, i, text(policy, i, prompt + 3 * i));
     // some completions end early
-    let options = GenerateOptions { eos_token_ids: (0..40).collect(), ..options };
+    let (max_new_tokens, eos_token_ids) = (9, (0..40).collect());
+    let options = GenerateOptions { max_new_tokens, eos_token_ids, ..options.clone() };
     let generator = Generator::new(policy, adapters, &options, None);
-    sample_groups(&generator, prompts.collect(), (G, 0), true, &mut |_| {}).unwrap()
+    let prompts = (0..3).map(prompt).collect();
+    sample_groups(&generator, prompts, (G, 0), record, &mut |_| {}).unwrap()
 }
 
 fn advantages() -> Vec<Option<f64>> {
@@ -85,7 +99,8 @@ fn refusal(
     let step = Step { groups, advantages, reference, chosen, normaliser, on_policy, off_policy };
     let cut = Cut { micro_batch_tokens: 0, gradient_checkpointing: false };
     let objective = objective(PolicyLoss::default(), 0.0, SamplingParams::default());
-    gradients(policy, adapters, &step, &objective, cut).err().unwrap().to_string()
+    let error = gradients(policy, adapters, &step, &objective, cut).err();
+    error.map_or("none".to_string(), |error| error.to_string())
 }
 
 fn all_sampling() -> Vec<SamplingParams> {
@@ -140,23 +155,21 @@ fn updates_from_what_sampling_computed_have_the_bits_of_updates_from_a_forward_p
     for family in ["llama3-scaled-rope", "qwen3", "gemma3"] {
         let Some(policy) = policy(family) else { return };
         for (name, adapters) in adapter_sets(&policy) {
-            for max_batch in [64, 3] {
-                let groups =
-                    sampled_at_once(&policy, &adapters, SamplingParams::default(), max_batch);
+            for how in [(5, 64), (5, 3), (5, 1)] {
+                let groups = recorded(&policy, &adapters, how);
                 let mut without = groups.clone();
                 without.iter_mut().for_each(Group::forget);
-                assert!(groups.iter().all(|group| group.recorded.is_some()));
                 let of = |groups: &[Group], tokens| {
-                    let objective =
-                        objective(PolicyLoss::default(), 0.0, SamplingParams::default());
+                    let plain = SamplingParams::default();
+                    let objective = objective(PolicyLoss::default(), 0.0, plain);
                     let way = (tokens, false, true);
                     step((&policy, &adapters), (groups, &advantages()), &objective, way)
                 };
                 for tokens in [0, 30] {
-                    let ((sums, gradients), (want, wanted)) =
-                        (of(&groups, tokens), of(&without, tokens));
+                    let (sums, gradients) = of(&groups, tokens);
+                    let (want, wanted) = of(&without, tokens);
                     assert_eq!(sums, want, "{family} {name}");
-                    assert_same_bits(&gradients, &wanted, &format!("{family} {name} {max_batch}"));
+                    assert_same_bits(&gradients, &wanted, &format!("{family} {name} {how:?}"));
                 }
             }
         }
@@ -164,16 +177,35 @@ fn updates_from_what_sampling_computed_have_the_bits_of_updates_from_a_forward_p
 }
 
 #[test]
+fn prompts_that_other_adapters_passed_stop_the_step() {
+    for family in ["llama3-scaled-rope", "qwen3", "gemma3"] {
+        let Some(policy) = policy(family) else { return };
+        for (name, adapters) in adapter_sets(&policy).split_off(1) {
+            let mut groups = recorded(&policy, &adapters, (5, 64));
+            let others = recorded(&policy, &Vec::new(), (5, 64));
+            for (group, other) in groups.iter_mut().zip(others) {
+                group.recorded = other.recorded;
+            }
+            let error = refusal((&policy, &adapters), (&groups, &advantages()));
+            assert!(error.contains("this is a bug"), "{family} {name}: {error}");
+        }
+    }
+}
+
+#[test]
 fn what_other_adapters_computed_stops_the_step() {
     let Some(policy) = policy("qwen2") else { return };
-    let groups = sampled(&policy, &Vec::new(), SamplingParams::default());
+    let groups = recorded(&policy, &Vec::new(), (5, 64));
     let adapters: Adapters = vec![lora(&policy)];
-    for version in [0, 1] {
+    let mut layers = BTreeSet::new();
+    for version in 0..12 {
         let of_version = |group: &Group| Group { version, ..group.clone() };
         let groups: Vec<Group> = groups.iter().map(of_version).collect();
         let error = refusal((&policy, &adapters), (&groups, &advantages()));
-        assert!(error.contains(&format!("layer {version} puts out in training")), "{error}");
+        assert!(error.contains("puts out in training what it did not put out"), "{error}");
+        layers.insert(error.split(' ').nth(1).map(str::to_string));
     }
+    assert_eq!(layers.len(), policy.config().layers.len(), "{layers:?}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use candle_core::{Device, Tensor};
 use super::base::BaseModel;
 use super::folder::{self, LORA_CONFIG, LORA_WEIGHTS};
 use super::peft::{self, Patterns};
-use super::{Adapter, init};
+use super::{Adapter, Site, init};
 use crate::model::{Batch, Matrix, ModelConfig};
 use crate::ops::{self, Activation, LowRank, LowRankUpdate, Tape, Value};
 use crate::{Error, Result};
@@ -190,6 +190,10 @@ impl Adapter for Lora {
 
     fn lowest_layer(&self) -> Option<usize> {
         self.updates.keys().map(|(layer, _)| *layer).min()
+    }
+
+    fn steers(&self, _: usize, _: Site) -> bool {
+        false
     }
 
     fn update(

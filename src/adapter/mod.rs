@@ -87,9 +87,7 @@ pub trait Adapter {
     }
 
     /// Whether it shifts anything at a site of a layer.
-    fn steers(&self, _layer: usize, _site: Site) -> bool {
-        false
-    }
+    fn steers(&self, layer: usize, site: Site) -> bool;
 
     /// What is added to the output of a matrix whose input is x [N, in].
     fn update(

@@ -49,8 +49,6 @@ pub(super) struct Pass<'a> {
     pub(super) rotaries: Vec<Rotary>,
     pub(super) adapters: &'a [Box<dyn Adapter>],
     pub(super) cache: Option<(&'a mut KvCache, &'a [SlotId])>,
-    /// Takes up the blocks' outputs before what adapters add to them, if that is wanted.
-    pub(super) outputs: Option<Vec<Tensor>>,
 }
 
 impl Block {
@@ -118,7 +116,8 @@ impl Block {
         self.linears.iter().map(|linear| linear.weight.bytes()).sum()
     }
 
-    /// The block's output [N, D] for its input h [N, D].
+    /// The block's output [N, D] for its input h [N, D], before what adapters add to it
+    /// ([`Pass::after_block`]).
     pub(super) fn forward(
         &self,
         tape: &Tape,
@@ -130,15 +129,11 @@ impl Block {
         let [y] = self.linears(tape, layer, [Matrix::Down], &inner, pass)?;
         let y = self.sandwich(tape, y, &self.post_mlp_norm)?;
         let y = pass.shift(tape, layer, Site::PostMlp, y)?;
-        let out = ops::add(tape, &h, &y)?;
-        if let Some(outputs) = &mut pass.outputs {
-            outputs.push(out.tensor().clone());
-        }
-        pass.shift(tape, layer, Site::PostBlock, out)
+        ops::add(tape, &h, &y)
     }
 
-    /// [`Block::forward`] for the way back alone: `out` is what the block is known to put out before
-    /// what adapters add to that, so that its last product is not needed.
+    /// [`Block::forward`] for the way back alone, its result `out` being known: the last product is left out
+    /// unless something after it reads its result, and everything is where no gradient goes further down.
     pub(super) fn forward_known(
         &self,
         tape: &Tape,
@@ -146,15 +141,16 @@ impl Block {
         (h, out): (&Value, &Tensor),
         pass: &mut Pass,
     ) -> Result<Value> {
-        let read = self.post_mlp_norm.is_some() || pass.steers(layer, Site::PostMlp);
-        if read {
+        if self.post_mlp_norm.is_some() || pass.steers(layer, Site::PostMlp) {
             return self.forward(tape, layer, h, pass);
+        }
+        if !h.is_tracked() && pass.adapters.iter().all(|adapter| adapter.acts_last()) {
+            return Ok(Value::constant(out.clone()));
         }
         let (h, inner) = self.first_part(tape, layer, h, pass)?;
         let [map] = self.maps(tape, layer, [Matrix::Down], &inner, pass)?;
         let y = ops::linear_unread(tape, &inner, map, out)?;
-        let out = ops::add_known(tape, &h, &y, out.clone());
-        pass.shift(tape, layer, Site::PostBlock, out)
+        Ok(ops::add_known(tape, &h, &y, out.clone()))
     }
 
     /// All but the MLP's last matrix: the stream [N, D] that it adds to, and its input [N, F].
@@ -259,8 +255,12 @@ impl Pass<'_> {
         self.adapters.iter().any(|adapter| adapter.steers(layer, site))
     }
 
-    /// What adapters make of h [N, D] at a site.
-    pub(super) fn shift(&self, tape: &Tape, layer: usize, site: Site, h: Value) -> Result<Value> {
+    /// What adapters make of a block's output h [N, D].
+    pub(super) fn after_block(&self, tape: &Tape, layer: usize, h: Value) -> Result<Value> {
+        self.shift(tape, layer, Site::PostBlock, h)
+    }
+
+    fn shift(&self, tape: &Tape, layer: usize, site: Site, h: Value) -> Result<Value> {
         self.adapters
             .iter()
             .try_fold(h, |h, adapter| adapter.shift(tape, layer, site, h, &self.batch))

@@ -42,7 +42,7 @@ pub use config_rope::{Llama3, Rope, RopeScaling, Yarn};
 pub use gguf::Gguf;
 pub use load::{LoadedModel, TextModel};
 pub use policy::{Policy, part_tokens};
-pub use recording::{Recorded, RecordedRows, Recording};
+pub use recording::{Recorded, RecordedRow, Recording};
 pub use source::ModelSource;
 pub use tokenizer::Tokenizer;
 pub use trace::Trace;

@@ -112,11 +112,11 @@ impl Policy {
         let _phase = debug_span!("forward", tokens = batch.len()).entered();
         let parts = batch.parts(part_tokens());
         if parts.len() == 1 {
-            return self.run(batch, &mut self.pass(Cow::Borrowed(batch), adapters));
+            return self.run(batch, &mut self.pass(Cow::Borrowed(batch), adapters), &mut |_| ());
         }
         let hidden = parts.into_iter().map(|part| {
             let mut pass = self.pass(Cow::Borrowed(&part), adapters);
-            self.run(&part, &mut pass)
+            self.run(&part, &mut pass, &mut |_| ())
         });
         Ok(Tensor::cat(&hidden.collect::<Result<Vec<_>>>()?, 0)?)
     }
@@ -132,30 +132,33 @@ impl Policy {
     ) -> Result<Tensor> {
         let mut pass = self.pass(Cow::Borrowed(batch), adapters);
         pass.cache = Some((cache, slots));
-        self.run(batch, &mut pass)
+        self.run(batch, &mut pass, &mut |_| ())
     }
 
-    /// [`Policy::hidden_cached`] whose blocks' outputs go into `recording`.
+    /// [`Policy::hidden_cached`] that takes the blocks' outputs at `rows` into `recording`. On the CPU.
     pub fn hidden_recorded(
         &self,
         batch: &Batch,
         adapters: &[Box<dyn Adapter>],
         (cache, slots): (&mut KvCache, &[SlotId]),
-        recording: &mut Recording,
+        (recording, rows): (&mut Recording, &[u32]),
     ) -> Result<Tensor> {
         let mut pass = self.pass(Cow::Borrowed(batch), adapters);
         pass.cache = Some((cache, slots));
-        pass.outputs = Some(Vec::with_capacity(self.blocks.len()));
-        let hidden = self.run(batch, &mut pass)?;
-        recording.push(pass.outputs.unwrap_or_default());
+        let mut outputs = Vec::with_capacity(self.blocks.len());
+        let hidden = self.run(batch, &mut pass, &mut |out| outputs.push(out.clone()))?;
+        recording.push(&self.engine, outputs, rows)?;
         Ok(hidden)
     }
 
-    fn run(&self, batch: &Batch, pass: &mut Pass) -> Result<Tensor> {
+    /// The last block's output; `see` sees each block's, before what adapters add to it.
+    fn run(&self, batch: &Batch, pass: &mut Pass, see: &mut dyn FnMut(&Tensor)) -> Result<Tensor> {
         let tape = Tape::off(&self.engine);
         let mut h = Value::constant(self.embed(&batch.input_ids)?);
         for (layer, block) in self.blocks.iter().enumerate() {
-            h = block.forward(&tape, layer, &h, pass)?;
+            let out = block.forward(&tape, layer, &h, pass)?;
+            see(out.tensor());
+            h = pass.after_block(&tape, layer, out)?;
         }
         Ok(h.tensor().clone())
     }
@@ -174,19 +177,21 @@ impl Policy {
         Trace::new(self, embedded, batch, adapters, checkpointing)
     }
 
-    /// [`Policy::trace`] of tokens that the same adapters have passed before: nothing is computed of a
-    /// segment whose blocks' outputs are `recorded`, which must be all; on the way back a block has
-    /// its input and its output.
+    /// [`Policy::trace`] of tokens that passes with the same adapters have recorded, segment by segment: no
+    /// block is computed before the way back, which begins each from its recorded input and output.
     ///
-    /// On the CPU only. In layer `checked` the output is computed nevertheless, and must be the
-    /// recorded one to the bit.
+    /// On the CPU. One block's output, `checked` says which, is computed nevertheless.
+    ///
+    /// # Errors
+    /// On the way back, if that output is not the recorded one to the bit.
     pub fn retrace<'a>(
         &'a self,
         batch: &Batch,
         adapters: &'a [Box<dyn Adapter>],
-        recorded: &[Recorded],
+        recorded: &[&'a Recorded],
         checked: usize,
     ) -> Result<Trace<'a>> {
+        let _phase = debug_span!("recorded", tokens = batch.len()).entered();
         Trace::recorded(self, batch, adapters, recorded, checked)
     }
 
@@ -199,7 +204,7 @@ impl Policy {
             |(freqs, factor): &(Vec<f32>, f32)| Rotary::new(&batch.positions, freqs, *factor);
         let rotaries = self.inv_freqs.iter().map(rotary).collect();
         let segments = batch.shared_segments();
-        Pass { batch, segments, rotaries, adapters, cache: None, outputs: None }
+        Pass { batch, segments, rotaries, adapters, cache: None }
     }
 
     /// Logits [rows, V] of the given rows of the last block's output h [N, D].

@@ -14,17 +14,16 @@ pub struct Recording {
     passes: Vec<Vec<Tensor>>,
 }
 
-/// Tokens of a sequence in a [`Recording`]: the pass of each, and its row there.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RecordedRows(Vec<(u32, u32)>);
+/// A token in a [`Recording`]: its pass, and its row there.
+pub type RecordedRow = (u32, u32);
 
-/// A recording and some tokens in it.
+/// Tokens of a sequence in a recording.
 #[derive(Clone, Debug)]
 pub struct Recorded {
     /// The recording.
     pub recording: Arc<Recording>,
-    /// The tokens.
-    pub rows: RecordedRows,
+    /// The tokens, one after the other.
+    pub rows: Vec<RecordedRow>,
 }
 
 /// What tokens are does not depend on what was kept of their computation.
@@ -35,43 +34,43 @@ impl PartialEq for Recorded {
 }
 
 impl Recording {
-    /// Takes in the outputs of a pass's blocks, the lowest first.
-    pub(super) fn push(&mut self, outputs: Vec<Tensor>) {
-        self.passes.push(outputs);
+    /// Passes that were taken in: the number of the next one.
+    pub fn passes(&self) -> u32 {
+        self.passes.len() as u32
     }
 
-    /// Tokens `start..start + len` of the last pass.
-    pub fn last_rows(&self, start: usize, len: usize) -> RecordedRows {
-        let pass = self.passes.len().saturating_sub(1) as u32;
-        RecordedRows((start..start + len).map(|row| (pass, row as u32)).collect())
+    /// Takes in `rows` of the outputs of a pass's blocks [N, D], the lowest first.
+    pub(super) fn push(
+        &mut self,
+        engine: &Engine,
+        outputs: Vec<Tensor>,
+        rows: &[u32],
+    ) -> Result<()> {
+        let some = |output: Tensor| -> Result<Tensor> {
+            if output.dim(0)? == rows.len() {
+                return Ok(output);
+            }
+            let places: Vec<_> = rows.iter().map(|row| (&output, *row as usize)).collect();
+            pick_rows(engine, &places)
+        };
+        if !rows.is_empty() {
+            self.passes.push(outputs.into_iter().map(some).collect::<Result<_>>()?);
+        }
+        Ok(())
+    }
+
+    fn output(&self, pass: u32, layer: usize) -> Result<&Tensor> {
+        let output = self.passes.get(pass as usize).and_then(|pass| pass.get(layer));
+        output.ok_or_else(|| Error::failure(format!("layer {layer} was not recorded")))
     }
 }
 
-impl RecordedRows {
-    /// How many.
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Appends the tokens that come next.
-    pub fn extend(&mut self, next: RecordedRows) {
-        self.0.extend(next.0);
-    }
-}
-
-/// The output of a layer's block at these tokens, one after the other, [N, D].
-pub(super) fn outputs(engine: &Engine, tokens: &[Recorded], layer: usize) -> Result<Tensor> {
+/// The output of a layer's block at the tokens of these segments, one after the other, [N, D].
+pub(super) fn outputs(engine: &Engine, segments: &[&Recorded], layer: usize) -> Result<Tensor> {
     let mut rows = Vec::new();
-    for Recorded { recording, rows: of_segment } in tokens {
-        for (pass, row) in &of_segment.0 {
-            let output = recording.passes.get(*pass as usize).and_then(|pass| pass.get(layer));
-            let missing = || Error::failure(format!("layer {layer} was not recorded"));
-            rows.push((output.ok_or_else(missing)?, *row as usize));
+    for Recorded { recording, rows: of_segment } in segments {
+        for (pass, row) in of_segment {
+            rows.push((recording.output(*pass, layer)?, *row as usize));
         }
     }
     pick_rows(engine, &rows)

@@ -10,16 +10,25 @@ use super::batch::Batch;
 use super::block::Pass;
 use super::policy::{Policy, part_tokens};
 use super::recording::{Recorded, outputs};
-use crate::adapter::{Adapter, Site};
+use crate::adapter::Adapter;
 use crate::ops::{GradientSums, Gradients, Place, Tape, Value, equal_bits};
 use crate::{Error, Result};
 
 /// What is kept of one block for the backward pass.
 enum Kept {
     /// All that its operations captured.
-    Activations { tape: Tape, input: Place, output: Place },
+    Activations(Way),
     /// Its input; the block is computed again.
     Input(Tensor),
+    /// Nothing: its input and output are recorded.
+    Nothing,
+}
+
+/// The way through a block that gradients go back.
+struct Way {
+    tape: Tape,
+    input: Place,
+    output: Place,
 }
 
 /// A forward pass of a [`Policy`]: the last block's output and the way back.
@@ -38,14 +47,16 @@ struct Part<'a> {
     rows: Range<usize>,
     pass: Pass<'a>,
     kept: Vec<Kept>,
-    recorded: Option<Outputs>,
+    recorded: Option<Outputs<'a>>,
 }
 
-/// The blocks' outputs of a part's tokens, where a pass over them was recorded.
-struct Outputs {
-    segments: Vec<Recorded>,
+/// The blocks' outputs at a part's tokens, where passes over them were recorded.
+struct Outputs<'a> {
+    segments: Vec<&'a Recorded>,
     /// The layer whose output is computed again and compared.
     checked: usize,
+    /// The output of the highest layer that has not been gone back through.
+    top: Tensor,
 }
 
 impl<'a> Trace<'a> {
@@ -70,28 +81,29 @@ impl<'a> Trace<'a> {
             outputs.push(part.forward(policy, h, lowest, checkpointing)?);
             parts.push(part);
         }
-        Ok(Trace { policy, lowest, parts, output: one(outputs)? })
+        Ok(Trace { policy, lowest, parts, output: whole(outputs)? })
     }
 
     pub(super) fn recorded(
         policy: &'a Policy,
         batch: &Batch,
         adapters: &'a [Box<dyn Adapter>],
-        segments: &[Recorded],
+        segments: &[&'a Recorded],
         checked: usize,
     ) -> Result<Self> {
-        let _phase = debug_span!("recorded", tokens = batch.len()).entered();
-        let (mut segments, mut parts, mut outputs) = (segments.iter(), Vec::new(), Vec::new());
+        let (lowest, layers) = (lowest(policy, adapters), policy.blocks.len());
+        let checked = lowest + checked % (layers - lowest).max(1);
+        let (mut segments, mut parts, mut streams) = (segments.iter(), Vec::new(), Vec::new());
         for (rows, part) in parts_of(batch) {
-            let of_part = segments.by_ref().take(part.segments().len()).cloned().collect();
-            let recorded = Some(Outputs { segments: of_part, checked });
+            let segments: Vec<_> = segments.by_ref().take(part.segments().len()).copied().collect();
+            let top = outputs(policy.engine(), &segments, layers - 1)?;
             let pass = policy.pass(Cow::Owned(part), adapters);
-            let part = Part { rows, pass, kept: Vec::new(), recorded };
-            let layers = policy.blocks.len();
-            outputs.push(part.stream(policy, layers, part.output(policy, layers)?)?);
-            parts.push(part);
+            streams.push(stream(policy, &pass, layers, Some(&top))?);
+            let kept = (lowest..layers).map(|_| Kept::Nothing).collect();
+            let recorded = Some(Outputs { segments, checked, top });
+            parts.push(Part { rows, pass, kept, recorded });
         }
-        Ok(Trace { policy, lowest: lowest(policy, adapters), parts, output: one(outputs)? })
+        Ok(Trace { policy, lowest, parts, output: whole(streams)? })
     }
 
     /// The last block's output [N, D], before the final norm.
@@ -113,10 +125,7 @@ impl<'a> Trace<'a> {
         drop(self.output);
         for part in self.parts {
             let gradient = gradient.narrow(0, part.rows.start, part.rows.len())?;
-            match part.recorded.is_some() {
-                true => part.backward_recorded(self.policy, self.lowest, gradient, sums)?,
-                false => part.backward(self.policy, self.lowest, gradient, sums)?,
-            }
+            part.backward(self.policy, self.lowest, gradient, sums)?;
         }
         Ok(())
     }
@@ -137,11 +146,19 @@ fn parts_of(batch: &Batch) -> impl Iterator<Item = (Range<usize>, Batch)> {
 }
 
 /// The rows of all parts.
-fn one(outputs: Vec<Tensor>) -> Result<Tensor> {
-    match <[Tensor; 1]>::try_from(outputs) {
-        Ok([output]) => Ok(output),
-        Err(outputs) => Ok(Tensor::cat(&outputs, 0)?),
+fn whole(parts: Vec<Tensor>) -> Result<Tensor> {
+    match <[Tensor; 1]>::try_from(parts) {
+        Ok([part]) => Ok(part),
+        Err(parts) => Ok(Tensor::cat(&parts, 0)?),
     }
+}
+
+/// The stream into a layer's block, or with the number of layers out of the last one, given the output of
+/// the block below before what adapters add to it.
+fn stream(policy: &Policy, pass: &Pass, layer: usize, below: Option<&Tensor>) -> Result<Tensor> {
+    let Some(below) = below else { return policy.embed(&pass.batch.input_ids) };
+    let (off, below) = (Tape::off(policy.engine()), Value::constant(below.clone()));
+    Ok(pass.after_block(&off, layer - 1, below)?.tensor().clone())
 }
 
 impl Part<'_> {
@@ -158,10 +175,11 @@ impl Part<'_> {
             let record = layer >= lowest && !checkpointing;
             let tape = if record { Tape::recording } else { Tape::off }(policy.engine());
             let input = if layer > lowest { tape.input_from(&h) } else { h };
-            h = block.forward(&tape, layer, &input, &mut self.pass)?;
+            let out = block.forward(&tape, layer, &input, &mut self.pass)?;
+            h = self.pass.after_block(&tape, layer, out)?;
             if record {
                 let (input, output) = (input.place(), h.place());
-                self.kept.push(Kept::Activations { tape, input, output });
+                self.kept.push(Kept::Activations(Way { tape, input, output }));
             } else if layer >= lowest {
                 self.kept.push(Kept::Input(input.tensor().clone()));
             }
@@ -180,15 +198,12 @@ impl Part<'_> {
         let mut gradient = Some(gradient);
         while let (Some(kept), Some(dy)) = (self.kept.pop(), gradient.take()) {
             let layer = lowest + self.kept.len();
-            let (tape, input, output) = match kept {
-                Kept::Activations { tape, input, output } => (tape, input, output),
-                Kept::Input(h) => {
-                    let _phase = debug_span!("recompute", layer).entered();
-                    let tape = Tape::recording(policy.engine());
-                    let input = if layer > lowest { tape.input(&h) } else { Value::constant(h) };
-                    let block = &policy.blocks[layer];
-                    let output = block.forward(&tape, layer, &input, &mut self.pass)?.place();
-                    (tape, input.place(), output)
+            let Way { tape, input, output } = match kept {
+                Kept::Activations(way) => way,
+                Kept::Input(h) => self.again(policy, (layer, lowest), h, None)?,
+                Kept::Nothing => {
+                    let (h, out) = self.recorded_ends(policy, layer)?;
+                    self.again(policy, (layer, lowest), h, Some(out))?
                 }
             };
             gradient = tape.backward_into(output, dy, input, sums)?;
@@ -196,67 +211,51 @@ impl Part<'_> {
         Ok(())
     }
 
-    /// What the blocks below `layer` are recorded to put out, before what adapters add to it.
-    fn output(&self, policy: &Policy, layer: usize) -> Result<Option<Tensor>> {
-        let segments = self.recorded.as_ref().map_or(&[][..], |recorded| &recorded.segments);
-        layer.checked_sub(1).map(|below| outputs(policy.engine(), segments, below)).transpose()
-    }
-
-    /// The stream into a layer's block, or with the number of layers out of the last one, given what
-    /// the blocks below put out.
-    fn stream(&self, policy: &Policy, layer: usize, output: Option<Tensor>) -> Result<Tensor> {
-        let Some(output) = output else { return policy.embed(&self.pass.batch.input_ids) };
-        let (off, output) = (Tape::off(policy.engine()), Value::constant(output));
-        Ok(self.pass.shift(&off, layer - 1, Site::PostBlock, output)?.tensor().clone())
-    }
-
-    /// [`Part::backward`] from recorded outputs.
-    fn backward_recorded(
-        mut self,
-        policy: &Policy,
-        lowest: usize,
-        gradient: Tensor,
-        sums: &mut GradientSums,
-    ) -> Result<()> {
-        let (mut gradient, layers) = (Some(gradient), policy.blocks.len());
-        let mut output = self.output(policy, layers)?;
-        for layer in (lowest..layers).rev() {
-            let (Some(dy), Some(out)) = (gradient.take(), output) else { break };
-            let phase = debug_span!("recompute", layer).entered();
-            output = self.output(policy, layer)?;
-            let h = self.stream(policy, layer, output.clone())?;
-            let tape = Tape::recording(policy.engine());
-            let input = if layer > lowest { tape.input(&h) } else { Value::constant(h) };
-            let result = self.forward_known(policy, &tape, layer, (&input, &out))?.place();
-            drop(phase);
-            gradient = tape.backward_into(result, dy, input.place(), sums)?;
-        }
-        Ok(())
-    }
-
-    /// A block's way forward to a known output; the checked one's is computed and compared.
-    fn forward_known(
+    /// Computes a block again from its input, as far as is needed if its output is known.
+    fn again(
         &mut self,
         policy: &Policy,
-        tape: &Tape,
-        layer: usize,
-        (h, out): (&Value, &Tensor),
-    ) -> Result<Value> {
-        let block = &policy.blocks[layer];
-        if self.recorded.as_ref().is_none_or(|recorded| recorded.checked != layer) {
-            return block.forward_known(tape, layer, (h, out), &mut self.pass);
+        (layer, lowest): (usize, usize),
+        h: Tensor,
+        known: Option<Tensor>,
+    ) -> Result<Way> {
+        let _phase = debug_span!("recompute", layer).entered();
+        let tape = Tape::recording(policy.engine());
+        let input = if layer > lowest { tape.input(&h) } else { Value::constant(h) };
+        let (block, pass) = (&policy.blocks[layer], &mut self.pass);
+        let checked = self.recorded.as_ref().is_some_and(|recorded| recorded.checked == layer);
+        let out = match &known {
+            Some(known) if !checked => block.forward_known(&tape, layer, (&input, known), pass)?,
+            _ => block.forward(&tape, layer, &input, pass)?,
+        };
+        if let Some(known) = known.filter(|known| known.id() != out.tensor().id()) {
+            compare(layer, &known, out.tensor())?;
         }
-        self.pass.outputs = Some(Vec::new());
-        let result = block.forward(tape, layer, h, &mut self.pass)?;
-        let computed = self.pass.outputs.take().unwrap_or_default();
-        for computed in computed {
-            if !equal_bits(&computed, out)? {
-                return Err(Error::failure(format!(
-                    "layer {layer} puts out in training what it did not put out while sampling, with \
-                     the same adapters; this is a bug"
-                )));
-            }
-        }
-        Ok(result)
+        let output = self.pass.after_block(&tape, layer, out)?.place();
+        Ok(Way { input: input.place(), output, tape })
+    }
+
+    /// The recorded input and output of a layer's block, the highest that has not been asked for yet.
+    fn recorded_ends(&mut self, policy: &Policy, layer: usize) -> Result<(Tensor, Tensor)> {
+        let Some(recorded) = &mut self.recorded else {
+            return Err(Error::failure(format!("nothing was kept of layer {layer}")));
+        };
+        let below = layer.checked_sub(1);
+        let below = below.map(|below| outputs(policy.engine(), &recorded.segments, below));
+        let below = below.transpose()?;
+        let out = recorded.top.clone();
+        recorded.top = below.clone().unwrap_or_else(|| out.clone());
+        Ok((stream(policy, &self.pass, layer, below.as_ref())?, out))
+    }
+}
+
+/// Refuses a block's output that is not the recorded one.
+fn compare(layer: usize, recorded: &Tensor, computed: &Tensor) -> Result<()> {
+    match equal_bits(recorded, computed)? {
+        true => Ok(()),
+        false => Err(Error::failure(format!(
+            "layer {layer} puts out in training what it did not put out while sampling, with the same \
+             adapters; this is a bug"
+        ))),
     }
 }

@@ -355,25 +355,34 @@ impl<'a> Generator<'a> {
         let hidden = match recorder {
             None => self.policy.hidden_cached(&batch, self.adapters, cache, &slots)?,
             Some(recorder) => {
-                let (cached, recording) = ((cache, &slots[..]), &mut recorder.recording);
-                let hidden =
-                    self.policy.hidden_recorded(&batch, self.adapters, cached, recording)?;
-                self.note(active, &batch, recorder);
-                hidden
+                let rows = self.wanted(active, &batch, recorder);
+                let recording = (&mut recorder.recording, &rows[..]);
+                self.policy.hidden_recorded(&batch, self.adapters, (cache, &slots), recording)?
             }
         };
         Ok((hidden, batch.last_rows()))
     }
 
-    /// Tells a recorder which tokens went where in a pass.
-    fn note(&self, active: &[Active], batch: &Batch, recorder: &mut Recorder) {
+    /// The rows of the next pass that a recorder wants to have.
+    fn wanted(&self, active: &[Active], batch: &Batch, recorder: &mut Recorder) -> Vec<u32> {
+        let mut rows = Vec::new();
         for (sequence, segment) in active.iter().zip(batch.segments()) {
             let Segment { start, len, position0, .. } = *segment;
-            match sequence.drawn.tokens.is_empty() {
-                true => recorder.took_prompt(&sequence.request.prompt, position0, (start, len)),
-                false => recorder.took_token(sequence.index, start),
+            let wanted = match sequence.drawn.tokens.is_empty() {
+                true => {
+                    let prompt = &sequence.request.prompt;
+                    recorder.wants_prompt(prompt, (position0, len), rows.len())
+                }
+                false => {
+                    recorder.takes_token(sequence.index, rows.len());
+                    true
+                }
+            };
+            if wanted {
+                rows.extend(start as u32..(start + len) as u32);
             }
         }
+        rows
     }
 
     /// The new token of every sequence after a pass, and of its followers.

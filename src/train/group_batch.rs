@@ -93,13 +93,13 @@ impl GroupBatch {
     }
 
     /// What the sampling of each of the batch's segments computed, if all of that was kept.
-    pub fn recorded(&self, groups: &[Group]) -> Option<Vec<Recorded>> {
+    pub fn recorded<'a>(&self, groups: &'a [Group]) -> Option<Vec<&'a Recorded>> {
         let mut all = Vec::with_capacity(self.batch.segments().len());
         for of_group in self.completions.chunk_by(|a, b| a.0 == b.0) {
             let group = &groups[of_group[0].0];
-            all.push(group.recorded.clone()?);
+            all.push(group.recorded.as_ref()?);
             for (_, c) in of_group {
-                let recorded = group.completions[*c].recorded.clone()?;
+                let recorded = group.completions[*c].recorded.as_ref()?;
                 all.extend(Some(recorded).filter(|recorded| !recorded.rows.is_empty()));
             }
         }

@@ -337,12 +337,14 @@ impl<'a> Trainer<'a> for GrpoTrainer<'a> {
         };
         self.plan = self.learner.plan(case, before)?;
         let wanted = self.options.max_batch.min(grpo.prompts_per_step * grpo.num_generations);
-        self.options.max_batch = self.learner.sequences_that_fit(case.sequence, wanted, &self.plan);
+        let rounds = if grpo.dynamic_sampling { 1 + grpo.dynamic_sampling_rounds } else { 1 };
+        let (sampled, reuse) = (rounds * case.step, grpo.reuse_activations);
+        let kept = if reuse == Some(true) { sampled } else { 0 };
+        let learner = &self.learner;
+        let fitting = learner.sequences_that_fit(case.sequence, wanted, (&self.plan, kept));
+        self.options.max_batch = fitting;
         if self.sampler.is_none() {
-            let rounds = if grpo.dynamic_sampling { 1 + grpo.dynamic_sampling_rounds } else { 1 };
-            let sampled = (rounds * case.step, self.options.max_batch);
-            let reuse = grpo.reuse_activations;
-            self.plan = self.learner.plan_reuse(self.plan, case, sampled, reuse)?;
+            self.plan = learner.plan_reuse(self.plan, case, (sampled, fitting), reuse)?;
         }
         Ok(self.plan)
     }

@@ -113,13 +113,11 @@ impl<'a> Learner<'a> {
             optim.micro_batch_tokens = optim.micro_batch_tokens.or(tokens);
             optim.gradient_checkpointing = optim.gradient_checkpointing.or(again);
         }
-        let policy = self.policy;
-        let memory = MemoryModel::new(policy.config(), &self.adapters, policy.bytes());
-        let budget = match policy.engine().device().is_cpu() {
+        let budget = match self.policy.engine().device().is_cpu() {
             true => Budget::new(optim.memory_budget),
             false => Budget::default(),
         };
-        Plan::choose(&optim, case, &memory, budget)
+        Plan::choose(&optim, case, &self.memory(), budget)
     }
 
     /// The plan with what sampling computes kept for the updates, or as it is where there is no room:
@@ -134,32 +132,42 @@ impl<'a> Learner<'a> {
         sampled: (usize, usize),
         wanted: Option<bool>,
     ) -> Result<Plan> {
-        let policy = self.policy;
-        let memory = MemoryModel::new(policy.config(), &self.adapters, policy.bytes());
-        let none = |reason: &str| match wanted {
-            Some(true) => Err(Error::usage(format!("reuse_activations = true {reason}"))),
-            _ => Ok(plan),
-        };
-        match plan.reusing(case, &memory, sampled) {
-            _ if wanted == Some(false) => Ok(plan),
-            _ if !policy.engine().device().is_cpu() => none("works on the cpu only"),
-            Some(plan) => Ok(plan),
-            None => none(&format!(
-                "would keep {} tokens of {} bytes, more than memory_budget has room for: leave it unset, \
-                 or sample fewer or shorter completions",
-                sampled.0,
-                memory.recorded(1)
-            )),
+        if wanted == Some(false) {
+            return Ok(plan);
         }
+        let on_cpu = self.policy.engine().device().is_cpu();
+        let memory = self.memory();
+        if let Some(plan) = plan.reusing(case, &memory, sampled).filter(|_| on_cpu) {
+            return Ok(plan);
+        }
+        let reason = match (wanted, on_cpu) {
+            (None, _) => return Ok(plan),
+            (_, false) => "works on the cpu only".to_string(),
+            _ => format!(
+                "would keep {} bytes of each of {} tokens, which memory_budget has no room for: leave it \
+                 unset, or sample fewer or shorter completions",
+                memory.recorded(1),
+                sampled.0
+            ),
+        };
+        Err(Error::usage(format!("reuse_activations = true {reason}")))
+    }
+
+    fn memory(&self) -> MemoryModel<'_> {
+        MemoryModel::new(self.policy.config(), &self.adapters, self.policy.bytes())
     }
 
     /// How many of `wanted` sequences of `tokens` tokens the cache of keys and values can hold in the
-    /// plan's memory; at least one.
-    pub fn sequences_that_fit(&self, tokens: usize, wanted: usize, plan: &Plan) -> usize {
-        let policy = self.policy;
-        let memory = MemoryModel::new(policy.config(), &self.adapters, policy.bytes());
+    /// plan's memory, of which what sampling computes of `kept` tokens is taken; at least one.
+    pub fn sequences_that_fit(
+        &self,
+        tokens: usize,
+        wanted: usize,
+        (plan, kept): (&Plan, usize),
+    ) -> usize {
+        let memory = self.memory();
         let Some(budget) = plan.budget.bytes else { return wanted };
-        let room = budget.saturating_sub(memory.sampling());
+        let room = budget.saturating_sub(memory.sampling() + memory.recorded(kept));
         wanted.min(room / memory.cached_sequence(tokens).max(1)).max(1)
     }
 

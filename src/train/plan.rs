@@ -136,7 +136,8 @@ impl Plan {
     ) -> Option<Self> {
         let sampling = memory.sampling() + sequences * memory.cached_sequence(case.sequence);
         let update = memory.peak(PassSize { gradient_checkpointing: true, ..self.pass(case) });
-        let bytes = memory.recorded(tokens) + sampling.max(update);
+        // further updates on the same completions have nothing recorded, but a forward pass
+        let bytes = (memory.recorded(tokens) + sampling.max(update)).max(self.bytes);
         Some(Plan { reuse_activations: true, bytes, ..self }).filter(Plan::fits)
     }
 

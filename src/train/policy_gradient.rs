@@ -12,6 +12,7 @@ use super::loss::policy::{Completion, CompletionLoss, Normaliser, PolicyLoss};
 use crate::adapter::Adapter;
 use crate::model::Policy;
 use crate::ops::{Distribution, GradientSums, Gradients, Pull, Tape, Value, add};
+use crate::random::Stream;
 use crate::rollout::{self, Group, SamplingParams};
 use crate::{Error, Result};
 
@@ -244,11 +245,11 @@ impl Part<'_> {
         };
         let plain = Distribution { temperature: sampling.temperature, ..Distribution::default() };
         let of = Distributions { sampled: sampling.distribution(&rules), plain };
-        let recorded = packed.recorded(self.step.groups).filter(|_| self.is_known());
-        let trace = match recorded {
+        let known = self.is_known();
+        let trace = match known.then(|| packed.recorded(self.step.groups)).flatten() {
             Some(recorded) => {
-                let version = self.step.groups[chosen[0].0].version as usize;
-                let checked = version % policy.config().layers.len();
+                let version = self.step.groups[chosen[0].0].version;
+                let checked = Stream::new(&[version]).bits() as usize;
                 policy.retrace(&packed.batch, self.adapters, &recorded, checked)?
             }
             None => {
