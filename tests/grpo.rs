@@ -364,8 +364,9 @@ fn reusing_what_sampling_computed_changes_nothing_but_memory_and_time() {
         };
         assert_same_run(&run(true), &run(false), keys);
     }
-    let refused =
-        place.run("refused", &format!("{REWARDS} --reuse_activations true --memory_budget 40MiB"));
+    let much = "--num_generations 64 --max_completion_length 400 --memory_budget 60MiB";
+    let keys = format!("{REWARDS} {much} --reuse_activations true");
+    let refused = place.run("refused", &keys);
     let said = refused.only_sentence(2);
     assert!(said.contains("memory_budget has no room for: leave it unset"), "{said}");
 }
