@@ -183,6 +183,32 @@ pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
     }
 }
 
+/// As [`multiply_f32`]; for every four links the next line from `fetch` on, whose address need not be valid,
+/// is fetched instead of what lies ahead of the strip.
+///
+/// # Safety
+/// As [`multiply_f32`].
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn multiply_f32_fetching(strip: &Strip<f32, f32>, fetch: *const u16) {
+    // SAFETY: as above.
+    unsafe {
+        tile!(
+            strip,
+            "",
+            concat!(
+                "prefetcht0 byte ptr [{fetch}]\n",
+                link!(0, 0),
+                link!(4, 64),
+                "add {fetch}, 64\n",
+                link!(8, 128),
+                link!(12, 192)
+            ),
+            256,
+            fetch = inout(reg) fetch => _,
+        );
+    }
+}
+
 /// As [`multiply_f32`], with bf16 panels, which are written to `kept` as `f32` panels on the way.
 ///
 /// # Safety

@@ -79,7 +79,8 @@ pub(crate) struct Strip<A, B> {
     /// 1 or 2, and the elements from panel to panel.
     pub panels: usize,
     pub panel_stride: usize,
-    /// How many elements further on the next strip's panels lie, which the first rows fetch; 0 = nowhere.
+    /// How many elements further on the next strip's panels lie (wrapping), which the first rows fetch, or
+    /// where there are many the rows after them; 0 = nowhere.
     pub ahead: usize,
     /// What the next strip's panels are filled from, fetched bit by bit.
     pub fetch: Fetch,
@@ -123,13 +124,30 @@ pub(crate) unsafe fn multiply_f32(
 /// As [`multiply`] of a strip for which [`is_tall`] holds; `kept` has room for two `f32` panels.
 #[cfg(target_arch = "x86_64")]
 pub(crate) unsafe fn multiply_widened(level: CpuLevel, mut strip: Strip<f32, u16>, kept: *mut f32) {
-    // SAFETY: the caller's promise; the first rows have filled the panels.
+    let many = strip.rows >= FETCHING_ROWS;
+    let places = (many && strip.ahead != 0).then(|| strip.places_ahead());
+    if many {
+        strip.ahead = 0;
+    }
+    // SAFETY: the caller's promise; the first rows have filled the panels, and many are four tiles more.
     unsafe {
         matmul_tall::multiply_bf16(&strip, kept);
         strip.advance(matmul_tall::ROWS);
-        multiply_f32(level, strip.with_panels(kept, strip.k * LANES));
+        let mut rest = strip.with_panels(kept.cast_const(), strip.k * LANES);
+        for fetch in places.into_iter().flatten() {
+            matmul_tall::multiply_f32_fetching(&rest, fetch);
+            rest.advance(matmul_tall::ROWS);
+        }
+        if rest.rows > 0 {
+            multiply_f32(level, rest);
+        }
     }
 }
+
+/// Rows of a strip of bf16 panels from which on four tiles of `f32` panels fetch what lies ahead bit by bit;
+/// of fewer rows the first ones do, at once.
+#[cfg(target_arch = "x86_64")]
+const FETCHING_ROWS: usize = 5 * matmul_tall::ROWS;
 
 /// Whether strips of this size have code of their own at this level.
 #[cfg(target_arch = "x86_64")]
@@ -239,6 +257,17 @@ impl<A: Copy, B: Copy> Strip<A, B> {
         self.init = self.init.wrapping_add(rows * self.ldi);
         self.y = self.y.wrapping_add(rows * self.ldy);
         self.ahead = 0;
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<A> Strip<A, u16> {
+    /// The places that lie ahead, each the start of as many lines as there are fours of links: the halves of
+    /// both panels.
+    fn places_ahead(&self) -> [*const u16; 4] {
+        let (ahead, half) = (self.b.wrapping_add(self.ahead), self.k / 2 * LANES);
+        let place = |at: usize| ahead.wrapping_add(at);
+        [0, half, self.panel_stride, self.panel_stride + half].map(place)
     }
 }
 
