@@ -3,7 +3,7 @@
 //!
 //! `cargo bench --bench grpo_step -- [--steps 1] [--adapter steering|lora] [--dtype f32|bf16]
 //! [--matmul_precision highest|high|medium] [--beta 0] [--micro_batch_tokens N]
-//! [--reuse_activations true|false] [--profile TRACE]`
+//! [--steering_layers all] [--reuse_activations true|false] [--profile TRACE]`
 //!
 //! Nothing ends a completion before its 128 tokens. Needs gsm8k/train.jsonl (docs/data.md). The last line
 //! of the output is `key value ...`.
@@ -96,7 +96,10 @@ fn config(flags: &Flags) -> Result<GrpoConfig> {
         config.grpo.beta = beta;
     }
     config.optim.micro_batch_tokens = flags.count("--micro_batch_tokens");
-    config.grpo.reuse_activations = flags.value("--reuse_activations").and_then(|v| v.parse().ok());
+    if let Some(layers) = flags.value("--steering_layers") {
+        config.adapter.steering_layers = layers.parse().map_err(|e: String| Error::usage(e))?;
+    }
+    config.grpo.reuse_activations = flags.value("--reuse_activations") == Some("true");
     config.validate()?;
     Ok(config)
 }

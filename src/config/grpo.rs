@@ -68,9 +68,9 @@ pub struct GrpoArgs {
     pub dynamic_sampling: bool,
     /// Rounds of replacing in a step at most.
     pub dynamic_sampling_rounds: usize,
-    /// Keep what sampling computed (the outputs of all blocks) and begin updates with it instead of a
-    /// forward pass; changes memory and time, not results; unset = where memory_budget has room.
-    pub reuse_activations: Option<bool>,
+    /// Keep the outputs of all blocks while sampling, and begin updates with them instead of a forward
+    /// pass; changes memory and time, not results.
+    pub reuse_activations: bool,
     /// Show some completions with their rewards at every logging step.
     pub log_completions: bool,
     /// How many of them.
@@ -100,7 +100,7 @@ impl Default for GrpoArgs {
             mask_truncated_completions: false,
             dynamic_sampling: false,
             dynamic_sampling_rounds: 3,
-            reuse_activations: None,
+            reuse_activations: false,
             log_completions: false,
             num_completions_to_print: 2,
         }
@@ -274,7 +274,7 @@ impl RunConfig for GrpoConfig {
         let of_sampling = self.sampling.rollout_matmul_precision;
         let other = of_sampling.is_some_and(|p| p != self.model.matmul_precision);
         require(
-            !(other && self.grpo.reuse_activations == Some(true)),
+            !(other && self.grpo.reuse_activations),
             "reuse_activations = true wants rollout_matmul_precision unset: another precision computes \
              something else",
         )?;
@@ -338,7 +338,7 @@ mod tests {
         assert!(text.contains("2 numbers for 1 reward_funcs"), "{text}");
         let text = refused(|c| {
             c.sampling.rollout_matmul_precision = Some(MatmulPrecision::Medium);
-            c.grpo.reuse_activations = Some(true);
+            c.grpo.reuse_activations = true;
         });
         assert!(text.contains("rollout_matmul_precision unset"), "{text}");
         let text = refused(|c| c.grpo.reference = Reference::Adapter);

@@ -338,13 +338,12 @@ impl<'a> Trainer<'a> for GrpoTrainer<'a> {
         self.plan = self.learner.plan(case, before)?;
         let wanted = self.options.max_batch.min(grpo.prompts_per_step * grpo.num_generations);
         let rounds = if grpo.dynamic_sampling { 1 + grpo.dynamic_sampling_rounds } else { 1 };
-        let (sampled, reuse) = (rounds * case.step, grpo.reuse_activations);
-        let kept = if reuse == Some(true) { sampled } else { 0 };
+        let kept = if grpo.reuse_activations { rounds * case.step } else { 0 };
         let learner = &self.learner;
         let fitting = learner.sequences_that_fit(case.sequence, wanted, (&self.plan, kept));
         self.options.max_batch = fitting;
-        if self.sampler.is_none() {
-            self.plan = learner.plan_reuse(self.plan, case, (sampled, fitting), reuse)?;
+        if grpo.reuse_activations {
+            self.plan = learner.plan_reuse(self.plan, case, (kept, fitting))?;
         }
         Ok(self.plan)
     }

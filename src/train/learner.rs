@@ -120,37 +120,29 @@ impl<'a> Learner<'a> {
         Plan::choose(&optim, case, &self.memory(), budget)
     }
 
-    /// The plan with what sampling computes kept for the updates, or as it is where there is no room:
-    /// `sampled` is how many tokens a step samples, and how many sequences at once.
+    /// The plan with what sampling computes kept for the updates: `sampled` is how many tokens a step
+    /// samples, and how many sequences at once.
     ///
     /// # Errors
-    /// Usage, if that is `wanted` and cannot be.
+    /// Usage, if that does not fit, or the policy is not on the CPU.
     pub fn plan_reuse(
         &self,
         plan: Plan,
         case: LongestCase,
         sampled: (usize, usize),
-        wanted: Option<bool>,
     ) -> Result<Plan> {
-        if wanted == Some(false) {
-            return Ok(plan);
-        }
-        let on_cpu = self.policy.engine().device().is_cpu();
         let memory = self.memory();
-        if let Some(plan) = plan.reusing(case, &memory, sampled).filter(|_| on_cpu) {
-            return Ok(plan);
+        if !self.policy.engine().device().is_cpu() {
+            return Err(Error::usage("reuse_activations works on the cpu only: leave it unset"));
         }
-        let reason = match (wanted, on_cpu) {
-            (None, _) => return Ok(plan),
-            (_, false) => "works on the cpu only".to_string(),
-            _ => format!(
-                "would keep {} bytes of each of {} tokens, which memory_budget has no room for: leave it \
-                 unset, or sample fewer or shorter completions",
+        plan.reusing(case, &memory, sampled).ok_or_else(|| {
+            Error::usage(format!(
+                "reuse_activations would keep {} bytes of each of {} tokens, which memory_budget has no \
+                 room for: leave it unset, or sample fewer or shorter completions",
                 memory.recorded(1),
                 sampled.0
-            ),
-        };
-        Err(Error::usage(format!("reuse_activations = true {reason}")))
+            ))
+        })
     }
 
     fn memory(&self) -> MemoryModel<'_> {

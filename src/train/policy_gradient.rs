@@ -144,7 +144,8 @@ impl Sums {
 /// not computed.
 ///
 /// # Errors
-/// If the loss is not finite, or on the CPU an on-policy log-prob is not the sampled one.
+/// If the loss is not finite, or on the CPU an on-policy log-prob, or the output of the block that is
+/// compared, is not that of sampling.
 pub fn gradients(
     policy: &Policy,
     adapters: &[Box<dyn Adapter>],
