@@ -86,7 +86,7 @@ pub trait Adapter {
         Ok(h)
     }
 
-    /// Whether it shifts anything at a site of a layer.
+    /// Whether [`Adapter::shift`] does anything at a site of a layer.
     fn steers(&self, layer: usize, site: Site) -> bool;
 
     /// What is added to the output of a matrix whose input is x [N, in].

@@ -414,10 +414,7 @@ impl<'a> Product<'a> {
     ) {
         let (rows, column) = (step.rows.len(), step.panel * LANES);
         let first = step.k0 == 0;
-        let ahead = |(panels, links): &(Range<usize>, Range<usize>)| {
-            let further = panels.start.wrapping_sub(step.panel).wrapping_mul(panel_stride);
-            further.wrapping_add(links.start.wrapping_sub(step.k0).wrapping_mul(LANES))
-        };
+        let follows = step.next.as_ref().is_some_and(|(panels, _)| panels.start > step.panel);
         let mut strip = Strip {
             rows,
             k: step.kc,
@@ -426,7 +423,7 @@ impl<'a> Product<'a> {
             b,
             panels: step.panels,
             panel_stride,
-            ahead: step.next.as_ref().filter(|_| stored).map_or(0, ahead),
+            ahead: if stored && follows { step.panels * panel_stride } else { 0 },
             fetch: step.fetch,
             init: self.start[column..].as_ptr(),
             ldi: 0,

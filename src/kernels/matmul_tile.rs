@@ -79,8 +79,8 @@ pub(crate) struct Strip<A, B> {
     /// 1 or 2, and the elements from panel to panel.
     pub panels: usize,
     pub panel_stride: usize,
-    /// How many elements further on the next strip's panels lie (wrapping), which the first rows fetch, or
-    /// where there are many the rows after them; 0 = nowhere.
+    /// How many elements further on the next strip's panels lie, which the first rows fetch, or those after
+    /// them where bf16 panels have many rows; 0 = nowhere.
     pub ahead: usize,
     /// What the next strip's panels are filled from, fetched bit by bit.
     pub fetch: Fetch,
@@ -138,9 +138,7 @@ pub(crate) unsafe fn multiply_widened(level: CpuLevel, mut strip: Strip<f32, u16
             matmul_tall::multiply_f32_fetching(&rest, fetch);
             rest.advance(matmul_tall::ROWS);
         }
-        if rest.rows > 0 {
-            multiply_f32(level, rest);
-        }
+        multiply_f32(level, rest);
     }
 }
 
@@ -248,7 +246,7 @@ impl<A: Copy, B: Copy> Strip<A, B> {
         self.fetch.lines().div_ceil(self.rows.div_ceil(rows).max(1))
     }
 
-    /// Leaves out the first `rows`, which have fetched what lies ahead. Nothing is left after the last, where
+    /// Leaves out the first `rows`; those that are left fetch nothing of what lies ahead. Nothing is left after the last, where
     /// the pointers may be outside of what they belong to.
     #[inline(always)]
     fn advance(&mut self, rows: usize) {

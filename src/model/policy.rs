@@ -9,7 +9,7 @@ use super::batch::Batch;
 use super::block::{Block, Pass};
 use super::config::ModelConfig;
 use super::recording::{Recorded, Recording};
-use super::trace::Trace;
+use super::trace::{Trace, lowest};
 use super::weights::Weights;
 use crate::Result;
 use crate::adapter::Adapter;
@@ -145,8 +145,13 @@ impl Policy {
     ) -> Result<Tensor> {
         let mut pass = self.pass(Cow::Borrowed(batch), adapters);
         pass.cache = Some((cache, slots));
-        let mut outputs = Vec::with_capacity(self.blocks.len());
-        let hidden = self.run(batch, &mut pass, &mut |out| outputs.push(out.clone()))?;
+        let first = lowest(self, adapters).min(self.blocks.len()).saturating_sub(1);
+        let (mut outputs, mut layers) = (Vec::with_capacity(self.blocks.len()), 0..);
+        let mut see = |out: &Tensor| {
+            let layer = layers.next().filter(|layer| *layer >= first);
+            outputs.extend(layer.map(|layer| (layer, out.clone())));
+        };
+        let hidden = self.run(batch, &mut pass, &mut see)?;
         recording.push(&self.engine, outputs, rows)?;
         Ok(hidden)
     }

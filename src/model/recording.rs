@@ -7,11 +7,12 @@ use candle_core::Tensor;
 use crate::ops::{Engine, pick_rows};
 use crate::{Error, Result};
 
-/// The outputs of all blocks in some passes of a policy, before what adapters add after a block.
+/// The outputs of blocks in some passes of a policy, before what adapters add after a block: of all that the
+/// way back reads, from the block below the lowest adapter on.
 #[derive(Debug, Default)]
 pub struct Recording {
     /// Of each pass and layer, [N, D].
-    passes: Vec<Vec<Tensor>>,
+    passes: Vec<Vec<(usize, Tensor)>>,
 }
 
 /// A token in a [`Recording`]: its pass, and its row there.
@@ -26,10 +27,10 @@ pub struct Recorded {
     pub rows: Vec<RecordedRow>,
 }
 
-/// What tokens are does not depend on what was kept of their computation.
+/// Recordings are equal if they name the same rows: what they hold follows from tokens and adapters.
 impl PartialEq for Recorded {
-    fn eq(&self, _: &Self) -> bool {
-        true
+    fn eq(&self, other: &Self) -> bool {
+        self.rows == other.rows
     }
 }
 
@@ -39,19 +40,19 @@ impl Recording {
         self.passes.len() as u32
     }
 
-    /// Takes in `rows` of the outputs of a pass's blocks [N, D], the lowest first.
+    /// Takes in `rows` of the outputs of a pass's blocks, each with its layer and [N, D], the lowest first.
     pub(super) fn push(
         &mut self,
         engine: &Engine,
-        outputs: Vec<Tensor>,
+        outputs: Vec<(usize, Tensor)>,
         rows: &[u32],
     ) -> Result<()> {
-        let some = |output: Tensor| -> Result<Tensor> {
+        let some = |(layer, output): (usize, Tensor)| -> Result<(usize, Tensor)> {
             if output.dim(0)? == rows.len() {
-                return Ok(output);
+                return Ok((layer, output));
             }
             let places: Vec<_> = rows.iter().map(|row| (&output, *row as usize)).collect();
-            pick_rows(engine, &places)
+            Ok((layer, pick_rows(engine, &places)?))
         };
         if !rows.is_empty() {
             self.passes.push(outputs.into_iter().map(some).collect::<Result<_>>()?);
@@ -60,7 +61,8 @@ impl Recording {
     }
 
     fn output(&self, pass: u32, layer: usize) -> Result<&Tensor> {
-        let output = self.passes.get(pass as usize).and_then(|pass| pass.get(layer));
+        let mut outputs = self.passes.get(pass as usize).into_iter().flatten();
+        let output = outputs.find(|(of, _)| *of == layer).map(|(_, output)| output);
         output.ok_or_else(|| Error::failure(format!("layer {layer} was not recorded")))
     }
 }

@@ -132,7 +132,7 @@ impl<'a> Trace<'a> {
 }
 
 /// The lowest layer that has an adapter; that above the last one without any.
-fn lowest(policy: &Policy, adapters: &[Box<dyn Adapter>]) -> usize {
+pub(super) fn lowest(policy: &Policy, adapters: &[Box<dyn Adapter>]) -> usize {
     let layers = adapters.iter().filter_map(|adapter| adapter.lowest_layer());
     layers.min().unwrap_or(policy.blocks.len())
 }

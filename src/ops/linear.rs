@@ -58,8 +58,8 @@ pub fn linears<const N: usize>(tape: &Tape, x: &Value, maps: [Linear; N]) -> Res
     results.try_into().map_err(|_| Error::failure("a linear map has no result"))
 }
 
-/// A linear map of x [N, in] whose result nobody reads, only the gradient's way through it is wanted:
-/// `stand_in` [N, out] takes the result's place, and nothing is multiplied.
+/// A linear map of x [N, in] whose result nobody reads: only the gradient's way through it is wanted.
+/// `stand_in` [N, out] takes the result's place, so that fused products are spared.
 pub fn linear_unread(tape: &Tape, x: &Value, map: Linear, stand_in: &Tensor) -> Result<Value> {
     if !tape.engine().fused() {
         return composed(tape, x, &map);

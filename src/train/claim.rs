@@ -224,7 +224,7 @@ fn set_aside(path: &Path) -> Result<PathBuf> {
 }
 
 /// Keys that may change when a run goes on without changing what it computes.
-const FREE_KEYS: [&str; 11] = [
+const FREE_KEYS: [&str; 12] = [
     "resume_from_checkpoint",
     "dry_run",
     "output_dir",
@@ -236,6 +236,7 @@ const FREE_KEYS: [&str; 11] = [
     "micro_batch_tokens",
     "gradient_checkpointing",
     "memory_budget",
+    "reuse_activations",
 ];
 
 /// Keys that say what the parameters of a checkpoint mean.

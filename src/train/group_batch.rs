@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use crate::model::{Batch, Recorded};
 use crate::ops::{RowRule, Target};
 use crate::rollout::Group;
+use crate::{Error, Result};
 
 /// Completions that are computed at once, by their group and their place in it.
 pub type Chosen = Vec<(usize, Vec<usize>)>;
@@ -92,19 +93,24 @@ impl GroupBatch {
         GroupBatch { batch, targets, completions, of }
     }
 
-    /// What the sampling of each of the batch's segments computed, if all of that was kept.
-    pub fn recorded<'a>(&self, groups: &'a [Group]) -> Option<Vec<&'a Recorded>> {
+    /// What the sampling of each of the batch's segments computed, if that was kept.
+    ///
+    /// # Errors
+    /// If it was kept in part only.
+    pub fn recorded<'a>(&self, groups: &'a [Group]) -> Result<Option<Vec<&'a Recorded>>> {
         let mut all = Vec::with_capacity(self.batch.segments().len());
         for of_group in self.completions.chunk_by(|a, b| a.0 == b.0) {
             let group = &groups[of_group[0].0];
-            all.push(group.recorded.as_ref()?);
-            for (_, c) in of_group {
-                let recorded = group.completions[*c].recorded.as_ref()?;
-                all.extend(Some(recorded).filter(|recorded| !recorded.rows.is_empty()));
-            }
+            let Some(prompt) = &group.recorded else { return Ok(None) };
+            all.push(prompt);
+            let completions = of_group.iter().map(|(_, c)| &group.completions[*c].recorded);
+            all.extend(completions.flatten().filter(|recorded| !recorded.rows.is_empty()));
         }
         let lengths = self.batch.segments().iter().map(|segment| segment.len);
-        all.iter().map(|recorded| recorded.rows.len()).eq(lengths).then_some(all)
+        match all.iter().map(|recorded| recorded.rows.len()).eq(lengths) {
+            true => Ok(Some(all)),
+            false => Err(Error::failure("sampling kept a part of what it computed; this is a bug")),
+        }
     }
 
     /// The values of targets, gathered by completion.

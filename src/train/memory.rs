@@ -54,9 +54,17 @@ impl<'a> MemoryModel<'a> {
         4 * of_token * tokens.next_multiple_of(PAGE)
     }
 
-    /// Bytes of the outputs of all blocks at `tokens` tokens.
+    /// Bytes of what sampling keeps of `tokens` tokens for updates: the outputs of the blocks from below the
+    /// lowest adapter on.
     pub fn recorded(&self, tokens: usize) -> usize {
-        4 * self.config.layers.len() * self.config.hidden_size * tokens
+        let layers = self.config.layers.len() - self.lowest().saturating_sub(1);
+        4 * layers * self.config.hidden_size * tokens
+    }
+
+    /// The lowest layer that has an adapter.
+    fn lowest(&self) -> usize {
+        let lowest = self.adapters.iter().filter_map(|adapter| adapter.lowest_layer()).min();
+        lowest.unwrap_or(self.config.layers.len())
     }
 
     /// Bytes that the process takes while it samples, besides the cache.
@@ -70,8 +78,7 @@ impl<'a> MemoryModel<'a> {
     fn activations(&self, size: PassSize) -> usize {
         let (hidden, block) = (self.config.hidden_size, self.block());
         let layers = self.config.layers.len();
-        let lowest = self.adapters.iter().filter_map(|adapter| adapter.lowest_layer()).min();
-        let lowest = lowest.unwrap_or(layers);
+        let lowest = self.lowest();
         let kept: usize = match size.gradient_checkpointing {
             true => (layers - lowest) * hidden,
             false => (lowest..layers).map(|layer| self.kept(layer, layer > lowest)).sum(),

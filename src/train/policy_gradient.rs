@@ -246,8 +246,11 @@ impl Part<'_> {
         };
         let plain = Distribution { temperature: sampling.temperature, ..Distribution::default() };
         let of = Distributions { sampled: sampling.distribution(&rules), plain };
-        let known = self.is_known();
-        let trace = match known.then(|| packed.recorded(self.step.groups)).flatten() {
+        let recorded = match self.is_known() {
+            true => packed.recorded(self.step.groups)?,
+            false => None,
+        };
+        let trace = match recorded {
             Some(recorded) => {
                 let version = self.step.groups[chosen[0].0].version;
                 let checked = Stream::new(&[version]).bits() as usize;
