@@ -185,7 +185,8 @@ impl Policy {
     /// [`Policy::trace`] of tokens that passes with the same adapters have recorded, segment by segment: no
     /// block is computed before the way back, which begins each from its recorded input and output.
     ///
-    /// On the CPU. One block's output, `checked` says which, is computed nevertheless.
+    /// On the CPU. One block's output is computed nevertheless: that of layer `checked`, counted round and
+    /// round from the lowest adapted one on.
     ///
     /// # Errors
     /// On the way back, if that output is not the recorded one to the bit.
