@@ -99,7 +99,11 @@ fn config(flags: &Flags) -> Result<GrpoConfig> {
     if let Some(layers) = flags.value("--steering_layers") {
         config.adapter.steering_layers = layers.parse().map_err(|e: String| Error::usage(e))?;
     }
-    config.grpo.reuse_activations = flags.value("--reuse_activations") == Some("true");
+    config.grpo.reuse_activations = match flags.value("--reuse_activations") {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(_) => return Err(Error::usage("--reuse_activations expects true or false")),
+    };
     config.validate()?;
     Ok(config)
 }

@@ -35,7 +35,7 @@ impl Group {
 
 /// Samples `num_generations` completions of each prompt, given as (number in the run, row, token ids).
 /// The prompt is computed once for its group; `on_done` sees how many completions are finished. With
-/// `record` the groups keep what was computed, 4 L D bytes a token.
+/// `record` the groups keep what was computed, 4 D bytes a token and block from below the lowest adapter on.
 ///
 /// # Errors
 /// As [`Generator::run`].
