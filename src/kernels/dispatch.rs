@@ -56,6 +56,15 @@ impl CpuLevel {
         self.multiplies_pairs() && *FAST.get_or_init(|| has_fast_pairs(&vendor()))
     }
 
+    /// Whether pairs of sixteen-bit integers are multiplied by one instruction at this level (AVX-512 VNNI).
+    pub(crate) fn multiplies_integers(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if self.has_avx512() {
+            return is_x86_feature_detected!("avx512vnni");
+        }
+        false
+    }
+
     /// Whether tiles of bf16 are multiplied by one instruction at this level (AMX).
     pub(crate) fn multiplies_tiles(self) -> bool {
         #[cfg(test)]

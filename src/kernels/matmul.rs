@@ -17,6 +17,8 @@ use super::lanes::LANES;
 use super::low_rank_term::LowRankTerm;
 #[cfg(any(target_arch = "x86_64", test))]
 use super::matmul_amx::Chunk;
+#[cfg(target_arch = "x86_64")]
+use super::matmul_block_float::Integers;
 use super::matmul_cut::cut;
 use super::matmul_fetch::Fetch;
 use super::matmul_form::{Form, Panels, Step};
@@ -55,6 +57,8 @@ pub(crate) enum Way {
     Plain,
     /// Rounded, as pairs of bf16.
     Pairs,
+    /// Rounded, as pairs of integers in a common unit.
+    BlockFloat,
     /// Rounded, as tiles of bf16.
     Tiles,
     /// Cut into halves, as tiles of bf16.
@@ -67,6 +71,7 @@ impl Way {
             MatmulPrecision::High if level.multiplies_tiles() => Way::HalfTiles,
             MatmulPrecision::Medium if level.multiplies_tiles() => Way::Tiles,
             MatmulPrecision::Medium if level.multiplies_pairs_fast() => Way::Pairs,
+            MatmulPrecision::Medium if level.multiplies_integers() => Way::BlockFloat,
             _ => Way::Plain,
         }
     }
@@ -183,6 +188,7 @@ pub(crate) fn product_by(
         outputs.into_iter().filter_map(|output| Product::new(level, axis, x, output)).collect();
     assert!(jobs.windows(2).all(|w| w[0].k == w[1].k), "the weights want different inputs");
     assert!(way != Way::Pairs || level.multiplies_pairs(), "the level has no pairs");
+    assert!(way != Way::BlockFloat || level.multiplies_integers(), "the level has no integers");
     match way {
         #[cfg(any(target_arch = "x86_64", test))]
         Way::Tiles => compute::<Chunk<1>>(&jobs),
@@ -190,6 +196,8 @@ pub(crate) fn product_by(
         Way::HalfTiles => compute::<Chunk<2>>(&jobs),
         #[cfg(target_arch = "x86_64")]
         Way::Pairs => compute::<Pair>(&jobs),
+        #[cfg(target_arch = "x86_64")]
+        Way::BlockFloat => compute::<Integers>(&jobs),
         _ => compute::<f32>(&jobs),
     }
 }

@@ -9,7 +9,9 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::lanes::LANES;
+use super::matmul_block_float::Integers;
 use super::matmul_tile::Strip;
+use super::pack::PairRow;
 
 /// Rows of a tile; with two panels, 24 sums stay in registers.
 pub(crate) const ROWS: usize = 12;
@@ -20,31 +22,31 @@ pub(crate) const LINKS: usize = 4;
 
 /// A row of the link `at` bytes from the row's place: both panels' products are added to its two sums.
 macro_rules! row {
-    ($at:literal, $row:literal, $a:literal, $sum0:literal, $sum1:literal) => {
+    ($add:literal, $at:literal, $row:literal, $a:literal, $sum0:literal, $sum1:literal) => {
         concat!(
             concat!("vbroadcastss zmm", $a, ", dword ptr [", $row, " + ", $at, "]\n"),
-            concat!("vfmadd231ps zmm", $sum0, ", zmm0, zmm", $a, "\n"),
-            concat!("vfmadd231ps zmm", $sum1, ", zmm1, zmm", $a, "\n"),
+            concat!($add, " zmm", $sum0, ", zmm0, zmm", $a, "\n"),
+            concat!($add, " zmm", $sum1, ", zmm1, zmm", $a, "\n"),
         )
     };
 }
 
 /// All rows of the link `at` bytes from the rows' places; the panels' numbers are in registers 0 and 1.
 macro_rules! rows {
-    ($at:literal) => {
+    ($add:literal, $at:literal) => {
         concat!(
-            row!($at, "{row0}", 3, 8, 9),
-            row!($at, "{row0} + {lda}", 4, 10, 11),
-            row!($at, "{row0} + 2 * {lda}", 5, 12, 13),
-            row!($at, "{row3}", 6, 14, 15),
-            row!($at, "{row3} + {lda}", 7, 16, 17),
-            row!($at, "{row3} + 2 * {lda}", 3, 18, 19),
-            row!($at, "{row6}", 4, 20, 21),
-            row!($at, "{row6} + {lda}", 5, 22, 23),
-            row!($at, "{row6} + 2 * {lda}", 6, 24, 25),
-            row!($at, "{row9}", 7, 26, 27),
-            row!($at, "{row9} + {lda}", 3, 28, 29),
-            row!($at, "{row9} + 2 * {lda}", 4, 30, 31),
+            row!($add, $at, "{row0}", 3, 8, 9),
+            row!($add, $at, "{row0} + {lda}", 4, 10, 11),
+            row!($add, $at, "{row0} + 2 * {lda}", 5, 12, 13),
+            row!($add, $at, "{row3}", 6, 14, 15),
+            row!($add, $at, "{row3} + {lda}", 7, 16, 17),
+            row!($add, $at, "{row3} + 2 * {lda}", 3, 18, 19),
+            row!($add, $at, "{row6}", 4, 20, 21),
+            row!($add, $at, "{row6} + {lda}", 5, 22, 23),
+            row!($add, $at, "{row6} + 2 * {lda}", 6, 24, 25),
+            row!($add, $at, "{row9}", 7, 26, 27),
+            row!($add, $at, "{row9} + {lda}", 3, 28, 29),
+            row!($add, $at, "{row9} + 2 * {lda}", 4, 30, 31),
         )
     };
 }
@@ -73,22 +75,35 @@ macro_rules! keep {
 
 /// The link `at` bytes from the rows' places, of `f32` panels.
 macro_rules! link {
-    ($at:literal, $line:literal) => {
-        concat!(read!("vmovups", "", $line, ""), rows!($at))
+    ($add:literal, $at:literal, $line:literal) => {
+        concat!(read!("vmovups", "", $line, ""), rows!($add, $at))
+    };
+}
+
+/// Four links of `f32` panels, with code between them.
+macro_rules! links {
+    ($add:literal, $between:literal) => {
+        concat!(
+            link!($add, 0, 0),
+            link!($add, 4, 64),
+            $between,
+            link!($add, 8, 128),
+            link!($add, 12, 192),
+        )
     };
 }
 
 /// The first link of a line of bf16 pairs, their lower halves, which is kept.
 macro_rules! even {
     ($at:literal, $line:literal, $kept:literal) => {
-        concat!(read!("vpslld", "", $line, ", 16"), keep!($kept), rows!($at))
+        concat!(read!("vpslld", "", $line, ", 16"), keep!($kept), rows!("vfmadd231ps", $at))
     };
 }
 
 /// The second link of a line of bf16 pairs, their upper halves, which is kept.
 macro_rules! odd {
     ($at:literal, $line:literal, $kept:literal) => {
-        concat!(read!("vpandd", "zmm2, ", $line, ""), keep!($kept), rows!($at))
+        concat!(read!("vpandd", "zmm2, ", $line, ""), keep!($kept), rows!("vfmadd231ps", $at))
     };
 }
 
@@ -102,19 +117,40 @@ macro_rules! fetch {
     };
 }
 
-/// Adds the old numbers to the given sums and writes them; one by one, so that they stay in registers.
+/// Hands `$finish` the strip and each sum with its row and panel; one by one, so that they stay in registers.
 macro_rules! finish {
-    ($strip:ident, $sum:ident, $($i:literal)*) => {$({
-        let (row, column) = ($i / PANELS, $i % PANELS * LANES);
-        let old = _mm512_loadu_ps($strip.init.add(row * $strip.ldi + column));
-        _mm512_storeu_ps($strip.y.add(row * $strip.ldy + column), _mm512_add_ps(old, $sum[$i]));
-    })*};
+    ($finish:ident, $strip:ident, $sum:ident) => {
+        finish!($finish, $strip, $sum, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23)
+    };
+    ($finish:ident, $strip:ident, $sum:ident, $($i:literal)*) => {
+        $($finish($strip, $i / PANELS, $i % PANELS, $sum[$i]);)*
+    };
+}
+
+/// Adds the old number to a sum and writes it.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn add<B>(strip: &Strip<f32, B>, row: usize, panel: usize, sum: __m512) {
+    // SAFETY: the place is inside the shapes stated by the fields.
+    unsafe {
+        let old = _mm512_loadu_ps(strip.init.add(row * strip.ldi + panel * LANES));
+        let y = strip.y.add(row * strip.ldy + panel * LANES);
+        _mm512_storeu_ps(y, _mm512_add_ps(old, sum));
+    }
+}
+
+/// As [`add`], of a sum of integers.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn add_scaled(strip: &Strip<Integers, PairRow>, row: usize, panel: usize, sum: __m512) {
+    // SAFETY: the caller's promise.
+    unsafe { strip.add_scaled(row, panel, _mm512_castps_si512(sum)) }
 }
 
 /// A tile: `$links` is the code of four links, `$fetches` that which fetches the next strip's,
-/// `$bytes` the length of a panel's part of them; further operands follow.
+/// `$bytes` the length of a panel's part of them, and `$finish` takes its sums; further operands follow.
 macro_rules! tile {
-    ($strip:ident, $fetches:expr, $links:expr, $bytes:literal, $($operands:tt)*) => {{
+    ($finish:ident, $strip:ident, $fetches:expr, $links:expr, $bytes:literal, $($operands:tt)*) => {{
         let mut sum = [_mm512_setzero_ps(); ROWS * PANELS];
         let row = |i: usize| $strip.a.wrapping_add(i * $strip.lda);
         let ahead = $strip.b.wrapping_add($strip.ahead);
@@ -156,7 +192,7 @@ macro_rules! tile {
             inout("zmm29") sum[21], inout("zmm30") sum[22], inout("zmm31") sum[23],
             options(nostack),
         );
-        finish!($strip, sum, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23);
+        finish!($finish, $strip, sum);
     }};
 }
 
@@ -175,9 +211,10 @@ pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
     // SAFETY: the caller's promise; all offsets are inside the shapes stated by the fields.
     unsafe {
         tile!(
+            add,
             strip,
             concat!(fetch!(0), fetch!(64), fetch!(128), fetch!(192)),
-            concat!(link!(0, 0), link!(4, 64), link!(8, 128), link!(12, 192)),
+            links!("vfmadd231ps", ""),
             256,
         );
     }
@@ -193,16 +230,10 @@ pub(crate) unsafe fn multiply_f32_fetching(strip: &Strip<f32, f32>, fetch: *cons
     // SAFETY: as above.
     unsafe {
         tile!(
+            add,
             strip,
             "",
-            concat!(
-                "prefetcht0 byte ptr [{fetch}]\n",
-                link!(0, 0),
-                link!(4, 64),
-                "add {fetch}, 64\n",
-                link!(8, 128),
-                link!(12, 192)
-            ),
+            concat!("prefetcht0 byte ptr [{fetch}]\n", links!("vfmadd231ps", "add {fetch}, 64\n")),
             256,
             fetch = inout(reg) fetch => _,
         );
@@ -218,6 +249,7 @@ pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
     // SAFETY: as above.
     unsafe {
         tile!(
+            add,
             strip,
             concat!(fetch!(0), fetch!(64)),
             concat!(
@@ -232,4 +264,15 @@ pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
             kept_stride = in(reg) bytes(strip.a, strip.k * LANES),
         );
     }
+}
+
+/// Computes the first twelve rows of a strip of integers with two panels and a multiple of four pairs of
+/// links, of which `strip.k` is the number.
+///
+/// # Safety
+/// As [`multiply`](super::matmul_vnni::multiply), with so many rows, panels and links.
+#[target_feature(enable = "avx512f,avx512vnni")]
+pub(crate) unsafe fn multiply_integers(strip: &Strip<Integers, PairRow>) {
+    // SAFETY: the caller's promise; all offsets are inside the shapes stated by the fields.
+    unsafe { tile!(add_scaled, strip, "", links!("vpdpwssd", ""), 256,) }
 }

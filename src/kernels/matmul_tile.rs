@@ -249,7 +249,7 @@ impl<A: Copy, B: Copy> Strip<A, B> {
     /// Leaves out the first `rows`; those that are left fetch nothing of what lies ahead. Nothing is left after the last, where
     /// the pointers may be outside of what they belong to.
     #[inline(always)]
-    fn advance(&mut self, rows: usize) {
+    pub(crate) fn advance(&mut self, rows: usize) {
         self.rows -= rows;
         self.a = self.a.wrapping_add(rows * self.lda);
         self.init = self.init.wrapping_add(rows * self.ldi);

@@ -28,6 +28,8 @@ pub mod low_rank_term;
 pub mod matmul;
 #[cfg(any(target_arch = "x86_64", test))]
 mod matmul_amx;
+#[cfg(target_arch = "x86_64")]
+mod matmul_block_float;
 mod matmul_cut;
 #[cfg(target_arch = "x86_64")]
 mod matmul_dot;
@@ -37,6 +39,8 @@ mod matmul_form;
 #[cfg(target_arch = "x86_64")]
 mod matmul_tall;
 mod matmul_tile;
+#[cfg(target_arch = "x86_64")]
+mod matmul_vnni;
 pub mod norm;
 pub mod pack;
 pub mod pages;
@@ -53,6 +57,8 @@ mod logp_tests;
 mod low_rank_tests;
 #[cfg(test)]
 mod matmul_amx_tests;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod matmul_block_float_tests;
 #[cfg(test)]
 mod matmul_tests;
 #[cfg(test)]

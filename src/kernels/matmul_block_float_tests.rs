@@ -1,0 +1,154 @@
+//! The promises of products in block floating point: those of the operands rounded as they say, for any
+//! batch, no coarser than bf16.
+
+use half::bf16;
+
+use super::dispatch::CpuLevel;
+use super::matmul::{Axis, Output, Terms, Way, product_by};
+use super::matmul_block_float::{COLUMN_BITS, LINKS, ROW_BITS};
+use super::pack::PackedMatrix;
+use super::testing::{noise, relative_error, sides, with_threads};
+
+/// A product by integers where the machine multiplies them, or nothing (with a visible line).
+fn run(axis: Axis, x: &[f32], w: &PackedMatrix) -> Option<Vec<f32>> {
+    let level = CpuLevel::detect().min(CpuLevel::Avx512);
+    if !level.multiplies_integers() {
+        eprintln!("SKIPPED: the machine has no AVX-512 VNNI");
+        return None;
+    }
+    let (k, columns) = sides(axis, w);
+    let mut y = vec![f32::NAN; x.len() / k * columns];
+    let output = Output { w, terms: Terms::default(), y: &mut y };
+    product_by(Way::BlockFloat, (level, axis), x, vec![output]);
+    Some(y)
+}
+
+/// `[out, in]` numbers as `f32` and as bf16.
+fn storages(w: &[f32], out: usize, in_: usize) -> [PackedMatrix; 2] {
+    [PackedMatrix::from_f32(w, out, in_), PackedMatrix::from_f32_as_bf16(w, out, in_)]
+}
+
+/// The weight as columns of `k` links seen along `axis`, rounded to bf16.
+fn columns(axis: Axis, w: &PackedMatrix) -> Vec<f32> {
+    let (k, n) = sides(axis, w);
+    let plain = w.unpack();
+    let at = |j: usize, i: usize| match axis {
+        Axis::Output => plain[j * k + i],
+        Axis::Input => plain[i * n + j],
+    };
+    let all = (0..n).flat_map(|j| (0..k).map(move |i| (j, i)));
+    all.map(|(j, i)| bf16::from_f32(at(j, i)).to_f32()).collect()
+}
+
+/// Chains of `k` links with the links of each block rounded to integers of `bits`, in their unit.
+fn rounded(chains: &[f32], k: usize, bits: i32) -> Vec<f32> {
+    let round = |block: &[f32]| {
+        let largest = block.iter().fold(0.0f32, |m, x| x.abs().max(m));
+        let exponent = ((largest.to_bits() >> 23) as i32 - 126).max(-112);
+        let unit = 2f64.powi(exponent - bits);
+        block.iter().map(|&x| ((f64::from(x) / unit).round_ties_even() * unit) as f32).collect()
+    };
+    let blocks = chains.chunks(k).flat_map(|chain| chain.chunks(LINKS));
+    blocks.flat_map(|block| -> Vec<f32> { round(block) }).collect()
+}
+
+/// Products of rows and columns of `k` links.
+fn products(rows: &[f32], columns: &[f32], k: usize) -> Vec<f64> {
+    let dot = |row: &[f32], column: &[f32]| {
+        row.iter().zip(column).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum()
+    };
+    let columns = |row| columns.chunks(k).map(move |column| dot(row, column));
+    rows.chunks(k).flat_map(columns).collect()
+}
+
+fn norm(x: impl Iterator<Item = f64>) -> f64 {
+    x.map(|x| x * x).sum::<f64>().sqrt()
+}
+
+#[test]
+fn rows_do_not_depend_on_the_batch_or_the_threads() {
+    for (out, in_) in [(192, 270), (33, 576), (1536, 40)] {
+        for w in storages(&noise(7, out * in_), out, in_) {
+            for axis in [Axis::Output, Axis::Input] {
+                let (k, columns) = sides(axis, &w);
+                let x = noise(3, 2048 * k);
+                let Some(all) = with_threads(1, || run(axis, &x, &w)) else { return };
+                for m in [1, 2, 11, 12, 13, 63, 64, 65, 300, 2048] {
+                    for first in [0, 2048 - m] {
+                        let part = &x[first * k..(first + m) * k];
+                        let y = with_threads(2, || run(axis, part, &w)).unwrap();
+                        assert!(
+                            y == all[first * columns..(first + m) * columns],
+                            "{m} from {first}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_product_is_that_of_the_rounded_operands() {
+    let shapes = [(9, 50, 600), (5, 49, 31), (3, 17, 513), (1, 1, 1), (25, 33, 18), (40, 256, 384)];
+    for (m, out, in_) in shapes {
+        for scale in [1.0, 1e-30, 1e30] {
+            let w: Vec<f32> = noise(7, out * in_).iter().map(|w| w * w * w).collect();
+            for w in storages(&w, out, in_) {
+                for axis in [Axis::Output, Axis::Input] {
+                    let k = sides(axis, &w).0;
+                    let x: Vec<f32> = noise(4, m * k).iter().map(|x| x * x * x * scale).collect();
+                    let columns = rounded(&columns(axis, &w), k, COLUMN_BITS as i32);
+                    let want = products(&rounded(&x, k, ROW_BITS as i32), &columns, k);
+                    let Some(y) = run(axis, &x, &w) else { return };
+                    assert!(relative_error(&y, &want) < 1e-6, "{m} x {k}, {scale}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_largest_sums_stay_in_32_bits() {
+    let w = PackedMatrix::from_f32_as_bf16(&[255.0; 16 * LINKS], 16, LINKS);
+    // rounds up to a power of two
+    let x = [1.0f32.next_down(); 12 * LINKS];
+    let Some(y) = run(Axis::Output, &x, &w) else { return };
+    assert!(y.iter().all(|&y| y == 255.0 * LINKS as f32));
+    let Some(y) = run(Axis::Output, &x.map(|x| -x), &w) else { return };
+    assert!(y.iter().all(|&y| y == -255.0 * LINKS as f32));
+}
+
+#[test]
+fn rounding_is_no_coarser_than_to_bf16() {
+    let (m, out, in_) = (24, 96, 576);
+    // normal numbers, without and with some that are fifty times as large in a row
+    let normal = |seed, n: usize| -> Vec<f32> {
+        let parts = noise(seed, 12 * n);
+        parts.chunks(12).map(|parts| parts.iter().sum::<f32>() / 2.0).collect()
+    };
+    let plain = normal(1, m * in_);
+    let spiked = plain.iter().enumerate().map(|(i, x)| if i % 97 == 0 { 50.0 * x } else { *x });
+    let spiked: Vec<f32> = spiked.collect();
+    let w = PackedMatrix::from_f32_as_bf16(&normal(2, out * in_), out, in_);
+    let columns = columns(Axis::Output, &w);
+    for (x, times) in [(&plain, 3.0), (&spiked, 1.0)] {
+        let Some(y) = run(Axis::Output, x, &w) else { return };
+        let want = products(x, &columns, in_);
+        let bf16: Vec<f32> = x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
+        let bf16 = norm(products(&bf16, &columns, in_).iter().zip(&want).map(|(y, w)| y - w));
+        let ours = norm(y.iter().zip(&want).map(|(y, w)| f64::from(*y) - w));
+        let whole = norm(want.iter().copied());
+        assert!(ours * times < bf16, "{:e}, bf16 {:e}", ours / whole, bf16 / whole);
+    }
+}
+
+#[test]
+fn nothing_times_anything_is_the_old_number() {
+    let w = PackedMatrix::from_f32_as_bf16(&[0.0; 40 * 300], 40, 300);
+    let Some(y) = run(Axis::Output, &noise(1, 30 * 300), &w) else { return };
+    assert!(y.iter().all(|&y| y == 0.0));
+    let w = PackedMatrix::from_f32_as_bf16(&noise(1, 40 * 300), 40, 300);
+    let Some(y) = run(Axis::Output, &[0.0; 30 * 300], &w) else { return };
+    assert!(y.iter().all(|&y| y == 0.0));
+}
