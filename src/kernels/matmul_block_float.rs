@@ -62,10 +62,8 @@ impl Form for Integers {
     }
 
     fn copy(_: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [Self]) {
-        for (into, x) in into.chunks_mut(Self::row_elements(width)).zip(x.chunks(stride)) {
-            // SAFETY: the level has been checked to multiply integers.
-            unsafe { round_row(&x[..width], into) }
-        }
+        // SAFETY: the level has been checked to multiply integers.
+        unsafe { round_rows(x, stride, width, into) }
     }
 
     fn step(job: &Product, mut step: Step<Self>) {
@@ -129,28 +127,48 @@ fn factors(largest: __m512i, bits: u32) -> (__m512, __m512) {
     (_mm512_castsi512_ps(factor), _mm512_castsi512_ps(unit))
 }
 
+/// Rounds the first `width` columns of rows of `x`, `stride` apart, to blocks of integers.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn round_rows(x: &[f32], stride: usize, width: usize, into: &mut [Integers]) {
+    for (into, x) in into.chunks_mut(Integers::row_elements(width)).zip(x.chunks(stride)) {
+        match x.first_chunk::<LINKS>() {
+            // of a known length it is unrolled
+            Some(x) if width == LINKS => round_row(x, into),
+            _ => round_row(&x[..width], into),
+        }
+    }
+}
+
 /// Rounds a block of a row to integers and puts its unit behind them; an odd block is padded with zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn round_row(x: &[f32], into: &mut [Integers]) {
-    let part = |at: usize| {
-        let mask = 0xffffu16 >> (LANES - LANES.min(x.len() - at));
+#[inline]
+fn round_row(x: &[f32], into: &mut [Integers]) {
+    let vectors = x.len().div_ceil(LANES);
+    let mut parts = [_mm512_setzero_ps(); LINKS / LANES];
+    for (i, part) in parts[..vectors].iter_mut().enumerate() {
+        let mask = 0xffffu16 >> (LANES - LANES.min(x.len() - i * LANES));
         // SAFETY: only lanes that the row has are read.
-        unsafe { _mm512_maskz_loadu_epi32(mask, x.as_ptr().add(at).cast()) }
-    };
-    let sign = _mm512_set1_epi32(i32::MIN);
-    let mut largest = _mm512_setzero_si512();
-    for at in (0..x.len()).step_by(LANES) {
-        largest = _mm512_max_epu32(largest, _mm512_andnot_si512(sign, part(at)));
+        *part = unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr().add(i * LANES)) };
     }
-    let largest = _mm512_set1_epi32(_mm512_reduce_max_epu32(largest) as i32);
-    let (factor, unit) = factors(largest, ROW_BITS);
-    for at in (0..x.len()).step_by(LANES) {
-        let scaled = _mm512_mul_ps(_mm512_castsi512_ps(part(at)), factor);
-        let integers = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(scaled));
-        let pairs = LANES.min(x.len() - at).div_ceil(2);
-        let mask = 0xffu8 >> (LANES / 2 - pairs);
+    let sign = _mm512_set1_epi32(i32::MIN);
+    let size = |part: __m512| _mm512_andnot_si512(sign, _mm512_castps_si512(part));
+    let largest = parts.iter().map(|&part| size(part)).reduce(|x, y| _mm512_max_epu32(x, y));
+    let largest = _mm512_reduce_max_epu32(largest.unwrap_or(_mm512_setzero_si512()));
+    let (factor, unit) = factors(_mm512_set1_epi32(largest as i32), ROW_BITS);
+    let rounded = |part: __m512| _mm512_cvtps_epi32(_mm512_mul_ps(part, factor));
+    // packing puts quarters of both vectors in turn
+    let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    for (i, part) in parts.as_chunks::<2>().0[..vectors.div_ceil(2)].iter().enumerate() {
+        let both = _mm512_packs_epi32(rounded(part[0]), rounded(part[1]));
+        let pairs = LANES.min(into.len() - 1 - i * LANES);
         // SAFETY: only pairs that the block has are written.
-        unsafe { _mm256_mask_storeu_epi32(into.as_mut_ptr().add(at / 2).cast(), mask, integers) }
+        unsafe {
+            _mm512_mask_storeu_epi32(
+                into.as_mut_ptr().add(i * LANES).cast(),
+                0xffff >> (LANES - pairs),
+                _mm512_permutexvar_epi64(in_order, both),
+            )
+        }
     }
     into[x.len().div_ceil(2)] = Integers(_mm512_cvtss_f32(unit).to_bits());
 }

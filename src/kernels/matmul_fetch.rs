@@ -65,6 +65,18 @@ impl Fetch {
             }
         }
     }
+
+    /// Leaves the next `lines` of a run to the caller: their address, or `None` where all have been fetched.
+    #[inline(always)]
+    pub(crate) fn take(&mut self, lines: usize) -> Option<*const u8> {
+        let place = (self.runs > 0).then(|| self.run.wrapping_add(self.done * LINE));
+        self.done += lines;
+        if self.done >= self.run_lines {
+            self.run = self.run.wrapping_add(self.stride);
+            (self.runs, self.done) = (self.runs.saturating_sub(1), 0);
+        }
+        place
+    }
 }
 
 /// Brings a line, whether its address is valid or not, into the second-level cache.

@@ -267,12 +267,26 @@ pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
 }
 
 /// Computes the first twelve rows of a strip of integers with two panels and a multiple of four pairs of
-/// links, of which `strip.k` is the number.
+/// links, of which `strip.k` is the number; for every four the next line from either of `fetch` on, whose
+/// addresses need not be valid, is fetched.
 ///
 /// # Safety
 /// As [`multiply`](super::matmul_vnni::multiply), with so many rows, panels and links.
 #[target_feature(enable = "avx512f,avx512vnni")]
-pub(crate) unsafe fn multiply_integers(strip: &Strip<Integers, PairRow>) {
+pub(crate) unsafe fn multiply_integers(strip: &Strip<Integers, PairRow>, fetch: [*const u8; 2]) {
     // SAFETY: the caller's promise; all offsets are inside the shapes stated by the fields.
-    unsafe { tile!(add_scaled, strip, "", links!("vpdpwssd", ""), 256,) }
+    unsafe {
+        tile!(
+            add_scaled,
+            strip,
+            "",
+            concat!(
+                "prefetcht1 byte ptr [{fetch0}]\nprefetcht1 byte ptr [{fetch1}]\n",
+                links!("vpdpwssd", "add {fetch0}, 64\nadd {fetch1}, 64\n")
+            ),
+            256,
+            fetch0 = inout(reg) fetch[0] => _,
+            fetch1 = inout(reg) fetch[1] => _,
+        )
+    }
 }

@@ -22,16 +22,19 @@ const ROWS: usize = matmul_tall::ROWS;
 #[target_feature(enable = "avx512f,avx512vnni")]
 pub(crate) unsafe fn multiply(mut strip: Strip<Integers, PairRow>) {
     strip.k = strip.k.div_ceil(2);
-    let lines = strip.fetch.lines().div_ceil(strip.rows.div_ceil(ROWS).max(1));
     let tall = strip.panels == matmul_tall::PANELS && strip.k.is_multiple_of(matmul_tall::LINKS);
     while strip.rows > 0 {
-        strip.fetch.some(lines);
         let rows = strip.rows.min(ROWS);
         let tile = Strip { rows, ..strip };
         // SAFETY: the tile is some rows of a valid strip.
         unsafe {
             match tile.panels {
-                _ if tall && rows == ROWS => matmul_tall::multiply_integers(&tile),
+                _ if tall && rows == ROWS => {
+                    let near = strip.b.cast();
+                    let mut place =
+                        || strip.fetch.take(strip.k / matmul_tall::LINKS).unwrap_or(near);
+                    matmul_tall::multiply_integers(&tile, [place(), place()]);
+                }
                 2 => by_rows::<2>(tile),
                 _ => by_rows::<1>(tile),
             }
