@@ -17,9 +17,7 @@ use crate::{Error, Result};
 pub(crate) fn precision_note(key: &str, precision: ops::MatmulPrecision) -> Option<String> {
     let same = precision == ops::MatmulPrecision::Medium && precision.is_highest_here();
     same.then(|| {
-        format!(
-            "{key} medium is computed in f32, as highest: this processor multiplies bf16 no faster"
-        )
+        format!("{key} medium is computed in f32, as highest: this processor has nothing faster")
     })
 }
 

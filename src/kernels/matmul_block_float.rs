@@ -3,8 +3,9 @@
 //!
 //! The unit is the power of two for which the largest of 128 links of a row has up to thirteen bits, or of a
 //! column of the weight, rounded to bf16 first, up to eleven. Sums of 128 products then fit in 32 bits and
-//! are exact; each is added to the result in `f32`. Measured by the norm of a block, rounding to integers is
-//! no coarser than rounding to bf16: typically three times finer.
+//! are exact; each is added to the result in `f32`. Rounding is finer than to bf16: the error of a product of
+//! normal numbers, by the norm, is a fifth of bf16's, and with single numbers fifty times as large two
+//! fifths.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -15,7 +16,7 @@ use super::matmul::{Axis, Product};
 use super::matmul_fetch::Fetch;
 use super::matmul_fill::fill_pairs;
 use super::matmul_form::{Form, Panels, Step};
-use super::matmul_vnni::multiply;
+use super::matmul_vnni::{ROWS, multiply};
 use super::pack::{PackedMatrix, PairRow, Storage};
 
 /// Links that share a unit.
@@ -75,6 +76,10 @@ impl Form for Integers {
         }
         if let Some((panels, links)) = step.next.clone() {
             step.fetch = Fetch::new(job.w, job.axis, panels, links);
+            // there is no tall tile that would do it
+            if step.rows.len() < ROWS {
+                step.fetch.some(usize::MAX);
+            }
         }
         let panels = Panels { b: step.scratch.as_ptr(), stride, stored: false };
         // SAFETY: columns_of gives valid strips; the level has been checked to multiply integers.

@@ -12,8 +12,8 @@ use super::matmul_tall;
 use super::matmul_tile::Strip;
 use super::pack::PairRow;
 
-/// Rows of the tallest tile: with two panels, 24 sums stay in registers.
-const ROWS: usize = matmul_tall::ROWS;
+/// Rows of the tallest tile, which fetches what is filled next: with two panels, 24 sums stay in registers.
+pub(super) const ROWS: usize = matmul_tall::ROWS;
 
 /// Computes a strip; behind its links each row of `a` has its unit and each panel those of its columns.
 ///
