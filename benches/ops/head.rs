@@ -18,7 +18,7 @@ pub fn bench(benches: &mut Benches) {
     {
         let options = LogpOptions { precision, entropy: true, ..Default::default() };
         let criterion = match precision {
-            MatmulPrecision::Medium if !precision.is_highest_here() => &mut benches.bf16_flops,
+            MatmulPrecision::Medium if !precision.is_highest_here() => &mut benches.medium_flops,
             _ => &mut benches.flops,
         };
         measure(criterion, &format!("logp/{name}/{rows}"), product, || {

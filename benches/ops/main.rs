@@ -29,7 +29,7 @@ struct Benches {
     /// Products in f32.
     flops: Criterion<Rate>,
     /// Products of bf16.
-    bf16_flops: Criterion<Rate>,
+    medium_flops: Criterion<Rate>,
     /// Bytes from and to memory.
     bytes: Criterion<Rate>,
 }
@@ -41,10 +41,10 @@ fn main() {
     steersman::cli::start_up().expect("threads start");
     let peak = peak::measure();
     println!(
-        "peak of {} threads: {:.0} GFLOP/s in f32, {:.0} in bf16; memory {:.1} GB/s\n",
+        "peak of {} threads: {:.0} GFLOP/s in f32, {:.0} in medium; memory {:.1} GB/s\n",
         rayon::current_num_threads(),
         peak.gflops,
-        peak.bf16_gflops,
+        peak.medium_gflops,
         peak.gbytes
     );
     let criterion = |unit, peak| {
@@ -55,7 +55,7 @@ fn main() {
     let mut benches = Benches {
         quick: std::env::args().any(|arg| arg == "--quick"),
         flops: criterion("GFLOP/s", peak.gflops),
-        bf16_flops: criterion("GFLOP/s", peak.bf16_gflops),
+        medium_flops: criterion("GFLOP/s", peak.medium_gflops),
         bytes: criterion("GB/s", peak.gbytes),
     };
     matmul::bench(&mut benches);

@@ -88,7 +88,7 @@ fn product(
     let (criterion, amount) = match (rows, precision) {
         (1, _) => (&mut benches.bytes, w.bytes()),
         (_, MatmulPrecision::Medium) if !precision.is_highest_here() => {
-            (&mut benches.bf16_flops, 2 * rows * inputs * outputs)
+            (&mut benches.medium_flops, 2 * rows * inputs * outputs)
         }
         _ => (&mut benches.flops, 2 * rows * inputs * outputs),
     };

@@ -11,8 +11,9 @@ use steersman::kernels::dispatch::CpuLevel;
 pub struct Peak {
     /// f32 multiply-adds, each two FLOPs.
     pub gflops: f64,
-    /// The same of bf16, in tiles or pairs where the machine multiplies those; else as `gflops`.
-    pub bf16_gflops: f64,
+    /// The same of what `medium` multiplies: tiles of bf16 where the machine has them, or the fastest of pairs
+    /// of bf16, pairs of integers and f32.
+    pub medium_gflops: f64,
     /// Bytes read from memory.
     pub gbytes: f64,
 }
@@ -29,8 +30,8 @@ const WORDS: usize = 1 << 25;
 /// Measures all three; takes about a second.
 pub fn measure() -> Peak {
     let gflops = multiply_adds();
-    let bf16_gflops = tiles().or_else(pairs).unwrap_or(gflops);
-    Peak { gflops, bf16_gflops, gbytes: read() }
+    let medium_gflops = tiles().unwrap_or_else(|| gflops.max(pairs()).max(integers()));
+    Peak { gflops, medium_gflops, gbytes: read() }
 }
 
 /// The best rate of `work`, which every thread does at once, each time `amount`.
@@ -62,15 +63,31 @@ fn multiply_adds() -> f64 {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn pairs() -> Option<f64> {
-    let there = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
-    // SAFETY: the machine has AVX-512 F and BF16.
-    there.then(|| best(2 * 32 * SUMS * ROUNDS, || unsafe { x86::pairs() }))
+fn pairs() -> f64 {
+    match is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
+        // SAFETY: the machine has AVX-512 F and BF16.
+        true => best(2 * 32 * SUMS * ROUNDS, || unsafe { x86::pairs() }),
+        false => 0.0,
+    }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn pairs() -> Option<f64> {
-    None
+fn pairs() -> f64 {
+    0.0
+}
+
+#[cfg(target_arch = "x86_64")]
+fn integers() -> f64 {
+    match is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
+        // SAFETY: the machine has AVX-512 F and VNNI.
+        true => best(2 * 32 * SUMS * ROUNDS, || unsafe { x86::integers() }),
+        false => 0.0,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn integers() -> f64 {
+    0.0
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -165,6 +182,16 @@ mod x86 {
         let pair = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5), _mm512_set1_ps(0.5));
         for _ in 0..ROUNDS {
             sums.iter_mut().for_each(|sum| *sum = _mm512_dpbf16_ps(*sum, pair, pair));
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub fn integers() {
+        let mut sums = [_mm512_set1_epi32(1); SUMS];
+        let pair = black_box(_mm512_set1_epi16(1));
+        for _ in 0..ROUNDS {
+            sums.iter_mut().for_each(|sum| *sum = _mm512_dpwssd_epi32(*sum, pair, pair));
         }
         black_box(sums);
     }
