@@ -122,4 +122,18 @@ mod tests {
         assert_eq!(across, (128..144).collect::<Vec<_>>());
         assert_eq!(Fetch::NONE.lines(), 0);
     }
+
+    #[test]
+    fn taken_lines_are_those_that_would_be_fetched() {
+        let w = PackedMatrix::from_f32_as_bf16(&[0.0; 64 * 96], 64, 96);
+        let Storage::Bf16(stored) = &w.storage else { unreachable!("packed as bf16") };
+        let mut fetch = Fetch::new(&w, Axis::Output, 1..3, 32..64);
+        let mut next = || {
+            let place = fetch.take(12)?;
+            Some((place.addr() - stored.as_ptr().addr()) / LINE)
+        };
+        assert_eq!([next(), next(), next(), next()], [64, 76, 112, 124].map(Some));
+        assert_eq!([next(), next()], [None, None]);
+        assert_eq!(Fetch::NONE.clone().take(12), None);
+    }
 }

@@ -4,6 +4,7 @@
 //! once it keeps numbers on the stack. Here four links share their addresses, so that a link is two
 //! loads, twelve broadcasts and 24 multiply-adds: the fewer instructions, the less it matters that
 //! another thread shares the core. Each sum is the same chain as in `matmul_tile`, and so the same bits.
+//! Pairs of integers (`matmul_vnni`) are as wide as a link of `f32` and take the same code.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
