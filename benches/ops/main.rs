@@ -28,7 +28,7 @@ struct Benches {
     quick: bool,
     /// Products in f32.
     flops: Criterion<Rate>,
-    /// Products of bf16.
+    /// Products at `medium`.
     medium_flops: Criterion<Rate>,
     /// Bytes from and to memory.
     bytes: Criterion<Rate>,

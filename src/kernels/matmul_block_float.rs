@@ -3,9 +3,9 @@
 //!
 //! The unit is the power of two for which the largest of 128 links of a row has up to thirteen bits, or of a
 //! column of the weight, rounded to bf16 first, up to eleven. Sums of 128 products then fit in 32 bits and
-//! are exact; each is added to the result in `f32`. Rounding is finer than to bf16: the error of a product of
-//! normal numbers, by the norm, is a fifth of bf16's, and with single numbers fifty times as large two
-//! fifths.
+//! are exact; each is added to the result in `f32`. The error of a product of normal numbers, by the norm, is a
+//! fifth of bf16's, and two fifths with numbers fifty times as large in the rows. Numbers far below the largest
+//! of their block keep fewer bits than in bf16.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -108,7 +108,10 @@ fn fill(
         _ => {
             fill_pairs(level, w, axis, panel, k, into);
             // SAFETY: as above.
-            unsafe { round_panel(into.as_ptr(), pairs, into.as_mut_ptr()) }
+            unsafe {
+                let rows = into.as_mut_ptr();
+                round_panel(rows, pairs, rows)
+            }
         }
     }
 }

@@ -66,7 +66,7 @@ impl Fetch {
         }
     }
 
-    /// Leaves the next `lines` of a run to the caller: their address, or `None` where all have been fetched.
+    /// Leaves the next `lines` of a run to the caller: their address, from which they may reach past its end, or `None` where all have been fetched.
     #[inline(always)]
     pub(crate) fn take(&mut self, lines: usize) -> Option<*const u8> {
         let place = (self.runs > 0).then(|| self.run.wrapping_add(self.done * LINE));
@@ -134,6 +134,6 @@ mod tests {
         };
         assert_eq!([next(), next(), next(), next()], [64, 76, 112, 124].map(Some));
         assert_eq!([next(), next()], [None, None]);
-        assert_eq!(Fetch::NONE.clone().take(12), None);
+        assert_eq!({ Fetch::NONE }.take(12), None);
     }
 }
