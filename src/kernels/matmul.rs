@@ -79,6 +79,16 @@ impl Way {
             _ => Way::Plain,
         }
     }
+
+    /// Whether a level has its instructions.
+    pub(crate) fn is_there(self, level: CpuLevel) -> bool {
+        match self {
+            Way::Plain => true,
+            Way::Pairs => level.multiplies_pairs(),
+            Way::BlockFloat => level.multiplies_integers(),
+            Way::Tiles | Way::HalfTiles => level.multiplies_tiles(),
+        }
+    }
 }
 
 /// Links of a chain, part of the definition of the result (short chains round less). A panel of
@@ -191,8 +201,7 @@ pub(crate) fn product_by(
     let jobs: Vec<_> =
         outputs.into_iter().filter_map(|output| Product::new(level, axis, x, output)).collect();
     assert!(jobs.windows(2).all(|w| w[0].k == w[1].k), "the weights want different inputs");
-    assert!(way != Way::Pairs || level.multiplies_pairs(), "the level has no pairs");
-    assert!(way != Way::BlockFloat || level.multiplies_integers(), "the level has no integers");
+    assert!(way.is_there(level), "the level has no {way:?}");
     match way {
         #[cfg(any(target_arch = "x86_64", test))]
         Way::Tiles => compute::<Chunk<1>>(&jobs),

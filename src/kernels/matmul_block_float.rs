@@ -76,7 +76,7 @@ impl Form for Integers {
         }
         if let Some((panels, links)) = step.next.clone() {
             step.fetch = Fetch::new(job.w, job.axis, panels, links);
-            // there is no tall tile that would do it
+            // only tall tiles fetch, each a part
             if step.rows.len() < ROWS {
                 step.fetch.some(usize::MAX);
             }

@@ -3,24 +3,14 @@
 
 use half::bf16;
 
-use super::dispatch::CpuLevel;
-use super::matmul::{Axis, Output, Terms, Way, product_by};
+use super::matmul::{Axis, Way};
 use super::matmul_block_float::{COLUMN_BITS, LINKS, ROW_BITS};
 use super::pack::PackedMatrix;
-use super::testing::{noise, relative_error, sides, with_threads};
+use super::testing::{noise, product_where_there, relative_error, sides, with_threads};
 
-/// A product by integers where the machine multiplies them, or nothing (with a visible line).
+/// A product by integers, if the machine multiplies them.
 fn run(axis: Axis, x: &[f32], w: &PackedMatrix) -> Option<Vec<f32>> {
-    let level = CpuLevel::detect().min(CpuLevel::Avx512);
-    if !level.multiplies_integers() {
-        eprintln!("SKIPPED: the machine has no AVX-512 VNNI");
-        return None;
-    }
-    let (k, columns) = sides(axis, w);
-    let mut y = vec![f32::NAN; x.len() / k * columns];
-    let output = Output { w, terms: Terms::default(), y: &mut y };
-    product_by(Way::BlockFloat, (level, axis), x, vec![output]);
-    Some(y)
+    product_where_there(Way::BlockFloat, axis, x, w)
 }
 
 /// `[out, in]` numbers as `f32` and as bf16.
@@ -150,5 +140,54 @@ fn nothing_times_anything_is_the_old_number() {
     assert!(y.iter().all(|&y| y == 0.0));
     let w = PackedMatrix::from_f32_as_bf16(&noise(1, 40 * 300), 40, 300);
     let Some(y) = run(Axis::Output, &[0.0; 30 * 300], &w) else { return };
+    assert!(y.iter().all(|&y| y == 0.0));
+}
+
+#[test]
+fn nan_and_infinity_reach_their_row_or_column_only() {
+    let (m, out, in_) = (14, 40, 300);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for axis in [Axis::Output, Axis::Input] {
+            for (good, i) in storages(&noise(7, out * in_), out, in_).iter().zip(0..) {
+                let (k, n) = sides(axis, good);
+                let x = noise(300, m * k);
+                let Some(want) = run(axis, &x, good) else { return };
+                let mut spoilt = x.clone();
+                spoilt[5 * k + 17] = bad;
+                let y = run(axis, &spoilt, good).unwrap();
+                assert!(y[5 * n..6 * n].iter().all(|y| y.is_nan()));
+                assert!(y[..5 * n] == want[..5 * n] && y[6 * n..] == want[6 * n..]);
+                let mut w = noise(7, out * in_);
+                w[17 * in_ + 33] = bad;
+                let column = if axis == Axis::Output { 17 } else { 33 };
+                let y = run(axis, &x, &storages(&w, out, in_)[i]).unwrap();
+                let places = y.iter().zip(&want).enumerate();
+                for (place, (y, want)) in places {
+                    assert_eq!(y.is_nan(), place % n == column);
+                    assert!(y.is_nan() || y == want);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_of_any_size_are_rounded_as_others() {
+    let (m, out, in_) = (14, 40, 300);
+    for scale in [1e30, 1e-30, 1e-36] {
+        let w: Vec<f32> = noise(7, out * in_).iter().map(|w| w * scale).collect();
+        let w = PackedMatrix::from_f32_as_bf16(&w, out, in_);
+        let x = noise(300, m * in_);
+        let columns = rounded(&columns(Axis::Output, &w), in_, COLUMN_BITS as i32);
+        let want = products(&rounded(&x, in_, ROW_BITS as i32), &columns, in_);
+        let Some(y) = run(Axis::Output, &x, &w) else { return };
+        // brought back to where errors are measured
+        let y: Vec<f32> = y.iter().map(|y| y / scale).collect();
+        let want: Vec<f64> = want.iter().map(|want| want / f64::from(scale)).collect();
+        assert!(want.iter().any(|&want| want != 0.0));
+        assert!(relative_error(&y, &want) < 1e-6, "{scale}");
+    }
+    let w = PackedMatrix::from_f32_as_bf16(&[1e-42; 40 * 300], out, in_);
+    let Some(y) = run(Axis::Output, &noise(300, m * in_), &w) else { return };
     assert!(y.iter().all(|&y| y == 0.0));
 }

@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::lanes::LANES;
-use super::matmul_tile::{Pair, Strip};
+use super::matmul_tile::{Pair, Strip, tile_of_rows};
 
 /// Rows of the tallest tile: with two panels, 24 sums stay in registers.
 const ROWS: usize = 12;
@@ -57,16 +57,8 @@ unsafe fn rows(strip: Strip<Pair, Pair>) {
 
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn by_rows<const PANELS: usize>(strip: Strip<Pair, Pair>) {
-    macro_rules! select {
-        ($($rows:literal)*) => {
-            match strip.rows {
-                $($rows => tile::<$rows, PANELS>(strip),)*
-                _ => unreachable!("no tile of this size"),
-            }
-        };
-    }
     // SAFETY: the tile has as many rows as it says.
-    unsafe { select!(1 2 3 4 5 6 7 8 9 10 11 12) }
+    unsafe { tile_of_rows!(tile, PANELS, strip) }
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]

@@ -1,5 +1,5 @@
 //! The forms of a product's operands: as they are, or rounded to pairs of bf16 (`matmul_amx` has
-//! those of tiles).
+//! those of tiles, `matmul_block_float` that of integers).
 
 use std::ops::Range;
 

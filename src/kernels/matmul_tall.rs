@@ -74,14 +74,14 @@ macro_rules! keep {
     };
 }
 
-/// The link `at` bytes from the rows' places, of `f32` panels.
+/// The link `at` bytes from the rows' places, of panels of `f32` or of pairs of integers.
 macro_rules! link {
     ($add:literal, $at:literal, $line:literal) => {
         concat!(read!("vmovups", "", $line, ""), rows!($add, $at))
     };
 }
 
-/// Four links of `f32` panels, with code between them.
+/// Four such links, with code between them.
 macro_rules! links {
     ($add:literal, $between:literal) => {
         concat!(

@@ -7,10 +7,10 @@ use super::low_rank::{Activation, up_add};
 use super::low_rank_term::LowRankTerm;
 use super::matmul::{
     Axis, MatmulPrecision, Output, Terms, Way, matmul, matmul_add, matmul_all, matmul_input_grad,
-    matmul_input_grad_add, product_by,
+    matmul_input_grad_add,
 };
 use super::pack::PackedMatrix;
-use super::testing::{noise, product_at, relative_error, sides, with_threads};
+use super::testing::{noise, product_at, product_where_there, relative_error, sides, with_threads};
 
 const MS: [usize; 8] = [1, 2, 15, 16, 63, 64, 65, 2048];
 const OUTS: [usize; 6] = [1, 8, 64, 192, 576, 1536];
@@ -102,18 +102,9 @@ fn every_level_gives_the_same_bits_at_highest() {
     }
 }
 
-/// A product of pairs where the machine multiplies them, however fast, or nothing (with a visible line).
+/// A product of pairs, if the machine multiplies them.
 fn run_pairs(axis: Axis, x: &[f32], w: &PackedMatrix) -> Option<Vec<f32>> {
-    let level = CpuLevel::detect().min(CpuLevel::Avx512);
-    if !level.multiplies_pairs() {
-        eprintln!("SKIPPED: the machine has no AVX-512 BF16");
-        return None;
-    }
-    let (k, columns) = sides(axis, w);
-    let mut y = vec![f32::NAN; x.len() / k * columns];
-    let output = Output { w, terms: Terms::default(), y: &mut y };
-    product_by(Way::Pairs, (level, axis), x, vec![output]);
-    Some(y)
+    product_where_there(Way::Pairs, axis, x, w)
 }
 
 #[test]

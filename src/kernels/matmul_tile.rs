@@ -221,6 +221,22 @@ const fn fits<S: Simd>(rows: usize, panels: usize) -> bool {
     rows <= S::ROWS && (panels == 1 || S::WIDE || rows <= NARROW_ROWS)
 }
 
+/// Calls the function for as many rows as a strip has, at most twelve, and so many panels.
+#[cfg(target_arch = "x86_64")]
+macro_rules! tile_of_rows {
+    ($tile:ident, $panels:ident, $strip:expr) => {
+        tile_of_rows!($tile, $panels, $strip, 1 2 3 4 5 6 7 8 9 10 11 12)
+    };
+    ($tile:ident, $panels:ident, $strip:expr, $($rows:literal)*) => {
+        match $strip.rows {
+            $($rows => $tile::<$rows, $panels>($strip),)*
+            _ => unreachable!("no tile of this size"),
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use tile_of_rows;
+
 /// Calls the tile of the right size, leaving out those that no register file holds.
 macro_rules! select {
     ($self:ident, $s:ident, $panels:literal, $($rows:literal)*) => {

@@ -2,14 +2,15 @@
 //! of two neighbouring links to sixteen sums, as many instructions a second as of `f32`.
 //!
 //! Sums of integers are exact, whatever their order, so rows do not depend on the batch. A finished sum is
-//! multiplied by the units of its column and its row and added to the old number.
+//! multiplied by the units of its column and its row and added to the old number. Weights above 1e32 may make it
+//! infinite on the way.
 
 use std::arch::x86_64::*;
 
 use super::lanes::LANES;
 use super::matmul_block_float::Integers;
 use super::matmul_tall;
-use super::matmul_tile::Strip;
+use super::matmul_tile::{Strip, tile_of_rows};
 use super::pack::PairRow;
 
 /// Rows of the tallest tile, which fetches what is filled next: with two panels, 24 sums stay in registers.
@@ -45,16 +46,8 @@ pub(crate) unsafe fn multiply(mut strip: Strip<Integers, PairRow>) {
 
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn by_rows<const PANELS: usize>(strip: Strip<Integers, PairRow>) {
-    macro_rules! select {
-        ($($rows:literal)*) => {
-            match strip.rows {
-                $($rows => tile::<$rows, PANELS>(strip),)*
-                _ => unreachable!("no tile of this size"),
-            }
-        };
-    }
     // SAFETY: the tile has as many rows as it says.
-    unsafe { select!(1 2 3 4 5 6 7 8 9 10 11 12) }
+    unsafe { tile_of_rows!(tile, PANELS, strip) }
 }
 
 #[target_feature(enable = "avx512f,avx512vnni")]

@@ -39,6 +39,26 @@ pub(crate) fn product_at(
     y
 }
 
+/// Either product in a given way where the machine has it, however fast, or nothing (with a visible line).
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn product_where_there(
+    way: Way,
+    axis: Axis,
+    x: &[f32],
+    w: &PackedMatrix,
+) -> Option<Vec<f32>> {
+    let level = CpuLevel::detect().min(CpuLevel::Avx512);
+    if !way.is_there(level) {
+        eprintln!("SKIPPED: the machine has no instruction for {way:?}");
+        return None;
+    }
+    let (k, columns) = sides(axis, w);
+    let mut y = vec![f32::NAN; x.len() / k * columns];
+    let output = Output { w, terms: Terms::default(), y: &mut y };
+    product_by(way, (level, axis), x, vec![output]);
+    Some(y)
+}
+
 /// Inputs and outputs of a product.
 pub(crate) fn sides(axis: Axis, w: &PackedMatrix) -> (usize, usize) {
     match axis {
