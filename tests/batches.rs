@@ -8,7 +8,7 @@ use common::passes::{
     targets, text, with_threads,
 };
 use steersman::model::{Batch, Policy};
-use steersman::ops::{KvCache, Target};
+use steersman::ops::Target;
 
 /// Token ids, and how many of them are the prompt.
 type Text = (Vec<u32>, usize);
@@ -23,7 +23,7 @@ fn texts(policy: &Policy) -> Vec<Text> {
 /// Log-probs of each text's tokens after the prompt: the prompts are taken up in one pass, then
 /// every pass takes the next token of each text that goes on.
 fn decoded(policy: &Policy, adapters: &Adapters, texts: &[Text]) -> Vec<Vec<f32>> {
-    let mut cache = KvCache::new(policy.config().layers.len());
+    let mut cache = policy.kv_cache();
     let slots: Vec<_> = texts.iter().map(|_| cache.open()).collect();
     let mut logps = vec![Vec::new(); texts.len()];
     let mut sizes = Vec::new();

@@ -19,7 +19,7 @@ const PROMPT: usize = 13;
 
 /// The prompt in one pass, then the rest in pieces of `piece` tokens, from the cache.
 fn cached(policy: &Policy, adapters: &Adapters, ids: &[u32], piece: usize) -> Vec<f32> {
-    let mut cache = KvCache::new(policy.config().layers.len());
+    let mut cache = policy.kv_cache();
     let slot = cache.open();
     let mut hidden = Vec::new();
     let mut done = 0;
@@ -134,7 +134,7 @@ fn forks_share_pages_until_they_write_and_give_them_back() {
         let policy = policy(&folder, &engine);
         let base = Adapters::new();
         let ids: Vec<u32> = sequences(&folder)[0].iter().copied().cycle().take(130).collect();
-        let mut cache = KvCache::new(policy.config().layers.len());
+        let mut cache = policy.kv_cache();
         let pass = |cache: &mut KvCache, slot, from: usize, to: usize| {
             let mut batch = Batch::new();
             batch.push_cached(&ids[from..to], PROMPT, from);

@@ -10,7 +10,7 @@ use super::attention_forward::{BLOCK_ROWS, Running, weigh};
 use super::attention_tile::{KEYS, ROWS, padded, whole_vectors, within_tile};
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
-use super::pages::{PAGE, PageShape};
+use super::pages::{PAGE, Page, PageShape};
 use super::parallel::{SharedMut, for_each_index};
 use super::product::{Old, Product};
 
@@ -31,7 +31,7 @@ pub struct CachedSegment<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct LayerPages<'a> {
     /// The pages by number.
-    pub pages: &'a [Box<[f32]>],
+    pub pages: &'a [Page],
     /// How they are divided.
     pub shape: PageShape,
     /// The layer.
@@ -69,11 +69,12 @@ pub(super) fn forward_cached_at(
     let tasks = tasks(&queries, shape);
     let rows = tasks.iter().map(|(task, _)| task.len() * shape.group()).max().unwrap_or(0);
     let out = SharedMut::new(out);
-    let make = || Scratch::new(shape, rows);
-    for_each_index(tasks.len(), make, |scratch, i| {
+    let room = || vec![0.0; KEYS * padded(shape.head_dim)];
+    let make = || (Scratch::new(shape, rows), [room(), room()]);
+    for_each_index(tasks.len(), make, |(scratch, widened), i| {
         let (task, head) = tasks[i].clone();
         let (queries, out) = (&queries[task], &out);
-        level.run(Forward { q, queries, head, layer, shape, scratch, out });
+        level.run(Forward { q, queries, head, layer, shape, scratch, widened, out });
     });
 }
 
@@ -119,6 +120,11 @@ fn tasks(queries: &[Query], shape: &AttentionShape) -> Vec<(Range<usize>, usize)
     all
 }
 
+/// The positions that a row of a task sees of the page whose keys begin at position `tile`.
+fn visible(queries: &[Query], shape: &AttentionShape, row: usize, tile: usize) -> Range<usize> {
+    within_tile(&shape.visible(queries[row / shape.group()].position), tile)
+}
+
 /// The buffers of one thread.
 struct Scratch {
     q: Vec<f32>,
@@ -147,6 +153,8 @@ struct Forward<'a> {
     layer: LayerPages<'a>,
     shape: &'a AttentionShape,
     scratch: &'a mut Scratch,
+    /// Room for keys and values of a page that has them in bf16.
+    widened: &'a mut [Vec<f32>; 2],
     out: &'a SharedMut<'a>,
 }
 
@@ -189,26 +197,39 @@ impl Forward<'_> {
     /// Takes a page, whose keys begin at position `tile`, into the softmax of some queries.
     #[inline(always)]
     fn page<S: Simd>(&mut self, s: S, tile: usize, number: u32, queries: Range<usize>) {
-        let group = self.shape.group();
+        let (d, width, group) =
+            (self.shape.head_dim, padded(self.shape.head_dim), self.shape.group());
         let rows = queries.start * group..queries.end * group;
+        let Some(seen) = self.seen(&rows, tile) else { return };
+        let LayerPages { pages, shape: parts, layer } = self.layer;
+        let (page, [mut k, mut v]) = (&pages[number as usize], std::mem::take(self.widened));
+        let cols = whole_vectors(&seen);
+        let keys = page.part(parts.keys(layer, self.head), cols.start * d..cols.end * d, &mut k);
+        let used = seen.start * width..seen.end * width;
+        let values = page.part(parts.values(layer, self.head), used, &mut v);
         for first in rows.clone().step_by(ROWS) {
-            self.rows(s, tile, number, first..rows.end.min(first + ROWS));
+            self.rows(s, tile, (keys, values), first..rows.end.min(first + ROWS));
         }
+        *self.widened = [k, v];
+    }
+
+    /// The positions that any of some rows sees of the page whose keys begin at position `tile`.
+    fn seen(&self, rows: &Range<usize>, tile: usize) -> Option<Range<usize>> {
+        let visible = |row| visible(self.queries, self.shape, row, tile);
+        let seen = rows.clone().map(visible).filter(|seen| !seen.is_empty());
+        seen.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))
     }
 
     #[inline(always)]
-    fn rows<S: Simd>(&mut self, s: S, tile: usize, number: u32, rows: Range<usize>) {
-        let (shape, group, width) = (self.shape, self.shape.group(), padded(self.shape.head_dim));
-        let visible =
-            |row: usize| within_tile(&shape.visible(self.queries[row / group].position), tile);
-        let seen = rows.clone().map(visible).filter(|seen| !seen.is_empty());
-        let Some(seen) = seen.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)) else {
-            return;
-        };
-        let LayerPages { pages, shape: parts, layer } = self.layer;
-        let page = &pages[number as usize];
-        let (keys, values) =
-            (&page[parts.keys(layer, self.head)], &page[parts.values(layer, self.head)]);
+    fn rows<S: Simd>(
+        &mut self,
+        s: S,
+        tile: usize,
+        (keys, values): (&[f32], &[f32]),
+        rows: Range<usize>,
+    ) {
+        let (shape, width) = (self.shape, padded(self.shape.head_dim));
+        let Some(seen) = self.seen(&rows, tile) else { return };
         let (scratch, cols) = (&mut *self.scratch, whole_vectors(&seen));
         s.run(Product {
             a: &scratch.q[rows.start * width..],
@@ -225,8 +246,9 @@ impl Forward<'_> {
             old: Old::Drop,
         });
         for (row, scores) in rows.clone().zip(scratch.scores.chunks_exact_mut(KEYS)) {
+            let visible = visible(self.queries, shape, row, tile);
             let sums = &mut scratch.sums[row * width..(row + 1) * width];
-            weigh(s, shape, scores, &cols, &visible(row), &mut scratch.state[row], sums);
+            weigh(s, shape, scores, &cols, &visible, &mut scratch.state[row], sums);
         }
         s.run(Product {
             a: &scratch.scores[seen.start..],

@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 
+use half::bf16;
+
 use super::attention::*;
 use super::attention_backward::backward_at;
 use super::attention_cached::{CachedSegment, LayerPages, forward_cached_at};
 use super::attention_forward::forward_at;
 use super::dispatch::CpuLevel;
-use super::pages::{PAGE, PageShape};
+use super::pages::{PAGE, Page, PageDtype, PageShape};
+use super::slices::rounded_to_bf16;
 
 /// A packed batch with all its numbers.
 #[derive(Clone)]
@@ -330,17 +333,20 @@ fn decoding_many_sequences_is_decoding_each() {
 }
 
 /// The pages of all segments' chains, equal ones once, and each segment's page numbers.
-fn pages(batch: &Batch, parts: PageShape, layer: usize) -> (Vec<Box<[f32]>>, Vec<Vec<u32>>) {
+fn pages(batch: &Batch, parts: PageShape, layer: usize) -> (Vec<Page>, Vec<Vec<u32>>) {
     let width = batch.shape.kv_width();
     let (mut pages, mut known) = (Vec::new(), HashMap::new());
     let mut number = |rows: &[usize]| {
         *known.entry(rows.to_vec()).or_insert_with(|| {
-            let mut page = vec![7.0; parts.len()];
+            let mut page = match parts.dtype {
+                PageDtype::F32 => Page::F32(vec![7.0; parts.len()].into()),
+                PageDtype::Bf16 => Page::Bf16(vec![bf16::from_f32(7.0); parts.len()].into()),
+            };
             let take = |x: &[f32]| -> Vec<f32> {
                 rows.iter().flat_map(|r| x[r * width..][..width].to_vec()).collect()
             };
-            parts.write(&mut page, layer, 0, &take(&batch.k), &take(&batch.v));
-            pages.push(page.into());
+            page.write(parts, layer, 0, &take(&batch.k), &take(&batch.v));
+            pages.push(page);
             pages.len() as u32 - 1
         })
     };
@@ -352,9 +358,15 @@ fn pages(batch: &Batch, parts: PageShape, layer: usize) -> (Vec<Box<[f32]>>, Vec
 
 #[test]
 fn new_tokens_over_shared_pages_get_the_bits_of_the_full_pass() {
-    for shape in shapes() {
-        let batch = Batch::new(forest(), shape);
-        let parts = PageShape { layers: 2, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+    let dtypes = [PageDtype::F32, PageDtype::Bf16];
+    for (shape, dtype) in shapes().into_iter().flat_map(|shape| dtypes.map(|dtype| (shape, dtype)))
+    {
+        let mut batch = Batch::new(forest(), shape);
+        if dtype == PageDtype::Bf16 {
+            (batch.k, batch.v) = (rounded_to_bf16(&batch.k), rounded_to_bf16(&batch.v));
+        }
+        let (layers, kv_heads, head_dim) = (2, shape.kv_heads, shape.head_dim);
+        let parts = PageShape { layers, kv_heads, head_dim, dtype };
         let (pages, numbers) = pages(&batch, parts, 1);
         assert!(pages.len() < numbers.iter().map(Vec::len).sum());
         let rows = batch.segments.iter().zip(&numbers);

@@ -6,12 +6,95 @@
 
 use std::ops::Range;
 
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
+
 use super::attention_tile::{KEYS, padded};
 use super::lanes::LANES;
 use super::parallel::for_each;
 
 /// Positions in a page: the keys of one tile.
 pub const PAGE: usize = KEYS;
+
+/// The numbers of a page.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Page {
+    /// As they are computed.
+    F32(Box<[f32]>),
+    /// Rounded to the nearest bf16.
+    Bf16(Box<[bf16]>),
+}
+
+/// How the numbers of a page are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PageDtype {
+    /// [`Page::F32`].
+    #[default]
+    F32,
+    /// [`Page::Bf16`].
+    Bf16,
+}
+
+impl PageDtype {
+    /// Bytes of a number.
+    pub fn bytes(self) -> usize {
+        match self {
+            PageDtype::F32 => size_of::<f32>(),
+            PageDtype::Bf16 => size_of::<bf16>(),
+        }
+    }
+}
+
+impl Page {
+    /// A page of zeros.
+    pub fn new(shape: PageShape) -> Self {
+        match shape.dtype {
+            PageDtype::F32 => Page::F32(vec![0.0; shape.len()].into()),
+            PageDtype::Bf16 => Page::Bf16(vec![bf16::ZERO; shape.len()].into()),
+        }
+    }
+
+    /// Takes over the numbers of another page.
+    pub fn copy_from(&mut self, from: &Self) {
+        match (self, from) {
+            (Page::F32(to), Page::F32(from)) => to.copy_from_slice(from),
+            (Page::Bf16(to), Page::Bf16(from)) => to.copy_from_slice(from),
+            (to, from) => to.clone_from(from),
+        }
+    }
+
+    /// Writes rows of `k` and `v`, `[rows, kv_heads * head_dim]`, to a layer from the position `at`
+    /// of the page on.
+    ///
+    /// # Panics
+    /// If they do not fit, or the page is of another shape.
+    pub fn write(&mut self, shape: PageShape, layer: usize, at: usize, k: &[f32], v: &[f32]) {
+        match self {
+            Page::F32(page) => shape.write(page, layer, at, (k, v), |x| x),
+            Page::Bf16(page) => shape.write(page, layer, at, (k, v), bf16::from_f32),
+        }
+    }
+
+    /// The numbers `part` as `f32`, of which `used` are read: where they lie, or widened into `room`.
+    #[inline(always)]
+    pub(super) fn part<'a>(
+        &'a self,
+        part: Range<usize>,
+        used: Range<usize>,
+        room: &'a mut [f32],
+    ) -> &'a [f32] {
+        match self {
+            Page::F32(page) => &page[part],
+            Page::Bf16(page) => {
+                let from = page[part][used.clone()].reinterpret_cast();
+                for (to, x) in room[used].iter_mut().zip(from) {
+                    *to = f32::from_bits(u32::from(*x) << 16);
+                }
+                room
+            }
+        }
+    }
+}
 
 /// How a page is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,10 +105,12 @@ pub struct PageShape {
     pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// How its numbers are stored.
+    pub dtype: PageDtype,
 }
 
 impl PageShape {
-    /// Floats in a page.
+    /// Numbers in a page.
     pub fn len(&self) -> usize {
         self.layers * self.kv_heads * self.head_len()
     }
@@ -51,9 +136,14 @@ impl PageShape {
         start..start + PAGE * padded(self.head_dim)
     }
 
-    /// Writes rows of `k` and `v`, `[rows, kv_heads * head_dim]`, to a layer of a page from the
-    /// position `at` of the page on. Panics if they do not fit.
-    pub fn write(&self, page: &mut [f32], layer: usize, at: usize, k: &[f32], v: &[f32]) {
+    fn write<T: Copy>(
+        &self,
+        page: &mut [T],
+        layer: usize,
+        at: usize,
+        (k, v): (&[f32], &[f32]),
+        stored: impl Fn(f32) -> T,
+    ) {
         let (d, width) = (self.head_dim, padded(self.head_dim));
         assert!(k.len() == v.len() && at + k.len() / (self.kv_heads * d) <= PAGE);
         for head in 0..self.kv_heads {
@@ -62,10 +152,12 @@ impl PageShape {
             for (i, row) in of_head(k).enumerate() {
                 let (vector, lane) = ((at + i) / LANES, (at + i) % LANES);
                 let column = keys[vector * LANES * d + lane..].iter_mut().step_by(LANES);
-                column.zip(row).for_each(|(to, x)| *to = *x);
+                column.zip(row).for_each(|(to, x)| *to = stored(*x));
             }
             let values = page[self.values(layer, head)].chunks_exact_mut(width).skip(at);
-            values.zip(of_head(v)).for_each(|(to, row)| to[..d].copy_from_slice(row));
+            for (to, row) in values.zip(of_head(v)) {
+                to.iter_mut().zip(row).for_each(|(to, x)| *to = stored(*x));
+            }
         }
     }
 }
@@ -86,7 +178,7 @@ pub struct PageRows {
 /// # Panics
 /// If a page is missing or named twice, or rows do not fit.
 pub fn write_rows(
-    pages: &mut [Box<[f32]>],
+    pages: &mut [Page],
     shape: PageShape,
     layer: usize,
     mut parts: Vec<PageRows>,
@@ -100,7 +192,7 @@ pub fn write_rows(
     for_each(parts.into_iter(), |(page, part)| {
         let rows = part.rows.start * width..part.rows.end * width;
         let Some(page) = page else { panic!("page {} is missing or named twice", part.page) };
-        shape.write(page, layer, part.at, &k[rows.clone()], &v[rows]);
+        page.write(shape, layer, part.at, &k[rows.clone()], &v[rows]);
     });
 }
 
@@ -115,16 +207,37 @@ mod tests {
 
     #[test]
     fn rows_land_in_their_layer_head_and_position() {
-        let shape = PageShape { layers: 2, kv_heads: 2, head_dim: 3 };
-        let mut page = vec![0.0; shape.len()];
-        let k: Vec<f32> = (1..=12).map(|i| i as f32).collect();
-        let v: Vec<f32> = k.iter().map(|x| x + 100.0).collect();
-        shape.write(&mut page, 1, PAGE - 2, &k, &v);
-        let keys = &page[shape.keys(1, 1)];
-        let last = &keys[(PAGE - LANES) * 3..];
-        assert_eq!([last[LANES - 2], last[2 * LANES - 2], last[3 * LANES - 1]], [4.0, 5.0, 12.0]);
-        let values = &page[shape.values(1, 0)];
-        assert_eq!(values[(PAGE - 1) * 16..][..4], [107.0, 108.0, 109.0, 0.0]);
-        assert_eq!(page.iter().filter(|x| **x != 0.0).count(), 24);
+        for dtype in [PageDtype::F32, PageDtype::Bf16] {
+            let shape = PageShape { layers: 2, kv_heads: 2, head_dim: 3, dtype };
+            let mut page = Page::new(shape);
+            let k: Vec<f32> = (1..=12).map(|i| i as f32).collect();
+            let v: Vec<f32> = k.iter().map(|x| x + 100.0).collect();
+            page.write(shape, 1, PAGE - 2, &k, &v);
+            let mut room = vec![0.0; shape.len()];
+            let page = page.part(0..shape.len(), 0..shape.len(), &mut room);
+            let keys = &page[shape.keys(1, 1)];
+            let last = &keys[(PAGE - LANES) * 3..];
+            assert_eq!(
+                [last[LANES - 2], last[2 * LANES - 2], last[3 * LANES - 1]],
+                [4.0, 5.0, 12.0]
+            );
+            let values = &page[shape.values(1, 0)];
+            assert_eq!(values[(PAGE - 1) * 16..][..4], [107.0, 108.0, 109.0, 0.0]);
+            assert_eq!(page.iter().filter(|x| **x != 0.0).count(), 24);
+        }
+    }
+
+    #[test]
+    fn pages_of_bf16_hold_the_nearest_numbers() {
+        let shape = PageShape { layers: 1, kv_heads: 1, head_dim: 2, dtype: PageDtype::Bf16 };
+        let mut page = Page::new(shape);
+        let (k, v) = ([1.0 + 1.0 / 256.0, 3.0e-5], [1.0 + 3.0 / 256.0, -0.1]);
+        page.write(shape, 0, 0, &k, &v);
+        let mut room = vec![0.0; shape.len()];
+        let page = page.part(0..shape.len(), 0..shape.len(), &mut room);
+        let nearest = |x: f32| bf16::from_f32(x).to_f32();
+        assert_eq!([page[0], page[LANES]], k.map(nearest));
+        assert_eq!(page[shape.values(0, 0)][..2], v.map(nearest));
+        assert_eq!([page[0], page[shape.values(0, 0).start]], [1.0, 1.0 + 4.0 / 256.0]);
     }
 }

@@ -35,6 +35,27 @@ pub fn gathered(rows: &[&[f32]], width: usize) -> Vec<f32> {
     y
 }
 
+/// `x` rounded to the nearest bf16 numbers (ties to even).
+pub fn rounded_to_bf16(x: &[f32]) -> Vec<f32> {
+    let (level, task, mut y) = (CpuLevel::detect(), task_len(1), room(x.len()));
+    for_each(y.chunks_mut(task).zip(x.chunks(task)), |(y, x)| level.run(RoundToBf16 { x, y }));
+    y
+}
+
+struct RoundToBf16<'a> {
+    x: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl Kernel for RoundToBf16<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (y, x) in self.y.chunks_mut(LANES).zip(self.x.chunks(LANES)) {
+            s.store_part(y, s.round_bf16(s.load_part(x)));
+        }
+    }
+}
+
 /// `a + b`, element by element.
 pub fn sum(a: &[f32], b: &[f32]) -> Vec<f32> {
     assert!(a.len() == b.len(), "lengths disagree");
@@ -129,6 +150,8 @@ mod tests {
         let both = sum(&a, &b);
         assert!((0..n).all(|i| both[i] == a[i] + b[i]));
         assert!(copied(&a) == a);
+        let nearest: Vec<f32> = a.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect();
+        assert!(rounded_to_bf16(&a) == nearest && nearest != a);
         let mut more = a.clone();
         add_to(&mut more, &b);
         assert!(more == both);

@@ -188,7 +188,7 @@ impl Block {
         self.sandwich(tape, y, &self.post_attention_norm)
     }
 
-    /// Queries, keys and values of the heads.
+    /// Queries, keys and values of the heads, the latter two as the cache holds them.
     fn heads(
         &self,
         tape: &Tape,
@@ -205,7 +205,8 @@ impl Block {
             ops::rotate(tape, &y, &pass.rotaries[self.rope])
         };
         let (q_norm, k_norm) = self.head_norms.as_ref().map(|(q, k)| (q, k)).unzip();
-        Ok((turned(q, q_norm)?, turned(k, k_norm)?, v))
+        let (q, k) = (turned(q, q_norm)?, turned(k, k_norm)?);
+        Ok((q, ops::as_cached(tape, &k)?, ops::as_cached(tape, &v)?))
     }
 
     /// The results of matrices with the same input x [N, in].

@@ -92,6 +92,11 @@ impl Policy {
         Policy { engine, ..self.clone() }
     }
 
+    /// An empty cache of keys and values for [`Policy::hidden_cached`].
+    pub fn kv_cache(&self) -> KvCache {
+        KvCache::new(self.blocks.len(), &self.engine)
+    }
+
     /// Bytes of all matrices in memory.
     pub fn bytes(&self) -> usize {
         let blocks: usize = self.blocks.iter().map(Block::bytes).sum();

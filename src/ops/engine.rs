@@ -6,6 +6,7 @@ use tracing::trace_span;
 use super::tape::Tape;
 use super::value::Value;
 use crate::kernels::matmul::MatmulPrecision;
+use crate::kernels::pages::PageDtype;
 use crate::kernels::slices::sum;
 use crate::{Error, Result};
 
@@ -50,6 +51,14 @@ impl Engine {
     /// The precision of products with frozen matrices.
     pub fn precision(&self) -> MatmulPrecision {
         self.precision
+    }
+
+    /// How keys and values are stored.
+    pub(super) fn kv_dtype(&self) -> PageDtype {
+        match self.precision {
+            MatmulPrecision::Medium => PageDtype::Bf16,
+            MatmulPrecision::Highest | MatmulPrecision::High => PageDtype::F32,
+        }
     }
 
     pub(super) fn fused(&self) -> bool {

@@ -4,10 +4,10 @@ use candle_core::Tensor;
 
 use super::engine::{Engine, host};
 use super::page_pool::PagePool;
-use crate::Result;
 use crate::kernels::attention::{AttentionShape, Segment};
 use crate::kernels::attention_cached::{CachedSegment, LayerPages};
-use crate::kernels::pages::{PAGE, PageRows, PageShape, write_rows};
+use crate::kernels::pages::{PAGE, PageDtype, PageRows, PageShape, write_rows};
+use crate::{Error, Result};
 
 /// Names one sequence of a [`KvCache`].
 pub type SlotId = usize;
@@ -20,6 +20,7 @@ pub type SlotId = usize;
 #[derive(Debug, Default)]
 pub struct KvCache {
     layers: usize,
+    dtype: PageDtype,
     slots: Vec<Option<Slot>>,
     pool: PagePool,
 }
@@ -33,9 +34,10 @@ struct Slot {
 }
 
 impl KvCache {
-    /// An empty cache for a model of `layers` layers.
-    pub fn new(layers: usize) -> Self {
-        KvCache { layers, ..KvCache::default() }
+    /// An empty cache for a model of `layers` layers that runs on `engine`: of bf16 numbers at `medium`,
+    /// else of f32.
+    pub fn new(layers: usize, engine: &Engine) -> Self {
+        KvCache { layers, dtype: engine.kv_dtype(), ..KvCache::default() }
     }
 
     /// Opens an empty sequence.
@@ -95,7 +97,12 @@ impl KvCache {
         (k, v): (&Tensor, &Tensor),
         shape: &AttentionShape,
     ) -> Result<()> {
-        let parts = page_shape(self.layers, shape);
+        if engine.kv_dtype() != self.dtype {
+            return Err(Error::failure(
+                "a cache of keys and values is of another matmul_precision than the pass that reads it",
+            ));
+        }
+        let parts = self.page_shape(shape);
         let mut rows = Vec::with_capacity(segments.len());
         for (segment, id) in segments.iter().zip(slots) {
             let Some(slot) = &mut self.slots[*id] else { continue };
@@ -117,7 +124,12 @@ impl KvCache {
 
     /// The pages of a layer.
     pub(super) fn layer(&self, layer: usize, shape: &AttentionShape) -> LayerPages<'_> {
-        LayerPages { pages: self.pool.pages(), shape: page_shape(self.layers, shape), layer }
+        LayerPages { pages: self.pool.pages(), shape: self.page_shape(shape), layer }
+    }
+
+    fn page_shape(&self, shape: &AttentionShape) -> PageShape {
+        let AttentionShape { kv_heads, head_dim, .. } = *shape;
+        PageShape { layers: self.layers, kv_heads, head_dim, dtype: self.dtype }
     }
 
     /// A segment and the pages of the slot that it was appended to.
@@ -131,10 +143,6 @@ impl KvCache {
     pub(super) fn tensors(&self, id: SlotId, layer: usize) -> Option<&(Tensor, Tensor)> {
         self.slots[id].as_ref().and_then(|slot| slot.tensors.get(layer))
     }
-}
-
-fn page_shape(layers: usize, shape: &AttentionShape) -> PageShape {
-    PageShape { layers, kv_heads: shape.kv_heads, head_dim: shape.head_dim }
 }
 
 impl Slot {

@@ -20,6 +20,7 @@ mod low_rank_update;
 mod norm;
 mod page_pool;
 mod rotary;
+mod rounding;
 mod rows;
 mod sums;
 mod tape;
@@ -42,6 +43,7 @@ pub use low_rank::{LowRank, low_rank_shift};
 pub use low_rank_update::LowRankUpdate;
 pub use norm::rms_norm;
 pub use rotary::{Rotary, rotate};
+pub use rounding::as_cached;
 pub use rows::{
     add, add_known, add_vector, dropout, equal_bits, gather_rows, pick_rows, replace_rows,
 };

@@ -247,7 +247,7 @@ impl<'a> Generator<'a> {
     ) -> Result<Vec<Completion>> {
         self.options.sampling.validate()?;
         self.check(requests)?;
-        let mut cache = KvCache::new(self.policy.config().layers.len());
+        let mut cache = self.policy.kv_cache();
         let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
         let mut active: Vec<Active> = Vec::new();
         let mut done: Vec<Option<Completion>> = vec![None; requests.len()];
