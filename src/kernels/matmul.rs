@@ -7,7 +7,7 @@
 //! one chain of fused multiply-adds in ascending k. Low-rank terms follow, each one chain over its rank
 //! that is added when it is finished, in `f32` at every precision.
 //! `medium` is a chain of pairs where the machine multiplies pairs faster than f32 (`matmul_dot`), or of
-//! exact sums of integers over 128 k where it multiplies those (`matmul_block_float`); where it multiplies
+//! exact sums of integers over up to 288 k where it multiplies those (`matmul_block_float`); where it multiplies
 //! tiles, `medium` and `high` are made of the sums of its instruction (`matmul_amx`). They then have bits of
 //! their own.
 
@@ -40,10 +40,10 @@ pub enum MatmulPrecision {
     /// with bf16 weights, up to 6e-6 with `f32` weights); on others the same as `Highest`.
     High,
     /// `f32` sums of products of operands that are rounded to bf16, where the machine multiplies bf16
-    /// faster than f32, or to integers of thirteen and eleven bits in a unit that 128 links share, where it
-    /// multiplies only integers faster: finer than bf16 for normal numbers (a fifth of its error by the
-    /// norm), coarser for numbers far below the largest of their 128, and a NaN or an infinity makes its row
-    /// NaN; on others the same as `High`, as in PyTorch.
+    /// faster than f32, or to integers in a unit that up to 288 links share, where it multiplies only integers
+    /// faster: finer than bf16 for normal numbers (NOISE of its error by the norm), coarser for numbers far
+    /// below the largest of their block, and a NaN or an infinity makes its row NaN; on others the same as
+    /// `High`, as in PyTorch.
     Medium,
 }
 
@@ -95,7 +95,7 @@ impl Way {
 /// them lies in the first-level cache.
 pub(crate) const K_BLOCK: usize = 256;
 /// Length of k whose inputs are copied at a time.
-const K_SPAN: usize = 8 * K_BLOCK;
+pub(crate) const K_SPAN: usize = 8 * K_BLOCK;
 /// Outputs that stay in the second-level cache while k advances.
 const NEAR_OUTPUTS: usize = 1 << 15;
 /// Tasks for each thread: the fewer, the less is read twice; the more, the less a thread waits.
@@ -190,6 +190,24 @@ pub(crate) enum Axis {
     Input,
 }
 
+impl Axis {
+    /// Links of a product with `w`.
+    pub(crate) fn links(self, w: &PackedMatrix) -> usize {
+        match self {
+            Axis::Output => w.in_features(),
+            Axis::Input => w.out_features(),
+        }
+    }
+
+    /// Columns of its result.
+    pub(crate) fn columns(self, w: &PackedMatrix) -> usize {
+        match self {
+            Axis::Output => w.out_features(),
+            Axis::Input => w.in_features(),
+        }
+    }
+}
+
 /// Either kind of products, on the threads of the pool, in a given way. Panics if the level does not
 /// have it.
 pub(crate) fn product_by(
@@ -222,6 +240,7 @@ fn compute<A: Form>(jobs: &[Product]) {
     let panels: usize = jobs.iter().map(Product::panels).sum();
     let tasks = task_count(rows * k * panels * LANES, TASKS);
     let tasks = cut((rows, A::ROW_UNIT), panels, tasks);
+    jobs.iter().for_each(A::prepare);
     let mut input = Vec::new();
     for k0 in (0..k).step_by(K_SPAN) {
         let k = k0..(k0 + K_SPAN).min(k);
@@ -276,10 +295,7 @@ impl<'a> Product<'a> {
         x: &'a [f32],
         Output { w, terms, y }: Output<'a>,
     ) -> Option<Self> {
-        let (k, columns) = match axis {
-            Axis::Output => (w.in_features(), w.out_features()),
-            Axis::Input => (w.out_features(), w.in_features()),
-        };
+        let (k, columns) = (axis.links(w), axis.columns(w));
         let rows = x.len() / k;
         assert!(x.len() == rows * k, "input is not [M, {k}]");
         assert!(y.len() == rows * columns, "output is not [{rows}, {columns}]");

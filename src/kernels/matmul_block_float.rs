@@ -1,30 +1,37 @@
 //! The form of operands that are block floating point: sixteen-bit integers in a unit that the links of a
 //! block share.
 //!
-//! The unit is the power of two for which the largest of 128 links of a row has up to thirteen bits, or of a
-//! column of the weight, rounded to bf16 first, up to eleven. Sums of 128 products then fit in 32 bits and
-//! are exact; each is added to the result in `f32`. The error of a product of normal numbers, by the norm, is a
-//! fifth of bf16's, and two fifths with numbers fifty times as large in the rows. Numbers far below the largest
-//! of their block keep fewer bits than in bf16.
+//! The unit is the smallest power of two for which the integers of a row's block, as a vector, are shorter than
+//! 2^16 and none is beyond sixteen bits, and those of a column of the weight, rounded to bf16 first, shorter than
+//! 2^15. By Cauchy and Schwarz the sum of a block's products then fits in 32 bits and is exact; each is added
+//! to the result in `f32`. Numbers far below the largest of their block keep fewer bits than in bf16.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::dispatch::CpuLevel;
 use super::lanes::LANES;
-use super::matmul::{Axis, Product};
+use super::matmul::{Axis, K_SPAN, Product};
 use super::matmul_fetch::Fetch;
 use super::matmul_fill::fill_pairs;
 use super::matmul_form::{Form, Panels, Step};
 use super::matmul_vnni::{ROWS, multiply};
-use super::pack::{PackedMatrix, PairRow, Storage};
+use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
+use super::parallel::map;
 
-/// Links that share a unit.
-pub(super) const LINKS: usize = 128;
-/// Bits of the largest number of a row, and of a column of the weight: with 2^7 products of a number up to
-/// 2^13 and one up to 255 * 2^3, eight bits of bf16 moved up, a sum is below 2^31.
-pub(super) const ROW_BITS: u32 = 13;
-pub(super) const COLUMN_BITS: u32 = 11;
+/// Links that share a unit at most: two panels of them, and twelve rows, lie in the first-level cache.
+const MOST_LINKS: usize = 288;
+/// Bits of the length of a row's block, and of a column's, as vectors of integers.
+pub(super) const ROW_BITS: i32 = 16;
+pub(super) const COLUMN_BITS: i32 = 15;
+/// Bits of an integer.
+const MOST_BITS: i32 = 15;
+
+/// Links that share a unit in products of `k` links.
+pub(super) fn block_links(k: usize) -> usize {
+    let k = k.min(K_SPAN);
+    k.div_ceil(k.div_ceil(MOST_LINKS)).next_multiple_of(LANES)
+}
 
 /// Two neighbouring links of a row as integers, the first in the lower half; behind the links of a block,
 /// their unit.
@@ -45,10 +52,14 @@ impl Form for Integers {
     const ZERO: Self = Self(0);
     const LINKS: usize = 2;
     /// With room for the units.
-    const MOST_LINKS: usize = LINKS + 2;
+    const MOST_LINKS: usize = MOST_LINKS + 2;
 
-    fn block_links(_k: usize) -> usize {
-        LINKS
+    fn block_links(k: usize) -> usize {
+        block_links(k)
+    }
+
+    fn prepare(job: &Product) {
+        units(job.level, job.w, job.axis);
     }
 
     fn row_elements(links: usize) -> usize {
@@ -72,7 +83,7 @@ impl Form for Integers {
         let (panel, panels) = (step.panel, step.panels);
         let stride = step.kc.next_multiple_of(LANES) / 2 + 1;
         for (i, into) in step.room().chunks_mut(stride).take(panels).enumerate() {
-            fill(job.level, job.w, job.axis, panel + i, links.clone(), into);
+            fill((job.level, job.axis), job.w, panel + i, links.clone(), into);
         }
         if let Some((panels, links)) = step.next.clone() {
             step.fetch = Fetch::new(job.w, job.axis, panels, links);
@@ -89,61 +100,135 @@ impl Form for Integers {
     }
 }
 
-/// The links `k` of panel `panel` of the weight seen along `axis` as integers, with their units behind.
+/// The links `k` of panel `panel` of the weight seen along an axis as integers, with their units behind.
 fn fill(
-    level: CpuLevel,
+    (level, axis): (CpuLevel, Axis),
     w: &PackedMatrix,
-    axis: Axis,
     panel: usize,
     k: Range<usize>,
     into: &mut [PairRow],
 ) {
+    let links = block_links(axis.links(w));
+    let unit = units(level, w, axis)[panel * axis.links(w).div_ceil(links) + k.start / links].0;
     let pairs = k.len().div_ceil(2);
+    let into_rows = into.as_mut_ptr();
+    // SAFETY: the level has been checked to multiply integers; there are so many rows of either.
     match &w.storage {
-        Storage::Bf16(rows) if axis == Axis::Output => {
-            let rows = &rows[panel * w.in_features().div_ceil(2) + k.start / 2..];
-            // SAFETY: the level has been checked to multiply integers; there are so many rows of either.
-            unsafe { round_panel(rows.as_ptr(), pairs, into.as_mut_ptr()) }
-        }
-        _ => {
+        Storage::Bf16(rows) if axis == Axis::Output => unsafe {
+            let rows = &rows[panel * w.in_features().div_ceil(2) + k.start / 2..][..pairs];
+            round_panel(rows.as_ptr(), pairs, &unit, into_rows)
+        },
+        _ => unsafe {
             fill_pairs(level, w, axis, panel, k, into);
-            // SAFETY: as above.
-            unsafe {
-                let rows = into.as_mut_ptr();
-                round_panel(rows, pairs, rows)
-            }
-        }
+            round_panel(into_rows, pairs, &unit, into_rows)
+        },
     }
 }
 
-/// The numbers by which links are multiplied to become integers of `bits`, and the units that undo it, for
-/// the bits of the largest link of each lane without its sign. A NaN or an infinity among the links makes
-/// the unit NaN. The unit of links below 2^-113 is that of 2^-113.
+/// The units of a weight seen along an axis, `[panels, blocks]`, one for each column.
+fn units(level: CpuLevel, w: &PackedMatrix, axis: Axis) -> &[RowF32] {
+    w.units(axis, || {
+        let (k, links) = (axis.links(w), block_links(axis.links(w)));
+        let blocks = k.div_ceil(links);
+        let of_block = |i: usize| {
+            let (panel, k0) = (i / blocks, i % blocks * links);
+            let mut pairs = [PairRow::ZERO; MOST_LINKS / 2];
+            fill_pairs(level, w, axis, panel, k0..k.min(k0 + links), &mut pairs);
+            // SAFETY: the level has been checked to multiply integers.
+            unsafe { column_units(&pairs) }
+        };
+        map(0..axis.columns(w).div_ceil(LANES) * blocks, of_block)
+    })
+}
+
+/// The units of the columns of some rows of bf16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn column_units(rows: &[PairRow]) -> RowF32 {
+    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    let links = |row: &PairRow| {
+        // SAFETY: a row is as long as a vector.
+        let both = unsafe { _mm512_load_si512(row.0.as_ptr().cast()) };
+        [_mm512_slli_epi32::<16>(both), _mm512_and_si512(upper, both)]
+            .map(|x| _mm512_castsi512_ps(x))
+    };
+    let all = || rows.iter().flat_map(links);
+    let largest = all().fold(_mm512_setzero_si512(), |m, x| _mm512_max_epu32(m, size(x)));
+    let scale = Scale::new(largest);
+    let squares = all().fold(_mm512_setzero_ps(), |sum, x| scale.add_square(sum, x));
+    let mut units = RowF32([0.0; LANES]);
+    // SAFETY: a row is as long as a vector.
+    unsafe { _mm512_store_ps(units.0.as_mut_ptr(), scale.factor_and_unit(squares, COLUMN_BITS).1) };
+    units
+}
+
+/// The bits of a number without its sign.
 #[target_feature(enable = "avx512f")]
-fn factors(largest: __m512i, bits: u32) -> (__m512, __m512) {
-    const MANTISSA: u32 = 23;
-    const BIAS: i32 = 127;
-    let exponent = _mm512_srli_epi32::<MANTISSA>(largest);
-    let lost = _mm512_cmpeq_epi32_mask(exponent, _mm512_set1_epi32(2 * BIAS + 1));
-    let exponent = _mm512_max_epi32(exponent, _mm512_set1_epi32(BIAS - 113));
-    // the largest is below 2^(exponent - BIAS + 1), which becomes 2^bits
-    let up = _mm512_set1_epi32(bits as i32 - 1);
-    let unit = _mm512_slli_epi32::<MANTISSA>(_mm512_sub_epi32(exponent, up));
-    let unit = _mm512_mask_mov_epi32(unit, lost, _mm512_set1_epi32(f32::NAN.to_bits() as i32));
-    let factor = _mm512_sub_epi32(_mm512_add_epi32(up, _mm512_set1_epi32(2 * BIAS)), exponent);
-    let factor = _mm512_slli_epi32::<MANTISSA>(factor);
-    (_mm512_castsi512_ps(factor), _mm512_castsi512_ps(unit))
+#[inline]
+fn size(x: __m512) -> __m512i {
+    _mm512_andnot_si512(_mm512_set1_epi32(i32::MIN), _mm512_castps_si512(x))
+}
+
+const MANTISSA: u32 = 23;
+const BIAS: i32 = 127;
+
+/// How the links of each lane are brought to a common size, so that neither large nor small ones are lost
+/// when they are squared: multiplied by 2^(2 - e), the largest of them being below 2^e.
+struct Scale {
+    /// e + 126 of each lane; that of links below 2^-112 is that of 2^-112.
+    exponent: __m512i,
+    factor: __m512,
+    /// The lanes that have a NaN or an infinity.
+    lost: __mmask16,
+}
+
+impl Scale {
+    /// For the bits of the largest link of each lane without its sign.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn new(largest: __m512i) -> Self {
+        let exponent = _mm512_srli_epi32::<MANTISSA>(largest);
+        let lost = _mm512_cmpeq_epi32_mask(exponent, _mm512_set1_epi32(2 * BIAS + 1));
+        let exponent = _mm512_max_epi32(exponent, _mm512_set1_epi32(BIAS - 112));
+        let factor = _mm512_sub_epi32(_mm512_set1_epi32(2 * BIAS + 1), exponent);
+        let factor = _mm512_castsi512_ps(_mm512_slli_epi32::<MANTISSA>(factor));
+        Self { exponent, factor, lost }
+    }
+
+    /// Adds the square of a scaled link.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn add_square(&self, sum: __m512, x: __m512) -> __m512 {
+        let x = _mm512_mul_ps(x, self.factor);
+        _mm512_fmadd_ps(x, x, sum)
+    }
+
+    /// The numbers by which links become integers that are, as a vector, shorter than 2^bits, and the units
+    /// that undo it, given the sums of the squares of scaled links. With a NaN or an infinity the unit is NaN.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn factor_and_unit(&self, squares: __m512, bits: i32) -> (__m512, __m512) {
+        // room for rounding, of the links and of this sum
+        let squares = _mm512_mul_ps(squares, _mm512_set1_ps(1.0 + 1.0 / 128.0));
+        let exponent = _mm512_srli_epi32::<MANTISSA>(_mm512_castps_si512(squares));
+        // squares are below 2^(exponent - BIAS + 1) and may be 2^(2 bits)
+        let up = _mm512_sub_epi32(_mm512_set1_epi32(2 * bits - 1 + BIAS), exponent);
+        let up = _mm512_min_epi32(_mm512_srai_epi32::<1>(up), _mm512_set1_epi32(MOST_BITS - 2));
+        let one = _mm512_set1_epi32(1);
+        let unit = _mm512_sub_epi32(_mm512_sub_epi32(self.exponent, one), up);
+        let unit = _mm512_slli_epi32::<MANTISSA>(unit);
+        let nan = _mm512_set1_epi32(f32::NAN.to_bits() as i32);
+        let factor = _mm512_slli_epi32::<MANTISSA>(up);
+        let factor = _mm512_add_epi32(_mm512_castps_si512(self.factor), factor);
+        let unit = _mm512_mask_mov_epi32(unit, self.lost, nan);
+        (_mm512_castsi512_ps(factor), _mm512_castsi512_ps(unit))
+    }
 }
 
 /// Rounds the first `width` columns of rows of `x`, `stride` apart, to blocks of integers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn round_rows(x: &[f32], stride: usize, width: usize, into: &mut [Integers]) {
     for (into, x) in into.chunks_mut(Integers::row_elements(width)).zip(x.chunks(stride)) {
-        match x.first_chunk::<LINKS>() {
-            // of a known length it is unrolled
-            Some(x) if width == LINKS => round_row(x, into),
-            _ => round_row(&x[..width], into),
-        }
+        round_row(&x[..width], into);
     }
 }
 
@@ -152,22 +237,26 @@ fn round_rows(x: &[f32], stride: usize, width: usize, into: &mut [Integers]) {
 #[inline]
 fn round_row(x: &[f32], into: &mut [Integers]) {
     let vectors = x.len().div_ceil(LANES);
-    let mut parts = [_mm512_setzero_ps(); LINKS / LANES];
-    for (i, part) in parts[..vectors].iter_mut().enumerate() {
-        let mask = 0xffffu16 >> (LANES - LANES.min(x.len() - i * LANES));
+    let part = |i: usize| {
+        let lanes = LANES.min(x.len().saturating_sub(i * LANES));
+        let mask = ((1u32 << lanes) - 1) as u16;
         // SAFETY: only lanes that the row has are read.
-        *part = unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr().add(i * LANES)) };
+        unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr().wrapping_add(i * LANES)) }
+    };
+    let largest =
+        (0..vectors).fold(_mm512_setzero_si512(), |m, i| _mm512_max_epu32(m, size(part(i))));
+    let scale = Scale::new(_mm512_set1_epi32(_mm512_reduce_max_epu32(largest) as i32));
+    let mut squares = [_mm512_setzero_ps(); 2];
+    for i in 0..vectors {
+        squares[i % 2] = scale.add_square(squares[i % 2], part(i));
     }
-    let sign = _mm512_set1_epi32(i32::MIN);
-    let size = |part: __m512| _mm512_andnot_si512(sign, _mm512_castps_si512(part));
-    let largest = parts.iter().map(|&part| size(part)).reduce(|x, y| _mm512_max_epu32(x, y));
-    let largest = _mm512_reduce_max_epu32(largest.unwrap_or(_mm512_setzero_si512()));
-    let (factor, unit) = factors(_mm512_set1_epi32(largest as i32), ROW_BITS);
+    let squares = _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1]));
+    let (factor, unit) = scale.factor_and_unit(_mm512_set1_ps(squares), ROW_BITS);
     let rounded = |part: __m512| _mm512_cvtps_epi32(_mm512_mul_ps(part, factor));
     // packing puts quarters of both vectors in turn
     let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    for (i, part) in parts.as_chunks::<2>().0[..vectors.div_ceil(2)].iter().enumerate() {
-        let both = _mm512_packs_epi32(rounded(part[0]), rounded(part[1]));
+    for i in 0..vectors.div_ceil(2) {
+        let both = _mm512_packs_epi32(rounded(part(2 * i)), rounded(part(2 * i + 1)));
         let pairs = LANES.min(into.len() - 1 - i * LANES);
         // SAFETY: only pairs that the block has are written.
         unsafe {
@@ -181,34 +270,37 @@ fn round_row(x: &[f32], into: &mut [Integers]) {
     into[x.len().div_ceil(2)] = Integers(_mm512_cvtss_f32(unit).to_bits());
 }
 
-/// Rounds `pairs` rows of bf16 to integers and puts the units of the columns behind them.
+/// Rounds `pairs` rows of bf16 to integers in the units of their columns and puts those behind them.
 ///
 /// # Safety
 /// `rows` has so many, `into` room for one more; they may be the same.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn round_panel(rows: *const PairRow, pairs: usize, into: *mut PairRow) {
-    // SAFETY: the caller's promise.
-    let row = |i: usize| unsafe { _mm512_load_si512(rows.add(i).cast()) };
-    let no_sign = _mm512_set1_epi16(i16::MAX);
-    let mut largest = _mm512_setzero_si512();
-    for i in 0..pairs {
-        largest = _mm512_max_epu16(largest, _mm512_and_si512(no_sign, row(i)));
-    }
+unsafe fn round_panel(
+    rows: *const PairRow,
+    pairs: usize,
+    units: &[f32; LANES],
+    into: *mut PairRow,
+) {
+    // SAFETY: there are so many lanes.
+    let units = unsafe { _mm512_loadu_ps(units.as_ptr()) };
+    // of powers of two; of a NaN it is some number
+    let factor = _mm512_set1_epi32(2 * BIAS << MANTISSA);
+    let factor = _mm512_castsi512_ps(_mm512_sub_epi32(factor, _mm512_castps_si512(units)));
     let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
-    let (even, odd) = (_mm512_slli_epi32::<16>(largest), _mm512_and_si512(upper, largest));
-    let (factor, unit) = factors(_mm512_max_epu32(even, odd), COLUMN_BITS);
     // an integer of sixteen bits added to this one is in the lower half of the bits of the sum
     let integer = _mm512_set1_ps(1.5 * (1 << 23) as f32);
     let rounded = |bits: __m512i| {
         _mm512_castps_si512(_mm512_fmadd_ps(_mm512_castsi512_ps(bits), factor, integer))
     };
     for i in 0..pairs {
-        let (even, odd) = (_mm512_slli_epi32::<16>(row(i)), _mm512_and_si512(upper, row(i)));
+        // SAFETY: the caller's promise.
+        let row = unsafe { _mm512_load_si512(rows.add(i).cast()) };
+        let (even, odd) = (_mm512_slli_epi32::<16>(row), _mm512_and_si512(upper, row));
         let odd = _mm512_slli_epi32::<16>(rounded(odd));
         let both = _mm512_mask_blend_epi16(0xaaaa_aaaa, rounded(even), odd);
         // SAFETY: the caller's promise.
         unsafe { _mm512_store_si512(into.add(i).cast(), both) }
     }
     // SAFETY: the caller's promise.
-    unsafe { _mm512_store_ps(into.add(pairs).cast(), unit) }
+    unsafe { _mm512_store_ps(into.add(pairs).cast(), units) }
 }

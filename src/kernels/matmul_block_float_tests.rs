@@ -4,7 +4,7 @@
 use half::bf16;
 
 use super::matmul::{Axis, Way};
-use super::matmul_block_float::{COLUMN_BITS, LINKS, ROW_BITS};
+use super::matmul_block_float::{COLUMN_BITS, ROW_BITS, block_links};
 use super::pack::PackedMatrix;
 use super::testing::{noise, product_where_there, relative_error, sides, with_threads};
 
@@ -30,15 +30,19 @@ fn columns(axis: Axis, w: &PackedMatrix) -> Vec<f32> {
     all.map(|(j, i)| bf16::from_f32(at(j, i)).to_f32()).collect()
 }
 
-/// Chains of `k` links with the links of each block rounded to integers of `bits`, in their unit.
+/// Chains of `k` links with those of each block rounded to integers in their unit, as a vector shorter than
+/// 2^bits.
 fn rounded(chains: &[f32], k: usize, bits: i32) -> Vec<f32> {
     let round = |block: &[f32]| {
         let largest = block.iter().fold(0.0f32, |m, x| x.abs().max(m));
-        let exponent = ((largest.to_bits() >> 23) as i32 - 126).max(-112);
-        let unit = 2f64.powi(exponent - bits);
-        block.iter().map(|&x| ((f64::from(x) / unit).round_ties_even() * unit) as f32).collect()
+        let least = ((largest.to_bits() >> 23) as i32 - 126).max(-111) - 15;
+        let length = norm(block.iter().map(|&x| f64::from(x))) * (1.0f64 + 1.0 / 128.0).sqrt();
+        let fits = |unit: &i32| length / 2f64.powi(*unit) < 2f64.powi(bits);
+        let unit = 2f64.powi((least..).find(fits).unwrap());
+        let integer = |x: f32| (f64::from(x) / unit).round_ties_even().min(32767.0);
+        block.iter().map(|&x| (integer(x) * unit) as f32).collect()
     };
-    let blocks = chains.chunks(k).flat_map(|chain| chain.chunks(LINKS));
+    let blocks = chains.chunks(k).flat_map(|chain| chain.chunks(block_links(k)));
     blocks.flat_map(|block| -> Vec<f32> { round(block) }).collect()
 }
 
@@ -88,8 +92,8 @@ fn a_product_is_that_of_the_rounded_operands() {
                 for axis in [Axis::Output, Axis::Input] {
                     let k = sides(axis, &w).0;
                     let x: Vec<f32> = noise(4, m * k).iter().map(|x| x * x * x * scale).collect();
-                    let columns = rounded(&columns(axis, &w), k, COLUMN_BITS as i32);
-                    let want = products(&rounded(&x, k, ROW_BITS as i32), &columns, k);
+                    let columns = rounded(&columns(axis, &w), k, COLUMN_BITS);
+                    let want = products(&rounded(&x, k, ROW_BITS), &columns, k);
                     let Some(y) = run(axis, &x, &w) else { return };
                     assert!(relative_error(&y, &want) < 1e-6, "{m} x {k}, {scale}");
                 }
@@ -100,13 +104,18 @@ fn a_product_is_that_of_the_rounded_operands() {
 
 #[test]
 fn the_largest_sums_stay_in_32_bits() {
-    let w = PackedMatrix::from_f32_as_bf16(&[255.0; 16 * LINKS], 16, LINKS);
-    // rounds up to a power of two
-    let x = [1.0f32.next_down(); 12 * LINKS];
-    let Some(y) = run(Axis::Output, &x, &w) else { return };
-    assert!(y.iter().all(|&y| y == 255.0 * LINKS as f32));
-    let Some(y) = run(Axis::Output, &x.map(|x| -x), &w) else { return };
-    assert!(y.iter().all(|&y| y == -255.0 * LINKS as f32));
+    for k in [1, 2, 64, 192, 288] {
+        // vectors of one direction, their lengths just below where the unit doubles
+        for x in [0.99f32, 1.0, 1.99, 1.0f32.next_down()] {
+            let w = PackedMatrix::from_f32_as_bf16(&vec![255.0; 16 * k], 16, k);
+            let columns = rounded(&columns(Axis::Output, &w), k, COLUMN_BITS);
+            for x in [vec![x; 12 * k], vec![-x; 12 * k]] {
+                let want = products(&rounded(&x, k, ROW_BITS), &columns, k);
+                let Some(y) = run(Axis::Output, &x, &w) else { return };
+                assert!(relative_error(&y, &want) < 1e-6, "{k}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -178,8 +187,8 @@ fn weights_of_any_size_are_rounded_as_others() {
         let w: Vec<f32> = noise(7, out * in_).iter().map(|w| w * scale).collect();
         let w = PackedMatrix::from_f32_as_bf16(&w, out, in_);
         let x = noise(300, m * in_);
-        let columns = rounded(&columns(Axis::Output, &w), in_, COLUMN_BITS as i32);
-        let want = products(&rounded(&x, in_, ROW_BITS as i32), &columns, in_);
+        let columns = rounded(&columns(Axis::Output, &w), in_, COLUMN_BITS);
+        let want = products(&rounded(&x, in_, ROW_BITS), &columns, in_);
         let Some(y) = run(Axis::Output, &x, &w) else { return };
         // brought back to where errors are measured
         let y: Vec<f32> = y.iter().map(|y| y / scale).collect();

@@ -33,6 +33,8 @@ pub(crate) trait Form: Copy + Send + Sync {
     fn block_links(_k: usize) -> usize {
         K_BLOCK
     }
+    /// Prepares the weight of a product, before threads share the work.
+    fn prepare(_job: &Product) {}
     /// Elements from row to row of a copied block of `links`.
     fn row_elements(links: usize) -> usize {
         links.div_ceil(Self::LINKS)

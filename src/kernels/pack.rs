@@ -1,12 +1,15 @@
 //! A frozen weight matrix, kept once, in the layout that the matmul reads.
 
 use std::mem::MaybeUninit;
+use std::sync::OnceLock;
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::lanes::LANES;
+#[cfg(target_arch = "x86_64")]
+use super::matmul::Axis;
 
 /// One input feature of a panel: its weights to sixteen output features.
 #[derive(Clone, Copy)]
@@ -60,20 +63,24 @@ pub struct PackedMatrix {
     out_features: usize,
     in_features: usize,
     pub(crate) storage: Storage,
+    /// What [`PackedMatrix::units`] gives for either axis.
+    units: [OnceLock<Vec<RowF32>>; 2],
 }
 
 impl PackedMatrix {
     /// Packs `W [out, in]` in `f32`, of which `read` writes row `i` into `[in]`. Panics if W is
     /// empty.
     pub fn f32_rows(out: usize, in_: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let storage = Storage::F32(pack(out, in_, read));
-        Self { out_features: out, in_features: in_, storage }
+        Self::new(out, in_, Storage::F32(pack(out, in_, read)))
     }
 
     /// As [`PackedMatrix::f32_rows`], in bf16.
     pub fn bf16_rows(out: usize, in_: usize, read: impl Fn(usize, &mut [bf16]) + Sync) -> Self {
-        let storage = Storage::Bf16(pack(out, in_, read));
-        Self { out_features: out, in_features: in_, storage }
+        Self::new(out, in_, Storage::Bf16(pack(out, in_, read)))
+    }
+
+    fn new(out_features: usize, in_features: usize, storage: Storage) -> Self {
+        Self { out_features, in_features, storage, units: Default::default() }
     }
 
     /// Packs row-major `w [out, in]` and keeps it in `f32`. Panics unless `w` has that many
@@ -105,6 +112,13 @@ impl PackedMatrix {
             Storage::F32(rows) => size_of_val(rows.as_slice()),
             Storage::Bf16(rows) => size_of_val(rows.as_slice()),
         }
+    }
+
+    /// The units of the weight's blocks as integers, seen along an axis (`matmul_block_float`), made when a
+    /// product first asks for them.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn units(&self, axis: Axis, make: impl FnOnce() -> Vec<RowF32>) -> &[RowF32] {
+        self.units[axis as usize].get_or_init(make)
     }
 
     /// Whether the storage is bf16.

@@ -61,10 +61,7 @@ pub(crate) fn product_where_there(
 
 /// Inputs and outputs of a product.
 pub(crate) fn sides(axis: Axis, w: &PackedMatrix) -> (usize, usize) {
-    match axis {
-        Axis::Output => (w.in_features(), w.out_features()),
-        Axis::Input => (w.out_features(), w.in_features()),
-    }
+    (axis.links(w), axis.columns(w))
 }
 
 /// Largest difference over largest reference.
