@@ -228,6 +228,11 @@ impl Scale {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn round_rows(x: &[f32], stride: usize, width: usize, into: &mut [Integers]) {
     for (into, x) in into.chunks_mut(Integers::row_elements(width)).zip(x.chunks(stride)) {
+        // the row after the next one comes closer meanwhile, its address valid or not
+        let ahead = x.as_ptr().wrapping_add(2 * stride);
+        (0..width)
+            .step_by(LANES)
+            .for_each(|at| _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(at).cast()));
         round_row(&x[..width], into);
     }
 }
@@ -236,38 +241,48 @@ fn round_rows(x: &[f32], stride: usize, width: usize, into: &mut [Integers]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
 fn round_row(x: &[f32], into: &mut [Integers]) {
-    let vectors = x.len().div_ceil(LANES);
-    let part = |i: usize| {
-        let lanes = LANES.min(x.len().saturating_sub(i * LANES));
-        let mask = ((1u32 << lanes) - 1) as u16;
-        // SAFETY: only lanes that the row has are read.
-        unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr().wrapping_add(i * LANES)) }
-    };
-    let largest =
-        (0..vectors).fold(_mm512_setzero_si512(), |m, i| _mm512_max_epu32(m, size(part(i))));
-    let scale = Scale::new(_mm512_set1_epi32(_mm512_reduce_max_epu32(largest) as i32));
+    let ((whole, rest), (pairs, into_unit)) =
+        (x.as_chunks(), into.split_at_mut(x.len().div_ceil(2)));
+    let mut last = [0.0; 2 * LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    let last = (!rest.is_empty()).then_some(&last);
+    let parts = || whole.iter().chain(last).map(|part| halves(part));
+    let mut largest = [_mm512_setzero_si512(); 2];
+    for [x, y] in parts() {
+        largest = [_mm512_max_epu32(largest[0], size(x)), _mm512_max_epu32(largest[1], size(y))];
+    }
+    let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(largest[0], largest[1]));
+    let scale = Scale::new(_mm512_set1_epi32(largest as i32));
     let mut squares = [_mm512_setzero_ps(); 2];
-    for i in 0..vectors {
-        squares[i % 2] = scale.add_square(squares[i % 2], part(i));
+    for [x, y] in parts() {
+        squares = [scale.add_square(squares[0], x), scale.add_square(squares[1], y)];
     }
     let squares = _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1]));
     let (factor, unit) = scale.factor_and_unit(_mm512_set1_ps(squares), ROW_BITS);
-    let rounded = |part: __m512| _mm512_cvtps_epi32(_mm512_mul_ps(part, factor));
+    for (part, into) in whole.iter().chain(last).zip(pairs.chunks_mut(LANES)) {
+        let mask = ((1u32 << into.len()) - 1) as u16;
+        // SAFETY: only pairs that the block has are written.
+        unsafe { _mm512_mask_storeu_epi32(into.as_mut_ptr().cast(), mask, integers(part, factor)) }
+    }
+    into_unit[0] = Integers(_mm512_cvtss_f32(unit).to_bits());
+}
+
+/// Both halves of some links.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn halves(part: &[f32; 2 * LANES]) -> [__m512; 2] {
+    // SAFETY: there are so many lanes.
+    unsafe { [_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[LANES..].as_ptr())] }
+}
+
+/// Links multiplied by a factor, as integers.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn integers(part: &[f32; 2 * LANES], factor: __m512) -> __m512i {
     // packing puts quarters of both vectors in turn
     let in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    for i in 0..vectors.div_ceil(2) {
-        let both = _mm512_packs_epi32(rounded(part(2 * i)), rounded(part(2 * i + 1)));
-        let pairs = LANES.min(into.len() - 1 - i * LANES);
-        // SAFETY: only pairs that the block has are written.
-        unsafe {
-            _mm512_mask_storeu_epi32(
-                into.as_mut_ptr().add(i * LANES).cast(),
-                0xffff >> (LANES - pairs),
-                _mm512_permutexvar_epi64(in_order, both),
-            )
-        }
-    }
-    into[x.len().div_ceil(2)] = Integers(_mm512_cvtss_f32(unit).to_bits());
+    let [x, y] = halves(part).map(|x| _mm512_cvtps_epi32(_mm512_mul_ps(x, factor)));
+    _mm512_permutexvar_epi64(in_order, _mm512_packs_epi32(x, y))
 }
 
 /// Rounds `pairs` rows of bf16 to integers in the units of their columns and puts those behind them.
