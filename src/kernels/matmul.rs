@@ -316,6 +316,7 @@ impl<'a> Product<'a> {
 
     /// Copies a span of k of the input, one block of k after the other, unless it can be read where it lies:
     /// the rows are few, or do not begin in the same sets.
+    #[allow(clippy::uninit_vec)] // zeroing it would cost one thread as long as copying costs all of them
     fn copy_input<A: Form>(&self, k: &Range<usize>, copied: &mut Vec<A>) {
         let apart = !self.k.is_multiple_of(SAME_SETS);
         if A::in_place(self.x).is_some() && (self.rows <= STREAM_ROWS || apart) {
@@ -323,7 +324,11 @@ impl<'a> Product<'a> {
         }
         let links = A::block_links(self.k);
         let (whole, rest) = (k.len() / links, A::row_elements(k.len() % links));
-        copied.resize(self.rows * (whole * A::row_elements(links) + rest), A::ZERO);
+        let elements = self.rows * (whole * A::row_elements(links) + rest);
+        copied.clear();
+        copied.reserve(elements);
+        // SAFETY: every bit pattern is an element, and `A::copy` writes all of them before one is read.
+        unsafe { copied.set_len(elements) };
         let blocks = copied.chunks_mut(self.rows * A::row_elements(links));
         let parts = k.clone().step_by(links).zip(blocks).flat_map(|(k0, block)| {
             let width = links.min(k.end - k0);

@@ -37,7 +37,6 @@ pub(crate) struct Chunk<const PARTS: usize>(pub(super) [[u16; CHUNK]; PARTS]);
 impl<const PARTS: usize> Form for Chunk<PARTS> {
     type Row = [PanelTile; PARTS];
     const ZERO_ROW: Self::Row = [[PairRow::ZERO; CHUNK / 2]; PARTS];
-    const ZERO: Self = Self([[0; CHUNK]; PARTS]);
     const LINKS: usize = CHUNK;
     const ROW_UNIT: usize = BLOCK_ROWS;
     const MOST_LINKS: usize = MOST_LINKS;

@@ -192,7 +192,7 @@ fn nan_and_infinity_stay_in_their_row_on_tiles() {
 fn two_parts_of_a_row_hold_sixteen_bits_of_each_link() {
     let x = noise(1, 3 * 50);
     let lda = Chunk::<2>::row_elements(45);
-    let mut chunks = vec![Chunk::<2>::ZERO; 3 * lda];
+    let mut chunks = vec![Chunk::<2>([[7; 32]; 2]); 3 * lda];
     Chunk::copy(CpuLevel::detect(), &x, 50, 45, &mut chunks);
     for (row, chunks) in x.chunks(50).zip(chunks.chunks(lda)) {
         for i in 0..64 {

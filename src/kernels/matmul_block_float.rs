@@ -49,7 +49,6 @@ impl Integers {
 impl Form for Integers {
     type Row = PairRow;
     const ZERO_ROW: PairRow = PairRow::ZERO;
-    const ZERO: Self = Self(0);
     const LINKS: usize = 2;
     /// With room for the units.
     const MOST_LINKS: usize = MOST_LINKS + 2;

@@ -15,14 +15,12 @@ use super::matmul_tile::{Pair, is_tall, multiply_pairs, multiply_widened};
 use super::matmul_tile::{multiply, multiply_f32};
 use super::pack::{PairRow, RowF32, Storage};
 
-/// The form in which the inner loop reads its operands.
+/// The form in which the inner loop reads its operands; every bit pattern is an element.
 pub(crate) trait Form: Copy + Send + Sync {
     /// A row of a panel in scratch.
     type Row: Copy;
     /// A row of zeros.
     const ZERO_ROW: Self::Row;
-    /// An element of zero links.
-    const ZERO: Self;
     /// Links of k in an element on the left, and in a row of a panel.
     const LINKS: usize;
     /// Rows that are multiplied together: tasks have multiples of them.
@@ -42,7 +40,7 @@ pub(crate) trait Form: Copy + Send + Sync {
     /// The input itself, if its elements are of this form.
     fn in_place(x: &[f32]) -> Option<&[Self]>;
     /// Copies the first `width` columns of rows of `x`, `stride` apart, to rows of
-    /// [`Form::row_elements`].
+    /// [`Form::row_elements`], all of whose elements it writes.
     fn copy(level: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [Self]);
     /// Multiplies one block of k of a panel group, straight from the storage or out of scratch.
     fn step(job: &Product, step: Step<Self>);
@@ -51,7 +49,6 @@ pub(crate) trait Form: Copy + Send + Sync {
 impl Form for f32 {
     type Row = RowF32;
     const ZERO_ROW: RowF32 = RowF32([0.0; LANES]);
-    const ZERO: f32 = 0.0;
     const LINKS: usize = 1;
 
     fn in_place(x: &[f32]) -> Option<&[f32]> {
@@ -115,7 +112,6 @@ impl Form for f32 {
 impl Form for Pair {
     type Row = PairRow;
     const ZERO_ROW: PairRow = PairRow::ZERO;
-    const ZERO: Pair = Pair(0);
     const LINKS: usize = 2;
 
     fn in_place(_: &[f32]) -> Option<&[Pair]> {
