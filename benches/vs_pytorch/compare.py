@@ -57,7 +57,7 @@ def trl(precision):
     return Case(
         name=f"trl-lora-{precision}",
         row=f"GRPO step, lora, `{precision}` / TRL f32",
-        ours=["grpo_step", "--adapter", "lora", "--matmul_precision", precision],
+        ours=["grpo_step", "--adapter", "lora", "--matmul_precision", precision, "--reuse_activations", "true"],
         theirs=["grpo_step.py"],
     )
 

@@ -41,8 +41,8 @@ pub enum MatmulPrecision {
     High,
     /// `f32` sums of products of operands that are rounded to bf16, where the machine multiplies bf16
     /// faster than f32, or to integers in a unit that up to 288 links share, where it multiplies only integers
-    /// faster: finer than bf16 for normal numbers (NOISE of its error by the norm), coarser for numbers far
-    /// below the largest of their block, and a NaN or an infinity makes its row NaN; on others the same as
+    /// faster: finer than bf16 for normal numbers (a tenth of its error by the norm), coarser for numbers a
+    /// hundred times below the largest of their block, and a NaN or an infinity makes its row NaN; on others the same as
     /// `High`, as in PyTorch.
     Medium,
 }

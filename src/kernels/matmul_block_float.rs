@@ -4,7 +4,10 @@
 //! The unit is the smallest power of two for which the integers of a row's block, as a vector, are shorter than
 //! 2^16 and none is beyond sixteen bits, and those of a column of the weight, rounded to bf16 first, shorter than
 //! 2^15. By Cauchy and Schwarz the sum of a block's products then fits in 32 bits and is exact; each is added
-//! to the result in `f32`. Numbers far below the largest of their block keep fewer bits than in bf16.
+//! to the result in `f32`. The error of a product of normal numbers, by the norm, is a tenth of bf16's, and a
+//! seventh where some features of the rows or of the columns are fifty times as large. It is bf16's where features of
+//! the rows are fifty times as large and those of the columns as much smaller; numbers further below the
+//! largest of their block keep fewer bits than in bf16.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -298,7 +301,7 @@ unsafe fn round_panel(
     // SAFETY: there are so many lanes.
     let units = unsafe { _mm512_loadu_ps(units.as_ptr()) };
     // of powers of two; of a NaN it is some number
-    let factor = _mm512_set1_epi32(2 * BIAS << MANTISSA);
+    let factor = _mm512_set1_epi32((2 * BIAS) << MANTISSA);
     let factor = _mm512_castsi512_ps(_mm512_sub_epi32(factor, _mm512_castps_si512(units)));
     let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
     // an integer of sixteen bits added to this one is in the lower half of the bits of the sum

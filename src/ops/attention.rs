@@ -81,7 +81,7 @@ pub fn attention_cached(
 ) -> Result<Tensor> {
     let bytes = || {
         let keys: usize = segments.iter().map(|s| s.position0 + s.len).sum();
-        8 * keys * shape.kv_heads * shape.head_dim
+        2 * engine.kv_bytes() * keys * shape.kv_heads * shape.head_dim
     };
     let _span =
         trace_span!("attention cached", flops = shape.flops(segments), bytes = bytes()).entered();

@@ -61,6 +61,11 @@ impl Engine {
         }
     }
 
+    /// Bytes of a number in the cache of keys and values: 2 at `medium`, else 4.
+    pub fn kv_bytes(&self) -> usize {
+        self.kv_dtype().bytes()
+    }
+
     pub(super) fn fused(&self) -> bool {
         self.fused
     }

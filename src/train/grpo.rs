@@ -340,7 +340,8 @@ impl<'a> Trainer<'a> for GrpoTrainer<'a> {
         let rounds = if grpo.dynamic_sampling { 1 + grpo.dynamic_sampling_rounds } else { 1 };
         let kept = if grpo.reuse_activations { rounds * case.step } else { 0 };
         let learner = &self.learner;
-        let fitting = learner.sequences_that_fit(case.sequence, wanted, (&self.plan, kept));
+        let sequence = (case.sequence, self.sampler().engine().kv_bytes());
+        let fitting = learner.sequences_that_fit(sequence, wanted, (&self.plan, kept));
         self.options.max_batch = fitting;
         if grpo.reuse_activations {
             self.plan = learner.plan_reuse(self.plan, case, (kept, fitting))?;

@@ -120,8 +120,8 @@ impl<'a> Learner<'a> {
         Plan::choose(&optim, case, &self.memory(), budget)
     }
 
-    /// The plan with what sampling computes kept for the updates: `sampled` is how many tokens a step
-    /// samples, and how many sequences at once.
+    /// The plan with what sampling computes kept for the updates, given how many tokens a step samples, and
+    /// in how many sequences at once.
     ///
     /// # Errors
     /// Usage, if that does not fit, or the policy is not on the CPU.
@@ -129,18 +129,19 @@ impl<'a> Learner<'a> {
         &self,
         plan: Plan,
         case: LongestCase,
-        sampled: (usize, usize),
+        (tokens, sequences): (usize, usize),
     ) -> Result<Plan> {
         let memory = self.memory();
         if !self.policy.engine().device().is_cpu() {
             return Err(Error::usage("reuse_activations works on the cpu only: leave it unset"));
         }
+        let sampled = (tokens, sequences, self.policy.engine().kv_bytes());
         plan.reusing(case, &memory, sampled).ok_or_else(|| {
             Error::usage(format!(
                 "reuse_activations would keep {} bytes of each of {} tokens, which memory_budget has no \
                  room for: leave it unset, or sample fewer or shorter completions",
                 memory.recorded(1),
-                sampled.0
+                tokens,
             ))
         })
     }
@@ -149,18 +150,18 @@ impl<'a> Learner<'a> {
         MemoryModel::new(self.policy.config(), &self.adapters, self.policy.bytes())
     }
 
-    /// How many of `wanted` sequences of `tokens` tokens the cache of keys and values can hold in the
-    /// plan's memory, of which what sampling computes of `kept` tokens is taken; at least one.
+    /// How many of `wanted` sequences of `tokens` tokens the cache of keys and values, of `kv_bytes` a number,
+    /// can hold in the plan's memory, of which what sampling computes of `kept` tokens is taken; at least one.
     pub fn sequences_that_fit(
         &self,
-        tokens: usize,
+        (tokens, kv_bytes): (usize, usize),
         wanted: usize,
         (plan, kept): (&Plan, usize),
     ) -> usize {
         let memory = self.memory();
         let Some(budget) = plan.budget.bytes else { return wanted };
         let room = budget.saturating_sub(memory.sampling() + memory.recorded(kept));
-        wanted.min(room / memory.cached_sequence(tokens).max(1)).max(1)
+        wanted.min(room / memory.cached_sequence(tokens, kv_bytes).max(1)).max(1)
     }
 
     /// One optimizer step by `gradients`, in which `tokens` tokens went through the model.

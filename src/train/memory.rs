@@ -47,11 +47,11 @@ impl<'a> MemoryModel<'a> {
         PROGRAM + self.weights + PARAMETER_BYTES * parameters + activations
     }
 
-    /// Bytes that a sequence of `tokens` tokens takes in the cache of keys and values.
-    pub fn cached_sequence(&self, tokens: usize) -> usize {
+    /// Bytes that a sequence of `tokens` tokens takes in the cache of keys and values, of `kv_bytes` a number.
+    pub fn cached_sequence(&self, tokens: usize, kv_bytes: usize) -> usize {
         let out = |matrix: Matrix| self.config.linear_shape(matrix).1;
         let of_token = self.config.layers.len() * (out(Matrix::K) + out(Matrix::V));
-        4 * of_token * tokens.next_multiple_of(PAGE)
+        kv_bytes * of_token * tokens.next_multiple_of(PAGE)
     }
 
     /// Bytes of what sampling keeps of `tokens` tokens for updates: the outputs of the blocks from below the

@@ -127,14 +127,16 @@ impl Plan {
     }
 
     /// The same cut of steps that begin with what the sampling of `tokens` tokens in `sequences`
-    /// sequences at once computed; none if that does not fit.
+    /// sequences at once computed, their keys and values cached in `kv_bytes` a number; none if that does
+    /// not fit.
     pub fn reusing(
         self,
         case: LongestCase,
         memory: &MemoryModel,
-        (tokens, sequences): (usize, usize),
+        (tokens, sequences, kv_bytes): (usize, usize, usize),
     ) -> Option<Self> {
-        let sampling = memory.sampling() + sequences * memory.cached_sequence(case.sequence);
+        let sampling =
+            memory.sampling() + sequences * memory.cached_sequence(case.sequence, kv_bytes);
         let update = memory.peak(PassSize { gradient_checkpointing: true, ..self.pass(case) });
         // further updates on the same completions have nothing recorded, but a forward pass
         let bytes = (memory.recorded(tokens) + sampling.max(update)).max(self.bytes);
@@ -261,12 +263,12 @@ mod tests {
         let config = tiny_model();
         let memory = MemoryModel::new(&config, &[], 0);
         let plan = choose(&OptimArgs::default(), CASE, None).unwrap();
-        let reusing = plan.reusing(CASE, &memory, (CASE.step, 4)).unwrap();
+        let reusing = plan.reusing(CASE, &memory, (CASE.step, 4, 4)).unwrap();
         assert!(reusing.reuse_activations && reusing.bytes > memory.recorded(CASE.step));
         let of = |bytes| Plan { budget: Budget { bytes: Some(bytes), auto: false }, ..plan };
-        assert!(of(reusing.bytes).reusing(CASE, &memory, (CASE.step, 4)).is_some());
-        assert!(of(reusing.bytes - 1).reusing(CASE, &memory, (CASE.step, 4)).is_none());
-        assert!(of(reusing.bytes).reusing(CASE, &memory, (2 * CASE.step, 4)).is_none());
+        assert!(of(reusing.bytes).reusing(CASE, &memory, (CASE.step, 4, 4)).is_some());
+        assert!(of(reusing.bytes - 1).reusing(CASE, &memory, (CASE.step, 4, 4)).is_none());
+        assert!(of(reusing.bytes).reusing(CASE, &memory, (2 * CASE.step, 4, 4)).is_none());
     }
 
     #[test]
