@@ -128,8 +128,9 @@ fn samples_of_a_prompt_drawn_together_are_those_drawn_alone_with_the_trainers_lo
 #[test]
 fn forks_share_pages_until_they_write_and_give_them_back() {
     let Some(folder) = shared("fixtures/qwen3") else { return };
+    let medium = Engine::cpu().with_precision(MatmulPrecision::Medium);
     for (engine, tolerance, pages) in
-        [(Engine::cpu(), 0.0, 15), (Engine::cpu().composed(), 1e-5, 0)]
+        [(Engine::cpu(), 0.0, 15), (medium, 0.0, 15), (Engine::cpu().composed(), 1e-5, 0)]
     {
         let policy = policy(&folder, &engine);
         let base = Adapters::new();
@@ -157,6 +158,17 @@ fn forks_share_pages_until_they_write_and_give_them_back() {
         slots.into_iter().for_each(|slot| cache.close(slot));
         assert!(cache.pages_held() == 0 && cache.is_empty());
     }
+}
+
+#[test]
+fn a_cache_of_another_precision_is_refused() {
+    let Some(folder) = shared("fixtures/qwen3") else { return };
+    let policy = policy(&folder, &Engine::cpu());
+    let mut cache = policy.at_precision(MatmulPrecision::Medium).kv_cache();
+    let (slot, mut batch) = (cache.open(), Batch::new());
+    batch.push_cached(&[1, 2, 3], 3, 0);
+    let error = policy.hidden_cached(&batch, &Adapters::new(), &mut cache, &[slot]).unwrap_err();
+    assert!(error.to_string().contains("another matmul_precision"), "{error}");
 }
 
 /// Gradients of all tokens of the groups' sequences after the prompt, a pass for each group.

@@ -56,8 +56,8 @@ def trl(precision):
     """A whole step of sampling, rewards and update against TRL, which is at its fastest in f32 on a CPU."""
     return Case(
         name=f"trl-lora-{precision}",
-        row=f"GRPO step, lora, `{precision}` / TRL f32",
-        ours=["grpo_step", "--adapter", "lora", "--matmul_precision", precision, "--reuse_activations", "true"],
+        row=f"GRPO step, lora, reuse_activations, `{precision}` / TRL f32",
+        ours=["grpo_step", *"--adapter lora --reuse_activations true".split(), "--matmul_precision", precision],
         theirs=["grpo_step.py"],
     )
 

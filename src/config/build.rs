@@ -13,11 +13,15 @@ use crate::model::{Matrix, ModelConfig};
 use crate::ops::{self, Engine, WeightDtype};
 use crate::{Error, Result};
 
-/// What the user should know where a key asks for a precision that this processor computes as the highest.
+/// What the user should know where a key asks for a precision whose products this processor computes as those
+/// of the highest.
 pub(crate) fn precision_note(key: &str, precision: ops::MatmulPrecision) -> Option<String> {
     let same = precision == ops::MatmulPrecision::Medium && precision.is_highest_here();
     same.then(|| {
-        format!("{key} medium is computed in f32, as highest: this processor has nothing faster")
+        format!(
+            "{key} medium has its products in f32, as highest: this processor has nothing faster; keys \
+             and values are rounded to bf16"
+        )
     })
 }
 

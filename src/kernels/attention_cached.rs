@@ -10,7 +10,7 @@ use super::attention_forward::{BLOCK_ROWS, Running, weigh};
 use super::attention_tile::{KEYS, ROWS, padded, whole_vectors, within_tile};
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
-use super::pages::{PAGE, Page, PageShape};
+use super::pages::{PAGE, Page, PageDtype, PageShape};
 use super::parallel::{SharedMut, for_each_index};
 use super::product::{Old, Product};
 
@@ -69,7 +69,11 @@ pub(super) fn forward_cached_at(
     let tasks = tasks(&queries, shape);
     let rows = tasks.iter().map(|(task, _)| task.len() * shape.group()).max().unwrap_or(0);
     let out = SharedMut::new(out);
-    let room = || vec![0.0; KEYS * padded(shape.head_dim)];
+    let widened = match layer.shape.dtype {
+        PageDtype::F32 => 0,
+        PageDtype::Bf16 => KEYS * padded(shape.head_dim),
+    };
+    let room = || vec![0.0; widened];
     let make = || (Scratch::new(shape, rows), [room(), room()]);
     for_each_index(tasks.len(), make, |(scratch, widened), i| {
         let (task, head) = tasks[i].clone();

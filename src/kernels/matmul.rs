@@ -28,6 +28,7 @@ use super::matmul_tile::Pair;
 use super::matmul_tile::{Strip, best_panels, multiply_f32};
 use super::pack::{PackedMatrix, RowF32};
 use super::parallel::{SharedMut, for_each, for_each_index, task_count};
+use super::slices::room_of;
 
 /// How products are computed; the names are PyTorch's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,14 +42,14 @@ pub enum MatmulPrecision {
     High,
     /// `f32` sums of products of operands that are rounded to bf16, where the machine multiplies bf16
     /// faster than f32, or to integers in a unit that up to 288 links share, where it multiplies only integers
-    /// faster: finer than bf16 for normal numbers (a tenth of its error by the norm), coarser for numbers a
-    /// hundred times below the largest of their block, and a NaN or an infinity makes its row NaN; on others the same as
+    /// faster: finer than bf16 for normal numbers (a tenth of its error by the norm), coarser for numbers far
+    /// below the largest of their block, and a NaN or an infinity makes its row NaN; on others the same as
     /// `High`, as in PyTorch.
     Medium,
 }
 
 impl MatmulPrecision {
-    /// Whether this machine's processor has nothing faster than `Highest` for it, and so computes that.
+    /// Whether this machine's processor has nothing faster than `Highest` for its products, and so computes those.
     pub fn is_highest_here(self) -> bool {
         Way::of(CpuLevel::detect(), self) == Way::Plain
     }
@@ -316,7 +317,6 @@ impl<'a> Product<'a> {
 
     /// Copies a span of k of the input, one block of k after the other, unless it can be read where it lies:
     /// the rows are few, or do not begin in the same sets.
-    #[allow(clippy::uninit_vec)] // zeroing it would cost one thread as long as copying costs all of them
     fn copy_input<A: Form>(&self, k: &Range<usize>, copied: &mut Vec<A>) {
         let apart = !self.k.is_multiple_of(SAME_SETS);
         if A::in_place(self.x).is_some() && (self.rows <= STREAM_ROWS || apart) {
@@ -325,10 +325,10 @@ impl<'a> Product<'a> {
         let links = A::block_links(self.k);
         let (whole, rest) = (k.len() / links, A::row_elements(k.len() % links));
         let elements = self.rows * (whole * A::row_elements(links) + rest);
-        copied.clear();
-        copied.reserve(elements);
-        // SAFETY: every bit pattern is an element, and `A::copy` writes all of them before one is read.
-        unsafe { copied.set_len(elements) };
+        if copied.len() != elements {
+            // SAFETY: every bit pattern is an element, and `A::copy` writes all that is read.
+            *copied = unsafe { room_of(elements) };
+        }
         let blocks = copied.chunks_mut(self.rows * A::row_elements(links));
         let parts = k.clone().step_by(links).zip(blocks).flat_map(|(k0, block)| {
             let width = links.min(k.end - k0);

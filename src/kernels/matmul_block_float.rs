@@ -1,7 +1,7 @@
 //! The form of operands that are block floating point: sixteen-bit integers in a unit that the links of a
 //! block share.
 //!
-//! The unit is the smallest power of two for which the integers of a row's block, as a vector, are shorter than
+//! The unit is the smallest power of two, but for a margin of 1 %, for which the integers of a row's block, as a vector, are shorter than
 //! 2^16 and none is beyond sixteen bits, and those of a column of the weight, rounded to bf16 first, shorter than
 //! 2^15. By Cauchy and Schwarz the sum of a block's products then fits in 32 bits and is exact; each is added
 //! to the result in `f32`. The error of a product of normal numbers, by the norm, is a tenth of bf16's, and a

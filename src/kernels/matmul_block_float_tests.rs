@@ -84,7 +84,9 @@ fn rows_do_not_depend_on_the_batch_or_the_threads() {
 
 #[test]
 fn a_product_is_that_of_the_rounded_operands() {
-    let shapes = [(9, 50, 600), (5, 49, 31), (3, 17, 513), (1, 1, 1), (25, 33, 18), (40, 256, 384)];
+    let small = [(9, 50, 600), (5, 49, 31), (3, 17, 513), (1, 1, 1), (25, 33, 18), (40, 256, 384)];
+    // and more than a span of links along either axis
+    let shapes = small.into_iter().chain([(3, 17, 2100), (3, 2100, 17)]);
     for (m, out, in_) in shapes {
         for scale in [1.0, 1e-30, 1e30] {
             let w: Vec<f32> = noise(7, out * in_).iter().map(|w| w * w * w).collect();

@@ -40,7 +40,7 @@ pub(crate) trait Form: Copy + Send + Sync {
     /// The input itself, if its elements are of this form.
     fn in_place(x: &[f32]) -> Option<&[Self]>;
     /// Copies the first `width` columns of rows of `x`, `stride` apart, to rows of
-    /// [`Form::row_elements`], all of whose elements it writes.
+    /// [`Form::row_elements`], all of which is written that a step reads.
     fn copy(level: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [Self]);
     /// Multiplies one block of k of a panel group, straight from the storage or out of scratch.
     fn step(job: &Product, step: Step<Self>);

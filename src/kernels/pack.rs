@@ -1,6 +1,7 @@
 //! A frozen weight matrix, kept once, in the layout that the matmul reads.
 
 use std::mem::MaybeUninit;
+#[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
 use half::bf16;
@@ -64,6 +65,7 @@ pub struct PackedMatrix {
     in_features: usize,
     pub(crate) storage: Storage,
     /// What [`PackedMatrix::units`] gives for either axis.
+    #[cfg(target_arch = "x86_64")]
     units: [OnceLock<Vec<RowF32>>; 2],
 }
 
@@ -80,7 +82,13 @@ impl PackedMatrix {
     }
 
     fn new(out_features: usize, in_features: usize, storage: Storage) -> Self {
-        Self { out_features, in_features, storage, units: Default::default() }
+        Self {
+            out_features,
+            in_features,
+            storage,
+            #[cfg(target_arch = "x86_64")]
+            units: Default::default(),
+        }
     }
 
     /// Packs row-major `w [out, in]` and keeps it in `f32`. Panics unless `w` has that many
@@ -106,7 +114,7 @@ impl PackedMatrix {
         self.in_features
     }
 
-    /// Memory held, padding included.
+    /// Memory that the weights take, padding included.
     pub fn bytes(&self) -> usize {
         match &self.storage {
             Storage::F32(rows) => size_of_val(rows.as_slice()),

@@ -7,13 +7,24 @@ use super::parallel::{for_each, task_len};
 
 /// Room for the result of a kernel that writes all of it; the values in it mean nothing. Zeroing it
 /// would cost one thread as long as writing the result costs all of them.
-#[allow(clippy::uninit_vec)] // no kernel reads what it has not written
 pub(crate) fn room(len: usize) -> Vec<f32> {
-    let mut values = Vec::with_capacity(len);
-    // SAFETY: every bit pattern is an f32, and the memory is written before it is read.
-    unsafe { values.set_len(len) };
-    if cfg!(any(test, debug_assertions)) {
-        values.fill(f32::NAN);
+    // SAFETY: every bit pattern is an f32, and no kernel reads what it has not written.
+    unsafe { room_of(len) }
+}
+
+/// As [`room`], for elements of any kind; in tests all their bits are set, which makes numbers NaN.
+///
+/// # Safety
+/// Every bit pattern is a `T`, and nobody reads what he has not written.
+#[allow(clippy::uninit_vec)] // the caller's promise
+pub(crate) unsafe fn room_of<T: Copy>(len: usize) -> Vec<T> {
+    let mut values: Vec<T> = Vec::with_capacity(len);
+    // SAFETY: there is room for so many, and the caller's promise.
+    unsafe {
+        if cfg!(any(test, debug_assertions)) {
+            values.as_mut_ptr().write_bytes(0xff, len);
+        }
+        values.set_len(len);
     }
     values
 }

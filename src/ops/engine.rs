@@ -53,15 +53,15 @@ impl Engine {
         self.precision
     }
 
-    /// How keys and values are stored.
+    /// How keys and values are stored; in f32 on the composed path, as all else there.
     pub(super) fn kv_dtype(&self) -> PageDtype {
         match self.precision {
-            MatmulPrecision::Medium => PageDtype::Bf16,
-            MatmulPrecision::Highest | MatmulPrecision::High => PageDtype::F32,
+            MatmulPrecision::Medium if self.fused => PageDtype::Bf16,
+            _ => PageDtype::F32,
         }
     }
 
-    /// Bytes of a number in the cache of keys and values: 2 at `medium`, else 4.
+    /// Bytes of a number in the cache of keys and values: 2 at `medium` on the CPU, else 4.
     pub fn kv_bytes(&self) -> usize {
         self.kv_dtype().bytes()
     }

@@ -34,8 +34,8 @@ struct Slot {
 }
 
 impl KvCache {
-    /// An empty cache for a model of `layers` layers that runs on `engine`: of bf16 numbers at `medium`,
-    /// else of f32.
+    /// An empty cache for a model of `layers` layers that runs on `engine`: of bf16 numbers at `medium` on
+    /// the CPU, else of f32.
     pub fn new(layers: usize, engine: &Engine) -> Self {
         KvCache { layers, dtype: engine.kv_dtype(), ..KvCache::default() }
     }

@@ -1,6 +1,6 @@
 //! Keys and values in the numbers that their cache holds.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use tracing::trace_span;
 
 use super::engine::{Engine, host};
@@ -11,7 +11,8 @@ use crate::kernels::pages::PageDtype;
 use crate::kernels::slices::rounded_to_bf16;
 
 /// Keys or values x [N, kv_heads * head_dim] as the cache holds them, so that attention over a cache and
-/// over a whole sequence reads the same numbers: rounded to the nearest bf16 at `medium`, else x itself.
+/// over a whole sequence reads the same numbers: rounded to the nearest bf16 at `medium` on the CPU, else x
+/// itself.
 /// Gradients pass as if nothing were rounded.
 pub fn as_cached(tape: &Tape, x: &Value) -> Result<Value> {
     if tape.engine().kv_dtype() == PageDtype::F32 {
@@ -30,10 +31,7 @@ pub fn as_cached(tape: &Tape, x: &Value) -> Result<Value> {
 }
 
 fn rounded(engine: &Engine, x: &Tensor) -> Result<Tensor> {
-    match engine.fused() {
-        true => engine.tensor(rounded_to_bf16(&host(x)?), x.dims()),
-        false => Ok(x.to_dtype(DType::BF16)?.to_dtype(DType::F32)?),
-    }
+    engine.tensor(rounded_to_bf16(&host(x)?), x.dims())
 }
 
 #[cfg(test)]
@@ -41,18 +39,19 @@ mod tests {
     use super::*;
     use crate::kernels::matmul::MatmulPrecision;
     use crate::kernels::testing::noise;
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     #[test]
-    fn rounding_is_of_medium_alone_and_lets_gradients_through() {
+    fn rounding_is_of_medium_on_the_cpu_alone_and_lets_gradients_through() {
         for precision in [MatmulPrecision::Highest, MatmulPrecision::High, MatmulPrecision::Medium]
         {
             let x = Tensor::from_vec(noise(1, 40), (5, 8), &Device::Cpu).unwrap();
             let dy = Tensor::from_vec(noise(7, 40), (5, 8), &Device::Cpu).unwrap();
             let nearest = x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
             let numbers = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let want = if precision == MatmulPrecision::Medium { &nearest } else { &x };
-            for engine in [Engine::cpu(), Engine::cpu().composed()] {
+            for (engine, fused) in [(Engine::cpu(), true), (Engine::cpu().composed(), false)] {
+                let rounds = fused && precision == MatmulPrecision::Medium;
+                let want = if rounds { &nearest } else { &x };
                 let tape = Tape::recording(&engine.with_precision(precision));
                 let y = as_cached(&tape, &tape.param("x", &x)).unwrap();
                 assert_eq!(numbers(y.tensor()), numbers(want));
