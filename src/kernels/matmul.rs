@@ -26,6 +26,7 @@ use super::matmul_form::{Form, Panels, Step};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_tile::Pair;
 use super::matmul_tile::{Strip, best_panels, multiply_f32};
+pub(crate) use super::pack::Axis;
 use super::pack::{PackedMatrix, RowF32};
 use super::parallel::{SharedMut, for_each, for_each_index, task_count};
 use super::slices::room_of;
@@ -180,33 +181,6 @@ pub fn matmul_input_grad_add(
     let level = CpuLevel::detect();
     let output = Output { w, terms, y: dx };
     product_by(Way::of(level, precision), (level, Axis::Input), dy, vec![output]);
-}
-
-/// Which axis of the weight the result has.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Axis {
-    /// `x W^T`.
-    Output,
-    /// `dy W`.
-    Input,
-}
-
-impl Axis {
-    /// Links of a product with `w`.
-    pub(crate) fn links(self, w: &PackedMatrix) -> usize {
-        match self {
-            Axis::Output => w.in_features(),
-            Axis::Input => w.out_features(),
-        }
-    }
-
-    /// Columns of its result.
-    pub(crate) fn columns(self, w: &PackedMatrix) -> usize {
-        match self {
-            Axis::Output => w.out_features(),
-            Axis::Input => w.in_features(),
-        }
-    }
 }
 
 /// Either kind of products, on the threads of the pool, in a given way. Panics if the level does not

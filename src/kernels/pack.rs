@@ -9,8 +9,6 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::lanes::LANES;
-#[cfg(target_arch = "x86_64")]
-use super::matmul::Axis;
 
 /// One input feature of a panel: its weights to sixteen output features.
 #[derive(Clone, Copy)]
@@ -55,6 +53,33 @@ impl PairRow {
 pub(crate) enum Storage {
     F32(Vec<RowF32>),
     Bf16(Vec<PairRow>),
+}
+
+/// Which axis of the weight the result of a product has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Axis {
+    /// `x W^T`.
+    Output,
+    /// `dy W`.
+    Input,
+}
+
+impl Axis {
+    /// Links of a product with `w`.
+    pub(crate) fn links(self, w: &PackedMatrix) -> usize {
+        match self {
+            Axis::Output => w.in_features(),
+            Axis::Input => w.out_features(),
+        }
+    }
+
+    /// Columns of its result.
+    pub(crate) fn columns(self, w: &PackedMatrix) -> usize {
+        match self {
+            Axis::Output => w.out_features(),
+            Axis::Input => w.in_features(),
+        }
+    }
 }
 
 /// A frozen weight `W [out, in]` in panels of sixteen output rows, the last panel padded with

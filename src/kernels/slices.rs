@@ -49,21 +49,20 @@ pub fn gathered(rows: &[&[f32]], width: usize) -> Vec<f32> {
 /// `x` rounded to the nearest bf16 numbers (ties to even).
 pub fn rounded_to_bf16(x: &[f32]) -> Vec<f32> {
     let (level, task, mut y) = (CpuLevel::detect(), task_len(1), room(x.len()));
-    for_each(y.chunks_mut(task).zip(x.chunks(task)), |(y, x)| level.run(RoundToBf16 { x, y }));
+    for_each(y.chunks_mut(task).zip(x.chunks(task)), |(y, x)| {
+        y.copy_from_slice(x);
+        map(level, y, RoundToBf16);
+    });
     y
 }
 
-struct RoundToBf16<'a> {
-    x: &'a [f32],
-    y: &'a mut [f32],
-}
+#[derive(Clone, Copy)]
+struct RoundToBf16;
 
-impl Kernel for RoundToBf16<'_> {
+impl Lanewise for RoundToBf16 {
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        for (y, x) in self.y.chunks_mut(LANES).zip(self.x.chunks(LANES)) {
-            s.store_part(y, s.round_bf16(s.load_part(x)));
-        }
+    fn at<S: Simd>(self, s: S, x: S::V) -> S::V {
+        s.round_bf16(x)
     }
 }
 
