@@ -1,8 +1,10 @@
 //! Attention: packed sequences forwards and backwards, and one new token each over a long past.
 
 use steersman::kernels::attention::{
-    AttentionShape, BackwardInput, Chain, Gradients, KeySpan, Segment, backward, chains, forward,
+    AttentionShape, BackwardInput, Gradients, Segment, backward, chains, forward,
 };
+use steersman::kernels::attention_cached::{CachedSegment, LayerPages, forward_cached};
+use steersman::kernels::pages::{PAGE, Page, PageDtype, PageShape};
 
 use crate::{Benches, measure, noise};
 
@@ -45,20 +47,26 @@ fn of_packed(benches: &mut Benches, sequences: usize, len: usize) {
     });
 }
 
-/// One query each of `sequences`, over `past` keys of their own.
+/// One query each of `sequences`, over `past` keys of their own, which lie in pages.
 fn of_new_tokens(benches: &mut Benches, sequences: usize, past: usize) {
-    let len = past + 1;
-    let floats = len * KV_WIDTH;
-    let (k, v) = (noise(sequences * floats), noise(sequences * floats));
-    let chain = |i: usize| {
-        let rows = i * floats..(i + 1) * floats;
-        let span = KeySpan { k: &k[rows.clone()], v: &v[rows], position0: 0, len };
-        Chain { start: i, len: 1, position0: past, spans: vec![span] }
-    };
-    let all: Vec<_> = (0..sequences).map(chain).collect();
-    let (q, mut out) = (noise(sequences * WIDTH), vec![0.0; sequences * WIDTH]);
-    let name = format!("attention_cached/{sequences}x{past}");
-    measure(&mut benches.bytes, &name, 8 * sequences * floats, || {
-        forward(&q, &all, &SHAPE, &mut out, None);
-    });
+    for dtype in [PageDtype::F32, PageDtype::Bf16] {
+        let (kv_heads, head_dim) = (SHAPE.kv_heads, SHAPE.head_dim);
+        let shape = PageShape { layers: 1, kv_heads, head_dim, dtype };
+        let (of_one, rows) = ((past + 1).div_ceil(PAGE), noise(PAGE * KV_WIDTH));
+        let mut page = Page::new(shape);
+        page.write(shape, 0, 0, &rows, &rows);
+        let pages = vec![page; sequences * of_one];
+        let numbers: Vec<u32> = (0..pages.len() as u32).collect();
+        let parts = numbers.chunks(of_one).enumerate();
+        let segments: Vec<_> = parts
+            .map(|(start, pages)| CachedSegment { start, len: 1, position0: past, pages })
+            .collect();
+        let layer = LayerPages { pages: &pages, shape, layer: 0 };
+        let (q, mut out) = (noise(sequences * WIDTH), vec![0.0; sequences * WIDTH]);
+        let name = format!("attention_cached/{sequences}x{past}/{dtype:?}").to_lowercase();
+        let bytes = 2 * sequences * (past + 1) * KV_WIDTH * dtype.bytes();
+        measure(&mut benches.bytes, &name, bytes, || {
+            forward_cached(&q, &segments, layer, &SHAPE, &mut out);
+        });
+    }
 }

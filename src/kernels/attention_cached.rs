@@ -5,14 +5,16 @@
 
 use std::ops::Range;
 
+use half::slice::HalfFloatSliceExt;
+
 use super::attention::AttentionShape;
 use super::attention_forward::{BLOCK_ROWS, Running, weigh};
 use super::attention_tile::{KEYS, ROWS, padded, whole_vectors, within_tile};
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
-use super::pages::{PAGE, Page, PageDtype, PageShape};
+use super::pages::{PAGE, Page, PageShape};
 use super::parallel::{SharedMut, for_each_index};
-use super::product::{Old, Product};
+use super::product::{Old, Product, Right};
 
 /// New tokens of one sequence, whose own keys and values are in its pages already.
 #[derive(Clone, Copy, Debug)]
@@ -69,17 +71,15 @@ pub(super) fn forward_cached_at(
     let tasks = tasks(&queries, shape);
     let rows = tasks.iter().map(|(task, _)| task.len() * shape.group()).max().unwrap_or(0);
     let out = SharedMut::new(out);
-    let widened = match layer.shape.dtype {
-        PageDtype::F32 => 0,
-        PageDtype::Bf16 => KEYS * padded(shape.head_dim),
-    };
-    let room = || vec![0.0; widened];
-    let make = || (Scratch::new(shape, rows), [room(), room()]);
-    for_each_index(tasks.len(), make, |(scratch, widened), i| {
-        let (task, head) = tasks[i].clone();
-        let (queries, out) = (&queries[task], &out);
-        level.run(Forward { q, queries, head, layer, shape, scratch, widened, out });
-    });
+    for_each_index(
+        tasks.len(),
+        || Scratch::new(shape, rows),
+        |scratch, i| {
+            let (task, head) = tasks[i].clone();
+            let (queries, out) = (&queries[task], &out);
+            level.run(Forward { q, queries, head, layer, shape, scratch, out });
+        },
+    );
 }
 
 /// One new token.
@@ -124,6 +124,16 @@ fn tasks(queries: &[Query], shape: &AttentionShape) -> Vec<(Range<usize>, usize)
     all
 }
 
+/// A page that rows of a task read.
+struct Visit {
+    number: u32,
+    /// Position of its first key.
+    tile: usize,
+    rows: Range<usize>,
+    /// What any of the rows sees of it.
+    seen: Range<usize>,
+}
+
 /// The positions that a row of a task sees of the page whose keys begin at position `tile`.
 fn visible(queries: &[Query], shape: &AttentionShape, row: usize, tile: usize) -> Range<usize> {
     within_tile(&shape.visible(queries[row / shape.group()].position), tile)
@@ -157,29 +167,17 @@ struct Forward<'a> {
     layer: LayerPages<'a>,
     shape: &'a AttentionShape,
     scratch: &'a mut Scratch,
-    /// Room for keys and values of a page that has them in bf16.
-    widened: &'a mut [Vec<f32>; 2],
     out: &'a SharedMut<'a>,
 }
 
 impl Kernel for Forward<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let (queries, shape) = (self.queries, self.shape);
         self.begin();
-        let first = queries.iter().map(|query| shape.visible(query.position).start).min();
-        let last = queries.iter().map(|query| query.position).max().unwrap_or(0);
-        for page in first.unwrap_or(0) / PAGE..last / PAGE + 1 {
-            let mut start = 0;
-            while start < queries.len() {
-                let number = queries[start].pages.get(page);
-                let same = queries[start..].iter().take_while(|q| q.pages.get(page) == number);
-                let end = start + same.count();
-                if let Some(number) = number {
-                    self.page(s, page * PAGE, *number, start..end);
-                }
-                start = end;
-            }
+        let visits = self.visits();
+        for (i, visit) in visits.iter().enumerate() {
+            let next = visits.get(i + 1).filter(|next| next.seen.len() >= visit.seen.len());
+            self.page(s, visit, next.map_or(visit.number, |next| next.number));
         }
         self.finish(s);
     }
@@ -198,23 +196,60 @@ impl Forward<'_> {
         self.scratch.state[..rows].fill(Running::START);
     }
 
-    /// Takes a page, whose keys begin at position `tile`, into the softmax of some queries.
-    #[inline(always)]
-    fn page<S: Simd>(&mut self, s: S, tile: usize, number: u32, queries: Range<usize>) {
-        let (d, width, group) =
-            (self.shape.head_dim, padded(self.shape.head_dim), self.shape.group());
-        let rows = queries.start * group..queries.end * group;
-        let Some(seen) = self.seen(&rows, tile) else { return };
-        let LayerPages { pages, shape: parts, layer } = self.layer;
-        let (page, [mut k, mut v]) = (&pages[number as usize], std::mem::take(self.widened));
-        let cols = whole_vectors(&seen);
-        let keys = page.part(parts.keys(layer, self.head), cols.start * d..cols.end * d, &mut k);
-        let used = seen.start * width..seen.end * width;
-        let values = page.part(parts.values(layer, self.head), used, &mut v);
-        for first in rows.clone().step_by(ROWS) {
-            self.rows(s, tile, (keys, values), first..rows.end.min(first + ROWS));
+    /// The pages in ascending order, each with the neighbouring queries that read it.
+    fn visits(&self) -> Vec<Visit> {
+        let (queries, shape) = (self.queries, self.shape);
+        let first = queries.iter().map(|query| shape.visible(query.position).start).min();
+        let last = queries.iter().map(|query| query.position).max().unwrap_or(0);
+        let mut visits = Vec::with_capacity(2 * queries.len());
+        for page in first.unwrap_or(0) / PAGE..last / PAGE + 1 {
+            let mut rest = 0..queries.len();
+            while let Some(number) = queries[rest.clone()].first().map(|q| q.pages.get(page)) {
+                let same = queries[rest.clone()].iter().take_while(|q| q.pages.get(page) == number);
+                let of = rest.start..rest.start + same.count();
+                rest.start = of.end;
+                let rows = of.start * shape.group()..of.end * shape.group();
+                let tile = page * PAGE;
+                if let (Some(&number), Some(seen)) = (number, self.seen(&rows, tile)) {
+                    visits.push(Visit { number, tile, rows, seen });
+                }
+            }
         }
-        *self.widened = [k, v];
+        visits
+    }
+
+    /// Takes a page into the softmax of the rows that read it; meanwhile the same places of the page `next` are
+    /// fetched.
+    #[inline(always)]
+    fn page<S: Simd>(&mut self, s: S, visit: &Visit, next: u32) {
+        let LayerPages { pages, shape, layer } = self.layer;
+        let (keys, values) = (shape.keys(layer, self.head), shape.values(layer, self.head));
+        match (&pages[visit.number as usize], &pages[next as usize]) {
+            (Page::F32(page), next) => {
+                let ahead = next.address().wrapping_sub(page.as_ptr().addr());
+                self.all_rows(s, visit, (&page[keys], &page[values]), ahead);
+            }
+            (Page::Bf16(page), next) => {
+                let ahead = next.address().wrapping_sub(page.as_ptr().addr());
+                let page: &[u16] = page.reinterpret_cast();
+                self.all_rows(s, visit, (&page[keys], &page[values]), ahead);
+            }
+        }
+    }
+
+    /// Takes keys and values of a page into the softmax of the rows that read it.
+    #[inline(always)]
+    fn all_rows<S: Simd, B: Right>(
+        &mut self,
+        s: S,
+        visit: &Visit,
+        page: (&[B], &[B]),
+        ahead: usize,
+    ) {
+        for first in visit.rows.clone().step_by(ROWS) {
+            let ahead = if first == visit.rows.start { ahead } else { 0 };
+            self.rows(s, visit.tile, page, first..visit.rows.end.min(first + ROWS), ahead);
+        }
     }
 
     /// The positions that any of some rows sees of the page whose keys begin at position `tile`.
@@ -225,23 +260,28 @@ impl Forward<'_> {
     }
 
     #[inline(always)]
-    fn rows<S: Simd>(
+    fn rows<S: Simd, B: Right>(
         &mut self,
         s: S,
         tile: usize,
-        (keys, values): (&[f32], &[f32]),
+        (keys, values): (&[B], &[B]),
         rows: Range<usize>,
+        ahead: usize,
     ) {
         let (shape, width) = (self.shape, padded(self.shape.head_dim));
         let Some(seen) = self.seen(&rows, tile) else { return };
         let (scratch, cols) = (&mut *self.scratch, whole_vectors(&seen));
+        let key_len = self.layer.shape.key_len();
+        // values that lie together are read together; a hidden one has the weight zero
+        let seen = seen.start / B::TOGETHER * B::TOGETHER..seen.end;
         s.run(Product {
             a: &scratch.q[rows.start * width..],
             a_row: width,
             a_step: 1,
-            b: &keys[cols.start * shape.head_dim..],
-            b_row: LANES,
-            b_vector: LANES * shape.head_dim,
+            b: &keys[cols.start * key_len..],
+            b_row: LANES * B::TOGETHER,
+            b_vector: LANES * key_len,
+            ahead,
             c: &mut scratch.scores[cols.start..],
             c_row: KEYS,
             rows: rows.len(),
@@ -259,8 +299,9 @@ impl Forward<'_> {
             a_row: KEYS,
             a_step: 1,
             b: &values[seen.start * width..],
-            b_row: width,
-            b_vector: LANES,
+            b_row: width * B::TOGETHER,
+            b_vector: LANES * B::TOGETHER,
+            ahead,
             c: &mut scratch.sums[rows.start * width..],
             c_row: width,
             rows: rows.len(),

@@ -76,6 +76,10 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn prefetch(self, _address: *const u8) {}
 
+    /// As [`prefetch`](Self::prefetch), into the second-level cache.
+    #[inline(always)]
+    fn prefetch_second(self, _address: *const u8) {}
+
     /// The first `x.len()` lanes, the others 0; at most sixteen.
     #[inline(always)]
     fn load_part(self, x: &[f32]) -> Self::V {

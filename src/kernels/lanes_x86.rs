@@ -120,6 +120,11 @@ impl Simd for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
     #[inline(always)]
+    fn prefetch_second(self, address: *const u8) {
+        // SAFETY: any address may be prefetched.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
+    #[inline(always)]
     fn load_link(self, x: &[u16; 2 * LANES], k: usize) -> Self::V {
         // SAFETY: both halves lie inside `x`.
         unsafe { (link8(x.as_ptr(), k), link8(x.as_ptr().add(LANES), k)) }
@@ -255,6 +260,11 @@ impl Simd for Avx512 {
     fn prefetch(self, address: *const u8) {
         // SAFETY: any address may be prefetched.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_second(self, address: *const u8) {
+        // SAFETY: any address may be prefetched.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
     }
     #[inline(always)]
     fn load_link(self, x: &[u16; 2 * LANES], k: usize) -> Self::V {

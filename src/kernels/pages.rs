@@ -2,12 +2,13 @@
 //!
 //! A page holds, for each layer and key head, the keys `[PAGE / 16, head_dim, 16]` (transposed, as
 //! attention multiplies them; what is there of a page lies in one piece) and then the values
-//! `[PAGE, padded head_dim]`. Pages start at multiples of `PAGE` in the chain, as tiles do.
+//! `[PAGE, padded head_dim]`. In bf16 two rows lie together, column by column: keys `[PAGE / 16,
+//! head_dim / 2, 16, 2]`, values `[PAGE / 2, padded head_dim, 2]`. Pages start at multiples of `PAGE` in the
+//! chain, as tiles do.
 
 use std::ops::Range;
 
 use half::bf16;
-use half::slice::HalfFloatSliceExt;
 
 use super::attention_tile::{KEYS, padded};
 use super::lanes::LANES;
@@ -70,28 +71,16 @@ impl Page {
     /// If they do not fit, or the page is of another shape.
     pub fn write(&mut self, shape: PageShape, layer: usize, at: usize, k: &[f32], v: &[f32]) {
         match self {
-            Page::F32(page) => shape.write(page, layer, at, (k, v), |x| x),
-            Page::Bf16(page) => shape.write(page, layer, at, (k, v), bf16::from_f32),
+            Page::F32(page) => shape.write::<_, 1>(page, layer, at, (k, v), |x| x),
+            Page::Bf16(page) => shape.write::<_, 2>(page, layer, at, (k, v), bf16::from_f32),
         }
     }
 
-    /// The numbers `part` as `f32`, of which `used` are read: where they lie, or widened into `room`.
-    #[inline(always)]
-    pub(super) fn part<'a>(
-        &'a self,
-        part: Range<usize>,
-        used: Range<usize>,
-        room: &'a mut [f32],
-    ) -> &'a [f32] {
+    /// Where its numbers lie in memory.
+    pub(super) fn address(&self) -> usize {
         match self {
-            Page::F32(page) => &page[part],
-            Page::Bf16(page) => {
-                let from = page[part][used.clone()].reinterpret_cast();
-                for (to, x) in room[used].iter_mut().zip(from) {
-                    *to = f32::from_bits(u32::from(*x) << 16);
-                }
-                room
-            }
+            Page::F32(page) => page.as_ptr().addr(),
+            Page::Bf16(page) => page.as_ptr().addr(),
         }
     }
 }
@@ -121,22 +110,28 @@ impl PageShape {
     }
 
     fn head_len(&self) -> usize {
-        PAGE * (self.head_dim + padded(self.head_dim))
+        PAGE * (self.key_len() + padded(self.head_dim))
     }
 
-    /// Where the keys of a head of a layer lie, `[PAGE / 16, head_dim, 16]`.
+    /// Numbers of a key: `head_dim`, rounded up to whole pairs.
+    pub(super) fn key_len(&self) -> usize {
+        self.head_dim.next_multiple_of(2)
+    }
+
+    /// Where the keys of a head of a layer lie.
     pub(super) fn keys(&self, layer: usize, head: usize) -> Range<usize> {
         let start = (layer * self.kv_heads + head) * self.head_len();
-        start..start + PAGE * self.head_dim
+        start..start + PAGE * self.key_len()
     }
 
-    /// Where the values of a head of a layer lie, `[PAGE, padded]`.
+    /// Where the values of a head of a layer lie.
     pub(super) fn values(&self, layer: usize, head: usize) -> Range<usize> {
         let start = self.keys(layer, head).end;
         start..start + PAGE * padded(self.head_dim)
     }
 
-    fn write<T: Copy>(
+    /// Writes rows to a page in which `TOGETHER` rows lie together.
+    fn write<T: Copy, const TOGETHER: usize>(
         &self,
         page: &mut [T],
         layer: usize,
@@ -146,17 +141,23 @@ impl PageShape {
     ) {
         let (d, width) = (self.head_dim, padded(self.head_dim));
         assert!(k.len() == v.len() && at + k.len() / (self.kv_heads * d) <= PAGE);
+        let place = |row: usize, column: usize, width: usize| {
+            row / TOGETHER * TOGETHER * width + column * TOGETHER + row % TOGETHER
+        };
         for head in 0..self.kv_heads {
             let of_head = |x| rows_of(x, self.kv_heads * d, head * d..(head + 1) * d);
             let keys = &mut page[self.keys(layer, head)];
-            for (i, row) in of_head(k).enumerate() {
-                let (vector, lane) = ((at + i) / LANES, (at + i) % LANES);
-                let column = keys[vector * LANES * d + lane..].iter_mut().step_by(LANES);
-                column.zip(row).for_each(|(to, x)| *to = stored(*x));
+            for (position, row) in (at..).zip(of_head(k)) {
+                let vector = &mut keys[position / LANES * LANES * self.key_len()..];
+                for (i, x) in row.iter().enumerate() {
+                    vector[place(i, position % LANES, LANES)] = stored(*x);
+                }
             }
-            let values = page[self.values(layer, head)].chunks_exact_mut(width).skip(at);
-            for (to, row) in values.zip(of_head(v)) {
-                to.iter_mut().zip(row).for_each(|(to, x)| *to = stored(*x));
+            let values = &mut page[self.values(layer, head)];
+            for (position, row) in (at..).zip(of_head(v)) {
+                for (i, x) in row.iter().enumerate() {
+                    values[place(position, i, width)] = stored(*x);
+                }
             }
         }
     }
@@ -205,24 +206,32 @@ fn rows_of(x: &[f32], width: usize, part: Range<usize>) -> impl Iterator<Item = 
 mod tests {
     use super::*;
 
+    /// The numbers of a page as `f32`.
+    fn widened(page: &Page) -> Vec<f32> {
+        match page {
+            Page::F32(page) => page.to_vec(),
+            Page::Bf16(page) => page.iter().map(|x| x.to_f32()).collect(),
+        }
+    }
+
     #[test]
     fn rows_land_in_their_layer_head_and_position() {
-        for dtype in [PageDtype::F32, PageDtype::Bf16] {
+        for (dtype, last_keys, last_values) in [
+            (PageDtype::F32, [14, 16 + 14, 32 + 15], [16, 17, 18]),
+            (PageDtype::Bf16, [28, 29, 32 + 30], [1, 3, 5]),
+        ] {
             let shape = PageShape { layers: 2, kv_heads: 2, head_dim: 3, dtype };
             let mut page = Page::new(shape);
             let k: Vec<f32> = (1..=12).map(|i| i as f32).collect();
             let v: Vec<f32> = k.iter().map(|x| x + 100.0).collect();
             page.write(shape, 1, PAGE - 2, &k, &v);
-            let mut room = vec![0.0; shape.len()];
-            let page = page.part(0..shape.len(), 0..shape.len(), &mut room);
+            let page = widened(&page);
             let keys = &page[shape.keys(1, 1)];
-            let last = &keys[(PAGE - LANES) * 3..];
-            assert_eq!(
-                [last[LANES - 2], last[2 * LANES - 2], last[3 * LANES - 1]],
-                [4.0, 5.0, 12.0]
-            );
+            let last = &keys[keys.len() - LANES * shape.key_len()..];
+            assert_eq!(last_keys.map(|i| last[i]), [4.0, 5.0, 12.0]);
             let values = &page[shape.values(1, 0)];
-            assert_eq!(values[(PAGE - 1) * 16..][..4], [107.0, 108.0, 109.0, 0.0]);
+            let last = &values[values.len() - 2 * LANES..];
+            assert_eq!(last_values.map(|i| last[i]), [107.0, 108.0, 109.0]);
             assert_eq!(page.iter().filter(|x| **x != 0.0).count(), 24);
         }
     }
@@ -233,11 +242,10 @@ mod tests {
         let mut page = Page::new(shape);
         let (k, v) = ([1.0 + 1.0 / 256.0, 3.0e-5], [1.0 + 3.0 / 256.0, -0.1]);
         page.write(shape, 0, 0, &k, &v);
-        let mut room = vec![0.0; shape.len()];
-        let page = page.part(0..shape.len(), 0..shape.len(), &mut room);
+        let page = widened(&page);
         let nearest = |x: f32| bf16::from_f32(x).to_f32();
-        assert_eq!([page[0], page[LANES]], k.map(nearest));
-        assert_eq!(page[shape.values(0, 0)][..2], v.map(nearest));
-        assert_eq!([page[0], page[shape.values(0, 0).start]], [1.0, 1.0 + 4.0 / 256.0]);
+        let values = &page[shape.values(0, 0)];
+        assert_eq!([page[0], page[1], values[0], values[2]], [k[0], k[1], v[0], v[1]].map(nearest));
+        assert_eq!([page[0], values[0]], [1.0, 1.0 + 4.0 / 256.0]);
     }
 }

@@ -19,9 +19,60 @@ const fn most_rows<S: Simd>() -> usize {
     if S::WIDE { 8 } else { 6 }
 }
 
+/// Numbers of the right matrix, widened to `f32` when loaded: `f32`, or bf16 bits, of which two neighbouring
+/// rows lie together, column by column.
+pub(crate) trait Right: Copy {
+    /// Rows of the matrix that lie together.
+    const TOGETHER: usize;
+
+    /// The first `n` columns of the first of the rows that lie together.
+    ///
+    /// # Safety
+    /// So many columns, at most sixteen, can be read; all sixteen where rows lie together.
+    unsafe fn first<S: Simd>(s: S, at: *const Self, n: usize) -> S::V;
+
+    /// As [`first`](Self::first), of the second row.
+    ///
+    /// # Safety
+    /// As of [`first`](Self::first); there is a second row.
+    unsafe fn second<S: Simd>(s: S, at: *const Self, n: usize) -> S::V;
+}
+
+impl Right for f32 {
+    const TOGETHER: usize = 1;
+
+    #[inline(always)]
+    unsafe fn first<S: Simd>(s: S, at: *const f32, n: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { load(s, at, n) }
+    }
+
+    #[inline(always)]
+    unsafe fn second<S: Simd>(s: S, at: *const f32, n: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        unsafe { load(s, at, n) }
+    }
+}
+
+impl Right for u16 {
+    const TOGETHER: usize = 2;
+
+    #[inline(always)]
+    unsafe fn first<S: Simd>(s: S, at: *const u16, _: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        s.load_even(unsafe { &*at.cast() })
+    }
+
+    #[inline(always)]
+    unsafe fn second<S: Simd>(s: S, at: *const u16, _: usize) -> S::V {
+        // SAFETY: the caller's promise.
+        s.load_odd(unsafe { &*at.cast() })
+    }
+}
+
 /// `c = a b`, or that added to `c`. Each element sums over `depth` in ascending order by fused
 /// multiply-adds, whatever the other sizes are.
-pub(crate) struct Product<'a> {
+pub(crate) struct Product<'a, B = f32> {
     /// Element (row, k) of the left matrix is `a[row * a_row + k * a_step]`.
     pub a: &'a [f32],
     /// Distance of the rows of `a`.
@@ -29,11 +80,13 @@ pub(crate) struct Product<'a> {
     /// Distance of the columns of `a`.
     pub a_step: usize,
     /// The right matrix, of which `depth` rows and `cols` columns are used.
-    pub b: &'a [f32],
-    /// Distance of the rows of `b`.
+    pub b: &'a [B],
+    /// Distance of the rows of `b`, or of those that lie together.
     pub b_row: usize,
     /// Distance of neighbouring vectors of columns of `b`: sixteen where its rows lie in one piece.
     pub b_vector: usize,
+    /// How many bytes beyond `b` another matrix lies of which the same places are fetched; 0 = none.
+    pub ahead: usize,
     /// The result, `[rows, c_row]`, of which `cols` columns are used.
     pub c: &'a mut [f32],
     /// Distance of the rows of `c`.
@@ -48,7 +101,7 @@ pub(crate) struct Product<'a> {
     pub old: Old,
 }
 
-impl Kernel for Product<'_> {
+impl<B: Right> Kernel for Product<'_, B> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         if self.rows == 0 || self.depth == 0 || self.cols == 0 {
@@ -79,13 +132,16 @@ impl Kernel for Product<'_> {
     }
 }
 
-impl Product<'_> {
+impl<B: Right> Product<'_, B> {
     fn check(&self) {
         let (rows, depth, cols) = (self.rows - 1, self.depth - 1, self.cols);
         let (vectors, lanes) = ((cols - 1) / LANES, (cols - 1) % LANES);
         assert!(rows * self.a_row + depth * self.a_step < self.a.len());
-        assert!(vectors == 0 || self.b_vector >= LANES);
-        assert!(depth * self.b_row + vectors * self.b_vector + lanes < self.b.len());
+        let together = B::TOGETHER;
+        assert!(vectors == 0 || self.b_vector >= together * LANES);
+        assert!(together == 1 || lanes == LANES - 1);
+        let last = depth / together * self.b_row + vectors * self.b_vector + together * lanes;
+        assert!(last + together <= self.b.len());
         assert!(rows * self.c_row + cols <= self.c.len());
     }
 
@@ -143,18 +199,25 @@ impl Product<'_> {
             }
             let mut a = self.a.as_ptr().add(row * self.a_row);
             let mut b = self.b.as_ptr().add(col / LANES * self.b_vector);
-            for _ in 0..self.depth {
-                let mut right = [s.splat(0.0); C];
+            let mut right = [s.splat(0.0); C];
+            for left_over in (0..self.depth.div_ceil(B::TOGETHER)).rev() {
                 for j in 0..C {
-                    right[j] = load(s, b.add(j * self.b_vector), n);
-                }
-                for i in 0..R {
-                    let left = s.splat(*a.add(i * self.a_row));
-                    for j in 0..C {
-                        sums[i][j] = s.fma(left, right[j], sums[i][j]);
+                    right[j] = B::first(s, b.add(j * self.b_vector), n);
+                    if self.ahead != 0 {
+                        s.prefetch_second(
+                            b.add(j * self.b_vector).wrapping_byte_add(self.ahead).cast(),
+                        );
                     }
                 }
+                self.add::<S, R, C>(s, a, &right, &mut sums);
                 a = a.wrapping_add(self.a_step);
+                if B::TOGETHER == 2 && (left_over > 0 || self.depth.is_multiple_of(2)) {
+                    for j in 0..C {
+                        right[j] = B::second(s, b.add(j * self.b_vector), n);
+                    }
+                    self.add::<S, R, C>(s, a, &right, &mut sums);
+                    a = a.wrapping_add(self.a_step);
+                }
                 b = b.wrapping_add(self.b_row);
             }
             for i in 0..R {
@@ -164,6 +227,28 @@ impl Product<'_> {
                     }
                     s.store_part(std::slice::from_raw_parts_mut(at(i, j), n), sums[i][j]);
                 }
+            }
+        }
+    }
+
+    /// Adds the products of `R` numbers from `a` on with a row of the right matrix to their sums.
+    ///
+    /// # Safety
+    /// So many rows of `a` are there.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // the indices are also offsets of the pointers
+    unsafe fn add<S: Simd, const R: usize, const C: usize>(
+        &self,
+        s: S,
+        a: *const f32,
+        right: &[S::V; C],
+        sums: &mut [[S::V; C]; R],
+    ) {
+        for i in 0..R {
+            // SAFETY: the caller's promise.
+            let left = s.splat(unsafe { *a.add(i * self.a_row) });
+            for j in 0..C {
+                sums[i][j] = s.fma(left, right[j], sums[i][j]);
             }
         }
     }
@@ -217,8 +302,49 @@ mod tests {
                             b,
                             b_row,
                             b_vector: LANES,
+                            ahead: 0,
                             c: c_all,
                             c_row,
+                            rows,
+                            cols,
+                            depth,
+                            old,
+                        });
+                        assert_eq!(c, want);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_bf16_that_lie_together_are_multiplied_as_rows_of_f32() {
+        for (rows, depth, cols) in [(1, 6, 64), (3, 7, 64), (6, 1, 32), (8, 64, 48), (9, 3, 16)] {
+            let (a, c) = (noise(1, rows * depth), noise(3, rows * cols));
+            let wide: Vec<f32> = noise(2, depth * cols)
+                .iter()
+                .map(|x| f32::from_bits(x.to_bits() & 0xffff_0000))
+                .collect();
+            let mut b = vec![0u16; depth.next_multiple_of(2) * cols];
+            for (at, x) in wide.iter().enumerate() {
+                let (row, col) = (at / cols, at % cols);
+                b[row / 2 * 2 * cols + 2 * col + row % 2] = (x.to_bits() >> 16) as u16;
+            }
+            for old in [Old::Drop, Old::First, Old::Last] {
+                let want = plain(&a, &wide, &c, depth, cols, old);
+                for level in [CpuLevel::Portable, CpuLevel::Avx2, CpuLevel::Avx512] {
+                    for ahead in [0, 1 << 40] {
+                        let mut c = c.clone();
+                        level.run(Product {
+                            a: &a,
+                            a_row: depth,
+                            a_step: 1,
+                            b: &b[..],
+                            b_row: 2 * cols,
+                            b_vector: 2 * LANES,
+                            ahead,
+                            c: &mut c,
+                            c_row: cols,
                             rows,
                             cols,
                             depth,
