@@ -1,7 +1,7 @@
 //! Rewards of completions, and graders with typed outcomes.
 //!
 //! A [`Reward`] scores completions; [`parse`] makes one of what a user writes: a built-in name, a
-//! Python file, a command. A [`RewardSet`] puts several together and hides no failure: what cannot be
+//! Python file, a command, the address of a server. A [`RewardSet`] puts several together and hides no failure: what cannot be
 //! scored is left out and says why.
 //!
 //! [`grade`] never panics, never hangs and never turns a failure into a score of 0 unseen: a
@@ -22,6 +22,7 @@ mod digit;
 mod exact;
 mod format;
 mod grade;
+mod http;
 mod length;
 mod letter;
 mod number;
@@ -37,6 +38,7 @@ mod reward;
 mod set;
 mod spec;
 mod tidy;
+mod wire;
 mod worker;
 
 pub use format::{is_think_format, tag_share};

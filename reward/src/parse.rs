@@ -6,6 +6,7 @@ use std::time::Duration;
 use datasets::Grader;
 
 use crate::builtin;
+use crate::http::HttpReward;
 use crate::process::ProcessReward;
 use crate::python;
 use crate::reward::Reward;
@@ -17,9 +18,9 @@ pub struct ParseOptions {
     pub default_grader: Option<Grader>,
     /// Longest completion in tokens, for rewards by length.
     pub max_completion_length: usize,
-    /// How long a process may take for one call.
+    /// How long a process or a server may take for one call.
     pub timeout: Duration,
-    /// Processes of each such reward.
+    /// Processes of each such reward, or requests at once.
     pub num_workers: usize,
     /// Folder for what processes write to their standard error; without one it is shown.
     pub stderr_dir: Option<PathBuf>,
@@ -38,13 +39,17 @@ impl Default for ParseOptions {
 }
 
 /// The reward that a text names: a built-in one with options in brackets, a Python file with a
-/// function (`./my_reward.py`, `./my_reward.py:function`), or a command (`process:./my_reward arg`).
+/// function (`./my_reward.py`, `./my_reward.py:function`), a command (`process:./my_reward arg`), or the
+/// address of a server (`http://localhost:8000/my_reward`).
 ///
 /// # Errors
 /// If there is none of that name, or an option is wrong: says what there is.
 pub fn parse(text: &str, options: &ParseOptions) -> Result<Box<dyn Reward>, String> {
     if let Some(command) = text.strip_prefix("process:") {
         return Ok(Box::new(ProcessReward::of_command(command.trim(), options)?));
+    }
+    if text.starts_with("http://") || text.starts_with("https://") {
+        return Ok(Box::new(HttpReward::new(text, options)?));
     }
     match python::split(text) {
         Some((file, function)) => Ok(Box::new(python::reward(&file, function, options)?)),

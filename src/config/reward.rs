@@ -12,14 +12,14 @@ use crate::Result;
 #[command(next_help_heading = "Rewards", rename_all = "snake_case")]
 #[serde(default)]
 pub struct RewardArgs {
-    /// Rewards: built in, such as accuracy_reward, a Python file with a function, or a command
-    /// (docs/rewards.md); may be given several times; unset = accuracy_reward.
+    /// Rewards: built in, such as accuracy_reward, a Python file with a function, a command, or the
+    /// address of a server (docs/rewards.md); may be given several times; unset = accuracy_reward.
     pub reward_funcs: Repeated,
     /// Factor of each reward, such as 1,0.5; unset = 1 each.
     pub reward_weights: Numbers,
-    /// Seconds that a reward in a process of its own may take for a step's completions.
+    /// Seconds that a reward in a process of its own, or of a server, may take for a step's completions.
     pub reward_timeout: f64,
-    /// Processes of each such reward, which share a step's completions.
+    /// Processes of each such reward, or requests at once, which share a step's completions.
     pub reward_num_workers: usize,
     /// Share of a step's completions whose reward may fail before the run stops.
     pub max_reward_failures: f64,
