@@ -247,6 +247,16 @@ fn a_row_that_is_too_long() {
         let wanted = ["long.jsonl", "row 5", "max_length of 16: raise max_length"];
         place.refused(&[&flags[..], &["16"]].concat(), 1, &wanted);
     }
+    let flags = ["--dataset_name", &rows, "--max_eval_samples", "0", "--max_length", "16"];
+    let cut = place.sft(&[&flags[..], &["--truncation_mode", "keep_start"]].concat());
+    assert_eq!(cut.code, Some(0), "{}", cut.stderr);
+    says(&cut.stderr, &["long.jsonl train: 1 of 6 rows were cut to 16 tokens"]);
+    let row = format!("{{\"prompt\": \"{}\", \"completion\": \"a\"}}\n", "once upon ".repeat(20));
+    let rows = place.write("prompts.jsonl", &row.repeat(2));
+    let flags = ["--dataset_name", &rows, "--max_eval_samples", "0", "--max_length", "8"];
+    let flags = [&flags[..], &["--truncation_mode", "keep_start", "--dry_run"]].concat();
+    let none = place.sft(&flags);
+    says(none.only_sentence(1), &["prompts.jsonl train", "first 8: raise max_length"]);
 }
 
 #[test]

@@ -87,8 +87,8 @@ pub(crate) fn build(text: &str, options: &ParseOptions) -> Result<Box<dyn Reward
 fn unknown(name: &str) -> String {
     let near = nearest(name, NAMES.into_iter()).map(|near| format!("; did you mean {near}?"));
     format!(
-        "no reward is called {name}{}; there are {}, Python files (./my_reward.py) and commands \
-         (process:./my_reward)",
+        "no reward is called {name}{}; there are {}, Python files (./my_reward.py), commands \
+         (process:./my_reward) and servers (http://localhost:8000/my_reward)",
         near.unwrap_or_default(),
         NAMES.join(", ")
     )

@@ -1,5 +1,6 @@
 //! Rewards of a server: a call is the body of a POST request, its answer the body of the response.
 
+use std::io::ErrorKind;
 use std::thread;
 use std::time::Duration;
 
@@ -23,21 +24,35 @@ pub(crate) struct HttpReward {
 }
 
 impl HttpReward {
-    /// The reward at an address, called by the last part of its path, or without one by its host.
+    /// The reward at an address, called by the text behind `#`, else by the last part of its path, else by
+    /// its host and port.
     ///
     /// # Errors
     /// If that is no address of a host.
     pub(crate) fn new(url: &str, options: &ParseOptions) -> Result<Self, String> {
-        let uri: Uri = url.parse().map_err(|error| format!("{url} is no address: {error}"))?;
+        let wrong = |what: &str| {
+            format!("{url} is no address: {what}; give one such as http://localhost:8000/my_reward")
+        };
+        let uri: Uri = url.parse().map_err(|_| wrong("it cannot be read"))?;
         let host = uri.host().filter(|host| !host.is_empty());
-        let host = host.ok_or_else(|| format!("{url} is no address: it names no host"))?;
+        let host = host.ok_or_else(|| wrong("it names no host"))?;
+        let place = uri.authority().map_or("", |all| all.as_str().rsplit('@').next().unwrap_or(""));
+        if place.len() > host.len() && uri.port_u16().is_none() {
+            return Err(wrong("its port is no number up to 65535"));
+        }
         let last = uri.path().rsplit('/').find(|part| !part.is_empty());
-        let plain = |c: char| if c.is_alphanumeric() || "_-.".contains(c) { c } else { '_' };
+        let own = url.split_once('#').map(|(_, name)| name).filter(|name| !name.is_empty());
+        let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
         let config = Agent::config_builder()
             .timeout_global(Some(options.timeout))
-            .http_status_as_error(false);
+            .http_status_as_error(false)
+            .max_redirects(0);
+        let config = match host == "localhost" || host.starts_with("127.") || host == "[::1]" {
+            true => config.proxy(None),
+            false => config,
+        };
         Ok(HttpReward {
-            name: last.unwrap_or(host).chars().map(plain).collect(),
+            name: own.or(last).unwrap_or(place).chars().map(plain).collect(),
             url: url.to_string(),
             agent: config.build().into(),
             requests: options.num_workers.max(1),
@@ -49,17 +64,17 @@ impl HttpReward {
     fn ask(&self, samples: &[Sample]) -> Vec<Score> {
         let (body, n) = (request(samples).to_string(), samples.len());
         let answer = match self.post(&body) {
-            Err(Error::Io(_) | Error::ConnectionFailed | Error::Protocol(_)) => self.post(&body),
+            Err(error) if is_dropped(&error) => self.post(&body),
             answer => answer,
         };
         match answer {
             Ok((200, body)) => scores(&body, n).unwrap_or_else(|reason| failed(&reason, n)),
             Ok((status, body)) => {
-                let start: String = body.chars().take(80).collect();
+                let start: String = body.chars().take(300).collect();
                 failed(&format!("{} answered with status {status}: {start:?}", self.url), n)
             }
             Err(Error::Timeout(_)) => vec![Score::Timeout; n],
-            Err(error) => failed(&self.reason(&error), n),
+            Err(error) => failed(&format!("{} gave no answer: {error}", self.url), n),
         }
     }
 
@@ -67,12 +82,19 @@ impl HttpReward {
     fn post(&self, body: &str) -> Result<(u16, String), Error> {
         let request = self.agent.post(&self.url).header("content-type", "application/json");
         let mut response = request.send(body)?;
-        let text = response.body_mut().with_config().limit(MOST_BYTES).read_to_string()?;
-        Ok((response.status().as_u16(), text))
+        let bytes = response.body_mut().with_config().limit(MOST_BYTES).read_to_vec()?;
+        Ok((response.status().as_u16(), String::from_utf8_lossy(&bytes).into_owned()))
     }
+}
 
-    fn reason(&self, error: &Error) -> String {
-        format!("{} cannot be reached: {error}", self.url)
+/// Whether the connection was refused or broke.
+fn is_dropped(error: &Error) -> bool {
+    use ErrorKind::*;
+    let kinds = [ConnectionRefused, ConnectionReset, ConnectionAborted, BrokenPipe, UnexpectedEof];
+    match error {
+        Error::Io(error) => kinds.contains(&error.kind()),
+        Error::ConnectionFailed => true,
+        _ => false,
     }
 }
 
@@ -86,9 +108,13 @@ impl Reward for HttpReward {
         match self.agent.get(&self.url).call() {
             Ok(_) => Ok(()),
             Err(Error::Timeout(_)) => {
-                Err(format!("{} did not answer within {:?}", self.url, self.timeout))
+                let seconds = self.timeout.as_secs_f64();
+                Err(format!("{} did not answer within {seconds} s", self.url))
             }
-            Err(error) => Err(self.reason(&error)),
+            Err(error) => Err(format!(
+                "{} cannot be reached: {error}; start its server, or mend the address",
+                self.url
+            )),
         }
     }
 

@@ -70,10 +70,16 @@ impl RewardSet {
             return Err(format!("reward_weights has {weights} of {rewards} weights, one a reward"));
         }
         let set = RewardSet { rewards, weights };
-        let names = set.names();
-        let twice = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name));
+        // as the columns of tables, which have no other characters
+        let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+        let column = |name: &&str| name.chars().map(plain).collect::<String>();
+        let columns: Vec<String> = set.names().iter().map(column).collect();
+        let twice = columns.iter().enumerate().find(|(i, name)| columns[..*i].contains(name));
         match twice {
-            Some((_, name)) => Err(format!("two rewards are called {name}")),
+            Some((_, name)) => Err(format!(
+                "two rewards are called {name}: name a function (./my_reward.py:function), or a server \
+                 behind # (http://localhost:8000/my_reward#name)"
+            )),
             None => Ok(set),
         }
     }
@@ -202,11 +208,16 @@ mod tests {
 
     #[test]
     fn weights_and_names_must_fit() {
-        let two = || -> Vec<Box<dyn Reward>> {
-            vec![Box::new(Fixed("a", vec![])), Box::new(Fixed("a", vec![]))]
+        let two = |other| -> Vec<Box<dyn Reward>> {
+            vec![Box::new(Fixed("a-b", vec![])), Box::new(Fixed(other, vec![]))]
         };
-        let refused = |weights| RewardSet::new(two(), weights).err().unwrap();
-        assert_eq!(refused(vec![1.0]), "reward_weights has 1 of 2 weights, one a reward");
-        assert_eq!(refused(vec![]), "two rewards are called a");
+        let refused = |other, weights| RewardSet::new(two(other), weights).err();
+        let weights = refused("b", vec![1.0]).unwrap();
+        assert_eq!(weights, "reward_weights has 1 of 2 weights, one a reward");
+        for other in ["a-b", "a_b"] {
+            let twice = refused(other, vec![]).unwrap();
+            assert!(twice.starts_with("two rewards are called a_b: "), "{twice}");
+        }
+        assert_eq!(refused("a", vec![]), None);
     }
 }

@@ -193,3 +193,15 @@ pub enum Reference {
     /// That of the adapter which training starts from (`adapter_name_or_path`).
     Adapter,
 }
+
+/// What becomes of a row that is longer than `max_length` tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum TruncationMode {
+    /// The run does not start.
+    #[default]
+    Refuse,
+    /// Its first `max_length` tokens are kept, as TRL does; it is left out if none of those counts in the loss.
+    KeepStart,
+}

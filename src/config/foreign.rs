@@ -51,7 +51,9 @@ pub fn answer(key: &str) -> Option<&'static str> {
             "checkpoints are whole and never overwrite: leave it out"
         }
         "max_seq_length" => "use max_length",
-        "max_prompt_length" => "no prompt is cut: shorten or remove rows that are too long",
+        "max_prompt_length" => {
+            "prompts are not cut apart: shorten or remove rows that are too long"
+        }
         "max_new_tokens" => "use max_completion_length",
         "dataset_text_field" => "use columns = {text = \"…\"}",
         "dataset_config" | "dataset_num_proc" | "dataloader_num_workers" => {

@@ -43,7 +43,7 @@ pub(crate) use build::precision_note;
 pub use choices::{
     Adapter, AdvantageEstimator, BestMetric, Dtype, EvalAccuracy, ImportanceSamplingLevel,
     KlEstimator, LossType, LrSchedulerType, MatmulPrecision, Reference, ReportTo, ScaleRewards,
-    word,
+    TruncationMode, word,
 };
 pub use command::to_toml;
 pub use data::DataArgs;

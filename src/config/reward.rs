@@ -58,6 +58,7 @@ impl RewardArgs {
             "reward_weights must be finite numbers",
         )?;
         require_positive("reward_timeout", self.reward_timeout)?;
+        require(self.reward_timeout <= 1e6, "reward_timeout must be at most 1000000 seconds")?;
         require(self.reward_num_workers > 0, "reward_num_workers must be at least 1")?;
         require(
             (0.0..=1.0).contains(&self.max_reward_failures),

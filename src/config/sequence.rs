@@ -4,6 +4,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::check::require;
+use super::choices::TruncationMode;
 use super::data::DataArgs;
 use crate::Result;
 
@@ -16,6 +17,8 @@ pub struct SequenceArgs {
     pub completion_template: Option<String>,
     /// Longest sequence in tokens, prompt and completion; 0 = the model's context.
     pub max_length: usize,
+    /// What becomes of a row with more tokens: the run does not start, or the row's start is kept, as TRL does.
+    pub truncation_mode: TruncationMode,
     /// Fill each sequence of a batch with several rows, up to max_length tokens.
     pub packing: bool,
     /// Loss on the completion only, where rows have a prompt.
@@ -29,6 +32,7 @@ impl Default for SequenceArgs {
         Self {
             completion_template: None,
             max_length: 1024,
+            truncation_mode: TruncationMode::default(),
             packing: false,
             completion_only_loss: true,
             assistant_only_loss: false,

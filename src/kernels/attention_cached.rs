@@ -176,7 +176,10 @@ impl Kernel for Forward<'_> {
         self.begin();
         let visits = self.visits();
         for (i, visit) in visits.iter().enumerate() {
-            let next = visits.get(i + 1).filter(|next| next.seen.len() >= visit.seen.len());
+            let wanted = |next: &&Visit| {
+                next.seen.start <= visit.seen.start && visit.seen.end <= next.seen.end
+            };
+            let next = visits.get(i + 1).filter(wanted);
             self.page(s, visit, next.map_or(visit.number, |next| next.number));
         }
         self.finish(s);
@@ -201,8 +204,9 @@ impl Forward<'_> {
         let (queries, shape) = (self.queries, self.shape);
         let first = queries.iter().map(|query| shape.visible(query.position).start).min();
         let last = queries.iter().map(|query| query.position).max().unwrap_or(0);
-        let mut visits = Vec::with_capacity(2 * queries.len());
-        for page in first.unwrap_or(0) / PAGE..last / PAGE + 1 {
+        let pages = first.unwrap_or(0) / PAGE..last / PAGE + 1;
+        let mut visits = Vec::with_capacity(queries.len() + pages.len());
+        for page in pages {
             let mut rest = 0..queries.len();
             while let Some(number) = queries[rest.clone()].first().map(|q| q.pages.get(page)) {
                 let same = queries[rest.clone()].iter().take_while(|q| q.pages.get(page) == number);
@@ -224,13 +228,11 @@ impl Forward<'_> {
     fn page<S: Simd>(&mut self, s: S, visit: &Visit, next: u32) {
         let LayerPages { pages, shape, layer } = self.layer;
         let (keys, values) = (shape.keys(layer, self.head), shape.values(layer, self.head));
-        match (&pages[visit.number as usize], &pages[next as usize]) {
-            (Page::F32(page), next) => {
-                let ahead = next.address().wrapping_sub(page.as_ptr().addr());
-                self.all_rows(s, visit, (&page[keys], &page[values]), ahead);
-            }
-            (Page::Bf16(page), next) => {
-                let ahead = next.address().wrapping_sub(page.as_ptr().addr());
+        let (page, next) = (&pages[visit.number as usize], &pages[next as usize]);
+        let ahead = next.address().wrapping_sub(page.address());
+        match page {
+            Page::F32(page) => self.all_rows(s, visit, (&page[keys], &page[values]), ahead),
+            Page::Bf16(page) => {
                 let page: &[u16] = page.reinterpret_cast();
                 self.all_rows(s, visit, (&page[keys], &page[values]), ahead);
             }

@@ -196,6 +196,8 @@ fn shapes() -> Vec<AttentionShape> {
         shape(9, 3, 64),
         shape(4, 1, 16),
         shape(2, 1, 20),
+        shape(4, 2, 5),
+        AttentionShape { window: Some(9), ..shape(2, 1, 17) },
         AttentionShape { window: Some(1), ..shape(2, 1, 12) },
         AttentionShape { window: Some(7), ..shape(6, 2, 32) },
         AttentionShape { window: Some(70), ..shape(3, 1, 16) },

@@ -3,8 +3,8 @@
 //! A page holds, for each layer and key head, the keys `[PAGE / 16, head_dim, 16]` (transposed, as
 //! attention multiplies them; what is there of a page lies in one piece) and then the values
 //! `[PAGE, padded head_dim]`. In bf16 two rows lie together, column by column: keys `[PAGE / 16,
-//! head_dim / 2, 16, 2]`, values `[PAGE / 2, padded head_dim, 2]`. Pages start at multiples of `PAGE` in the
-//! chain, as tiles do.
+//! head_dim / 2, 16, 2]`, values `[PAGE / 2, padded head_dim, 2]`. A `head_dim` of keys is rounded up to whole
+//! pairs. Pages start at multiples of `PAGE` in the chain, as tiles do.
 
 use std::ops::Range;
 

@@ -83,7 +83,8 @@ pub(crate) struct Product<'a, B = f32> {
     pub b: &'a [B],
     /// Distance of the rows of `b`, or of those that lie together.
     pub b_row: usize,
-    /// Distance of neighbouring vectors of columns of `b`: sixteen where its rows lie in one piece.
+    /// Distance of neighbouring vectors of columns of `b`: where its rows lie in one piece sixteen for each
+    /// row that lies together.
     pub b_vector: usize,
     /// How many bytes beyond `b` another matrix lies of which the same places are fetched; 0 = none.
     pub ahead: usize,
@@ -325,7 +326,8 @@ mod tests {
                 .iter()
                 .map(|x| f32::from_bits(x.to_bits() & 0xffff_0000))
                 .collect();
-            let mut b = vec![0u16; depth.next_multiple_of(2) * cols];
+            // what lies beside an odd last row is no number
+            let mut b = vec![0x7fc0u16; depth.next_multiple_of(2) * cols];
             for (at, x) in wide.iter().enumerate() {
                 let (row, col) = (at / cols, at % cols);
                 b[row / 2 * 2 * cols + 2 * col + row % 2] = (x.to_bits() >> 16) as u16;

@@ -10,9 +10,10 @@ use reward::check_gold;
 use tracing::debug_span;
 
 use super::example::TokenExample;
-use super::tokenize::{Encoder, check_length};
+use super::tokenize::{Encoder, Limit};
 use crate::config::{DataArgs, SequenceArgs};
 use crate::model::hub;
+use crate::notice;
 use crate::{Error, Result};
 
 /// The data of a supervised run before tokenisation.
@@ -84,7 +85,8 @@ impl SftData {
     /// Token ids with loss masks, training rows first.
     ///
     /// # Errors
-    /// If a row is longer than `max_length` or the model's context, or has nothing to learn from.
+    /// If a row is longer than `max_length` or the model's context and is not to be cut, or has nothing to
+    /// learn from.
     pub fn tokenise(
         &self,
         encoder: &Encoder,
@@ -92,6 +94,8 @@ impl SftData {
         context: usize,
     ) -> Result<(Vec<TokenExample>, Vec<TokenExample>)> {
         let _phase = debug_span!("tokenize").entered();
+        let limit =
+            Limit { max_length: sequence.max_length, context, mode: sequence.truncation_mode };
         let tokens = |examples: &[Numbered<Example>], what: &str| -> Result<Vec<TokenExample>> {
             let encode = |(number, example): &Numbered<Example>| {
                 let named = |error: Error| match error {
@@ -99,17 +103,14 @@ impl SftData {
                     other => other,
                 };
                 let tokens = token_example(encoder, example, sequence).map_err(named)?;
+                let long = tokens.input_ids.len() > limit.tokens();
                 let tokens = TokenExample { row: *number, ..tokens };
-                check_length(
-                    &tokens,
-                    sequence.max_length,
-                    context,
-                    &format!("{what}: row {number}"),
-                )?;
-                Ok(tokens)
+                Ok((long, limit.fit(tokens, &format!("{what}: row {number}"))?))
             };
             let encoded: Vec<Result<_>> = examples.par_iter().map(encode).collect();
-            encoded.into_iter().collect()
+            let encoded = encoded.into_iter().collect::<Result<Vec<_>>>()?;
+            tell_cut(&encoded, &limit, what)?;
+            Ok(encoded.into_iter().filter_map(|(_, example)| example).collect())
         };
         let name = args.dataset()?;
         let train = tokens(&self.train, &format!("{name} {}", args.dataset_train_split))?;
@@ -130,6 +131,29 @@ impl SftData {
             Error::usage(format!("accuracy wants a data set with gold answers ({tasks})"))
         })
     }
+}
+
+/// Says how many rows were too long, and how many of those had nothing left to learn from.
+///
+/// # Errors
+/// If that are all rows.
+fn tell_cut(rows: &[(bool, Option<TokenExample>)], limit: &Limit, what: &str) -> Result<()> {
+    let long = rows.iter().filter(|(long, _)| *long).count();
+    let lost = rows.iter().filter(|(_, example)| example.is_none()).count();
+    let (all, most) = (rows.len(), limit.tokens());
+    if lost > 0 && lost == all {
+        return Err(Error::failure(format!(
+            "{what}: no row has a token that counts in the loss among its first {most}: raise max_length"
+        )));
+    }
+    let out = match lost {
+        0 => String::new(),
+        n => format!("; {n} of those had no token left that counts in the loss, and are left out"),
+    };
+    if long > 0 {
+        notice::warn(&format!("{what}: {long} of {all} rows were cut to {most} tokens{out}"));
+    }
+    Ok(())
 }
 
 /// Rows of a user's own data.

@@ -27,6 +27,14 @@ impl TokenExample {
         TokenExample { input_ids, loss_mask, prompt_length: prompt.len(), row: 0 }
     }
 
+    /// The first `len` tokens.
+    pub fn cut(mut self, len: usize) -> Self {
+        self.input_ids.truncate(len);
+        self.loss_mask.truncate(len);
+        self.prompt_length = self.prompt_length.min(len);
+        self
+    }
+
     /// Number of targets.
     pub fn targets(&self) -> usize {
         self.loss_mask.iter().skip(1).filter(|counts| **counts).count()

@@ -271,7 +271,7 @@ fn same_data(then: &DataIdentity, now: &DataIdentity) -> Result<()> {
         false => (size(then), size(now)),
     };
     Err(Error::usage(format!(
-        "the run was started on {then}, not {now}: resume it with the data, tokenizer, max_length and \
-         batch sizes that it began with, or start another in a new output_dir"
+        "the run was started on {then}, not {now}: resume it with the data, tokenizer, max_length, \
+         truncation_mode and batch sizes that it began with, or start another in a new output_dir"
     )))
 }

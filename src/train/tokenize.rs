@@ -1,11 +1,12 @@
 //! From text and messages to token ids with a loss mask.
 //!
-//! A completion always ends with an end-of-sequence token, and that token is a target: a model that
+//! A completion ends with an end-of-sequence token unless it is cut, and that token is a target: a model that
 //! never sees its end never learns to stop.
 
 use serde_json::{Map, Value, json};
 
 use super::example::TokenExample;
+use crate::config::TruncationMode;
 use crate::model::{ChatTemplate, TextModel, Tokenizer};
 use crate::{Error, Result};
 
@@ -132,30 +133,76 @@ impl<'a> Encoder<'a> {
     }
 }
 
-/// Refuses an example that the run cannot hold: longer than `max_length` tokens (0 = the model's
-/// context), or without a target.
-///
-/// # Errors
-/// Says what is wrong with it, after its name `what`.
-pub fn check_length(
-    example: &TokenExample,
-    max_length: usize,
-    context: usize,
-    what: &str,
-) -> Result<()> {
-    let limit = if max_length == 0 { context } else { max_length.min(context) };
-    let len = example.input_ids.len();
-    if len > limit {
-        let (by, remedy) = match limit == context {
+/// How many tokens a run holds of a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Limit {
+    /// `max_length`; 0 = the model's context.
+    pub max_length: usize,
+    /// The model's context.
+    pub context: usize,
+    /// What becomes of a longer row.
+    pub mode: TruncationMode,
+}
+
+impl Limit {
+    /// The most tokens.
+    pub fn tokens(&self) -> usize {
+        if self.max_length == 0 { self.context } else { self.max_length.min(self.context) }
+    }
+
+    /// The example as the run holds it; `None` if it was cut and no token is left that counts.
+    ///
+    /// # Errors
+    /// If it is too long and is not to be cut, or has no target: after its name `what`.
+    pub fn fit(&self, example: TokenExample, what: &str) -> Result<Option<TokenExample>> {
+        let (limit, len) = (self.tokens(), example.input_ids.len());
+        if example.targets() == 0 {
+            return Err(Error::failure(format!("{what} has no token that counts in the loss")));
+        }
+        if len <= limit {
+            return Ok(Some(example));
+        }
+        if self.mode == TruncationMode::KeepStart {
+            return Ok(Some(example.cut(limit)).filter(|example| example.targets() > 0));
+        }
+        let (by, remedy) = match limit == self.context {
             true => ("the model's context", "shorten or remove it"),
             false => ("max_length", "raise max_length, or set it to 0 for the model's context"),
         };
-        return Err(Error::failure(format!(
-            "{what} has {len} tokens, more than {by} of {limit}: {remedy}"
-        )));
+        Err(Error::failure(format!(
+            "{what} has {len} tokens, more than {by} of {limit}: {remedy}, or cut such rows with \
+             truncation_mode = \"keep_start\""
+        )))
     }
-    match example.targets() {
-        0 => Err(Error::failure(format!("{what} has no token that counts in the loss"))),
-        _ => Ok(()),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_rows_are_refused_or_lose_their_end_and_those_without_a_target_are_left_out() {
+        let example = || TokenExample::completion(&[1, 2, 3], &[4, 5, 6], false);
+        let fit = |max_length: usize, mode: TruncationMode| {
+            Limit { max_length, context: 6, mode }.fit(example(), "row 7")
+        };
+        for mode in [TruncationMode::Refuse, TruncationMode::KeepStart] {
+            assert_eq!(fit(0, mode).unwrap(), Some(example()));
+            assert_eq!(fit(6, mode).unwrap(), Some(example()));
+        }
+        let cut = fit(4, TruncationMode::KeepStart).unwrap().unwrap();
+        assert_eq!(
+            (&cut.input_ids[..], cut.targets(), cut.prompt_length),
+            (&[1, 2, 3, 4][..], 1, 3)
+        );
+        assert_eq!(fit(3, TruncationMode::KeepStart).unwrap(), None);
+        assert_eq!(fit(2, TruncationMode::KeepStart).unwrap(), None);
+        let limit = Limit { max_length: 2, context: 6, mode: TruncationMode::KeepStart };
+        let none = TokenExample::completion(&[1, 2, 3], &[], false);
+        let error = limit.fit(none, "row 8").unwrap_err().to_string();
+        assert_eq!(error, "row 8 has no token that counts in the loss");
+        let error = fit(4, TruncationMode::Refuse).unwrap_err().to_string();
+        assert!(error.starts_with("row 7 has 6 tokens, more than max_length of 4: "), "{error}");
+        assert!(error.ends_with("truncation_mode = \"keep_start\""), "{error}");
     }
 }
