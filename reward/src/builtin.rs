@@ -85,7 +85,10 @@ pub(crate) fn build(text: &str, options: &ParseOptions) -> Result<Box<dyn Reward
 }
 
 fn unknown(name: &str) -> String {
-    let near = nearest(name, NAMES.into_iter()).map(|near| format!("; did you mean {near}?"));
+    let near = match name.contains(":") || name.contains("/") {
+        true => Some("; the address of a server begins with http:// or https://".to_string()),
+        false => nearest(name, NAMES.into_iter()).map(|near| format!("; did you mean {near}?")),
+    };
     format!(
         "no reward is called {name}{}; there are {}, Python files (./my_reward.py), commands \
          (process:./my_reward) and servers (http://localhost:8000/my_reward)",

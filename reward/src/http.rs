@@ -18,6 +18,7 @@ const MOST_BYTES: u64 = 64 << 20;
 pub(crate) struct HttpReward {
     name: String,
     url: String,
+    port: u16,
     agent: Agent,
     requests: usize,
     timeout: Duration,
@@ -54,6 +55,7 @@ impl HttpReward {
         Ok(HttpReward {
             name: own.or(last).unwrap_or(place).chars().map(plain).collect(),
             url: url.to_string(),
+            port: uri.port_u16().unwrap_or(if url.starts_with("https") { 443 } else { 80 }),
             agent: config.build().into(),
             requests: options.num_workers.max(1),
             timeout: options.timeout,
@@ -74,7 +76,11 @@ impl HttpReward {
                 failed(&format!("{} answered with status {status}: {start:?}", self.url), n)
             }
             Err(Error::Timeout(_)) => vec![Score::Timeout; n],
-            Err(error) => failed(&format!("{} gave no answer: {error}", self.url), n),
+            Err(error) => {
+                let reason =
+                    format!("{} gave no answer: {error}; see what it said itself", self.url);
+                failed(&reason, n)
+            }
         }
     }
 
@@ -112,8 +118,9 @@ impl Reward for HttpReward {
                 Err(format!("{} did not answer within {seconds} s", self.url))
             }
             Err(error) => Err(format!(
-                "{} cannot be reached: {error}; start its server, or mend the address",
-                self.url
+                "{} cannot be reached at port {}: {error}; start its server, or mend the address \
+                 (https:// is for servers that speak TLS)",
+                self.url, self.port
             )),
         }
     }

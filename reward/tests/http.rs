@@ -159,7 +159,11 @@ fn a_server_that_hangs_times_out() {
 fn a_server_that_is_not_there_shows_before_the_run() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let error = set(&format!("http://127.0.0.1:{port}"), 1).start().unwrap_err();
-    assert!(error.contains("cannot be reached"), "{error}");
+    assert!(error.contains(&format!("cannot be reached at port {port}")), "{error}");
+    for bare in ["localhost:8000/my_reward", "http:/localhost/x"] {
+        let error = parse(bare, &ParseOptions::default()).err().unwrap();
+        assert!(error.contains("begins with http://"), "{error}");
+    }
     for wrong in ["http://", "https:///x", "http://a b/", "http://localhost:80000/x", "http://a:/x"]
     {
         let error = parse(wrong, &ParseOptions::default()).err().unwrap();

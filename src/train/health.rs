@@ -21,7 +21,7 @@ const SIGNS: [Sign; 6] = [
         is_bad: |share| share >= 0.9,
         says: "in nearly all groups every completion has the same reward, so there is nothing to \
                learn: easier or harder prompts, more num_generations, a finer reward, or \
-               dynamic_sampling",
+               dynamic_sampling; where all are 0, see what steer reward test says of them",
     },
     Sign {
         metric: "completions/clipped_ratio",
