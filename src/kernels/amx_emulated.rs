@@ -77,8 +77,6 @@ impl Tiles for Emulated {
             }
         }
     }
-
-    fn prefetch(&self, _: *const u8) {}
 }
 
 /// The two bf16 of a dword, subnormal numbers as zero.

@@ -73,9 +73,6 @@ pub(super) trait Tiles {
     /// # Safety
     /// The tile has a shape, and so many rows may be written.
     unsafe fn store<const T: usize>(&mut self, to: *mut u8, stride: usize);
-
-    /// Brings the cache line at an address, valid or not, closer.
-    fn prefetch(&self, address: *const u8);
 }
 
 /// The tiles of this thread, released when dropped.
@@ -153,12 +150,5 @@ impl Tiles for Amx {
                 options(nostack, preserves_flags)
             );
         }
-    }
-
-    #[inline(always)]
-    fn prefetch(&self, address: *const u8) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint that never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
 }

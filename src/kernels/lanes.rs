@@ -72,14 +72,6 @@ pub(crate) trait Simd: Copy {
         self.store_upper(y, self.round_bf16(v));
     }
 
-    /// Brings the cache line at an address, valid or not, closer; nothing where that is unknown.
-    #[inline(always)]
-    fn prefetch(self, _address: *const u8) {}
-
-    /// As [`prefetch`](Self::prefetch), into the second-level cache.
-    #[inline(always)]
-    fn prefetch_second(self, _address: *const u8) {}
-
     /// The first `x.len()` lanes, the others 0; at most sixteen.
     #[inline(always)]
     fn load_part(self, x: &[f32]) -> Self::V {

@@ -115,16 +115,6 @@ impl Simd for Avx2 {
         unsafe { (odd8(x.as_ptr()), odd8(x.as_ptr().add(LANES))) }
     }
     #[inline(always)]
-    fn prefetch(self, address: *const u8) {
-        // SAFETY: any address may be prefetched.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
-    }
-    #[inline(always)]
-    fn prefetch_second(self, address: *const u8) {
-        // SAFETY: any address may be prefetched.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
-    }
-    #[inline(always)]
     fn load_link(self, x: &[u16; 2 * LANES], k: usize) -> Self::V {
         // SAFETY: both halves lie inside `x`.
         unsafe { (link8(x.as_ptr(), k), link8(x.as_ptr().add(LANES), k)) }
@@ -255,16 +245,6 @@ impl Simd for Avx512 {
             let pairs = _mm512_loadu_si512(x.as_ptr().cast());
             _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(UPPER)))
         }
-    }
-    #[inline(always)]
-    fn prefetch(self, address: *const u8) {
-        // SAFETY: any address may be prefetched.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
-    }
-    #[inline(always)]
-    fn prefetch_second(self, address: *const u8) {
-        // SAFETY: any address may be prefetched.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
     }
     #[inline(always)]
     fn load_link(self, x: &[u16; 2 * LANES], k: usize) -> Self::V {

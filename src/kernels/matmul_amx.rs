@@ -17,6 +17,7 @@ use super::matmul_fill::{fill_pairs, fill_panel};
 use super::matmul_form::{Form, Panels, Step};
 use super::matmul_tile::Strip;
 use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
+use super::prefetch;
 
 /// Links that one instruction multiplies.
 const CHUNK: usize = 32;
@@ -260,7 +261,7 @@ impl<const P: usize> Strip<Chunk<P>, PairRow> {
     /// As [`multiply`]; there are at most [`BLOCK_ROWS`], whose shapes the tiles have.
     #[inline(always)]
     unsafe fn compute<T: Tiles, const W: usize>(self, tiles: &mut T) {
-        // SAFETY: all offsets are inside the shapes stated by the fields; prefetches never fault.
+        // SAFETY: all offsets are inside the shapes stated by the fields.
         unsafe {
             let at = |i: usize, j: usize, ld: usize| i * TILE_ROWS * ld + j * LANES;
             let (ldi, ldy) = (self.ldi * size_of::<f32>(), self.ldy * size_of::<f32>());
@@ -280,7 +281,7 @@ impl<const P: usize> Strip<Chunk<P>, PairRow> {
                     each_sum!(self, |I, J| tiles.multiply::<{ C[I][J] }, { A[I] }, { B[J] }>());
                 }
                 if self.ahead > 0 {
-                    self.prefetch(tiles, b.wrapping_add(self.ahead), W * CHUNK / 2);
+                    self.prefetch(b.wrapping_add(self.ahead), W * CHUNK / 2);
                 }
             }
             each_sum!(self, |I, J| {
@@ -319,10 +320,10 @@ impl<const P: usize> Strip<Chunk<P>, PairRow> {
 
     /// Brings `rows` of each panel closer.
     #[inline(always)]
-    fn prefetch<T: Tiles>(self, tiles: &T, b: *const PairRow, rows: usize) {
+    fn prefetch(self, b: *const PairRow, rows: usize) {
         for panel in 0..self.panels {
             let b = b.wrapping_add(panel * self.panel_stride);
-            (0..rows).for_each(|row| tiles.prefetch(b.wrapping_add(row).cast()));
+            (0..rows).for_each(|row| prefetch::to_first(b.wrapping_add(row).cast()));
         }
     }
 }

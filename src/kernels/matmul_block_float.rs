@@ -21,6 +21,7 @@ use super::matmul_form::{Form, Panels, Step};
 use super::matmul_vnni::{ROWS, multiply};
 use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
 use super::parallel::map;
+use super::prefetch;
 
 /// Links that share a unit at most: two panels of them, and twelve rows, lie in the first-level cache.
 const MOST_LINKS: usize = 288;
@@ -232,9 +233,7 @@ fn round_rows(x: &[f32], stride: usize, width: usize, into: &mut [Integers]) {
     for (into, x) in into.chunks_mut(Integers::row_elements(width)).zip(x.chunks(stride)) {
         // the row after the next one comes closer meanwhile, its address valid or not
         let ahead = x.as_ptr().wrapping_add(2 * stride);
-        (0..width)
-            .step_by(LANES)
-            .for_each(|at| _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(at).cast()));
+        (0..width).step_by(LANES).for_each(|at| prefetch::to_first(ahead.wrapping_add(at).cast()));
         round_row(&x[..width], into);
     }
 }

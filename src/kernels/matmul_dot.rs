@@ -9,6 +9,7 @@ use std::arch::x86_64::*;
 
 use super::lanes::LANES;
 use super::matmul_tile::{Pair, Strip, tile_of_rows};
+use super::prefetch;
 
 /// Rows of the tallest tile: with two panels, 24 sums stay in registers.
 const ROWS: usize = 12;
@@ -72,7 +73,7 @@ unsafe fn tile<const R: usize, const PANELS: usize>(strip: Strip<Pair, Pair>) {
             for p in 0..PANELS {
                 let pairs = strip.b.add(p * strip.panel_stride + k * LANES);
                 b[p] = _mm512_loadu_si512(pairs.cast());
-                _mm_prefetch::<_MM_HINT_T0>(pairs.wrapping_add(strip.ahead).cast());
+                prefetch::to_first(pairs.wrapping_add(strip.ahead).cast());
             }
             for i in 0..R {
                 let a = _mm512_set1_epi32((*strip.a.add(i * strip.lda + k)).0 as i32);

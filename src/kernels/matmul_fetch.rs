@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::lanes::LANES;
 use super::matmul::Axis;
 use super::pack::{PackedMatrix, Storage};
+use super::prefetch;
 
 /// Bytes of a cache line, and of a row of a panel.
 const LINE: usize = 64;
@@ -57,7 +58,7 @@ impl Fetch {
     #[inline(always)]
     pub(crate) fn some(&mut self, lines: usize) {
         for _ in 0..lines.min(self.lines()) {
-            prefetch(self.run.wrapping_add(self.done * LINE));
+            prefetch::to_second(self.run.wrapping_add(self.done * LINE));
             self.done += 1;
             if self.done == self.run_lines {
                 self.run = self.run.wrapping_add(self.stride);
@@ -78,19 +79,6 @@ impl Fetch {
         place
     }
 }
-
-/// Brings a line, whether its address is valid or not, into the second-level cache.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn prefetch(line: *const u8) {
-    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-    // SAFETY: any address may be prefetched.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
-}
-
-/// Nothing where no instruction for it is known.
-#[cfg(not(target_arch = "x86_64"))]
-fn prefetch(_: *const u8) {}
 
 #[cfg(test)]
 mod tests {

@@ -7,6 +7,7 @@
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::matmul_fetch::Fetch;
+use super::prefetch;
 #[cfg(target_arch = "x86_64")]
 use super::{matmul_dot, matmul_tall};
 
@@ -313,7 +314,7 @@ impl<B: Element> Strip<f32, B> {
                 for p in 0..PANELS {
                     let panel = self.b.add(p * self.panel_stride);
                     b[p] = B::load(s, panel, k);
-                    s.prefetch(B::place(panel, k).wrapping_add(self.ahead).cast());
+                    prefetch::to_first(B::place(panel, k).wrapping_add(self.ahead).cast());
                 }
                 for i in 0..ROWS {
                     let a = s.splat(*self.a.add(i * self.lda + k));

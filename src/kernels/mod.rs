@@ -45,6 +45,7 @@ pub mod norm;
 pub mod pack;
 pub mod pages;
 pub(crate) mod parallel;
+mod prefetch;
 mod product;
 pub mod rope;
 pub mod row_sum;

@@ -1,6 +1,7 @@
 //! Small products of matrices that lie as they are, without packing.
 
 use super::lanes::{Kernel, LANES, Simd};
+use super::prefetch;
 
 /// What becomes of the old number of an element.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -205,7 +206,7 @@ impl<B: Right> Product<'_, B> {
                 for j in 0..C {
                     right[j] = B::first(s, b.add(j * self.b_vector), n);
                     if self.ahead != 0 {
-                        s.prefetch_second(
+                        prefetch::to_second(
                             b.add(j * self.b_vector).wrapping_byte_add(self.ahead).cast(),
                         );
                     }
