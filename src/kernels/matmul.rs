@@ -412,7 +412,7 @@ impl<'a> Product<'a> {
         let b = packed.as_ptr().cast::<f32>();
         let panels = Panels { b, stride: term.r * LANES, stored: false };
         // SAFETY: columns_of gives valid strips.
-        let multiply = |level, strip| unsafe { multiply_f32(level, strip) };
+        let multiply = |level, strip: &mut _| unsafe { multiply_f32(level, strip) };
         // SAFETY: the term has been checked to have these rows, and so many panels are packed.
         unsafe { self.columns_of::<f32, f32>(&step, panels, multiply) }
     }
@@ -426,7 +426,7 @@ impl<'a> Product<'a> {
         &self,
         step: &Step<A>,
         Panels { b, stride: panel_stride, stored }: Panels<B>,
-        multiply: impl Fn(CpuLevel, Strip<A, B>),
+        multiply: impl Fn(CpuLevel, &mut Strip<A, B>),
     ) {
         let (rows, column) = (step.rows.len(), step.panel * LANES);
         let first = step.k0 == 0;
@@ -456,7 +456,7 @@ impl<'a> Product<'a> {
                 if !first {
                     (strip.init, strip.ldi) = (y, self.columns);
                 }
-                multiply(self.level, strip);
+                multiply(self.level, &mut strip);
                 return;
             }
             let padded = step.panels * LANES;
@@ -468,7 +468,7 @@ impl<'a> Product<'a> {
                 }
                 (strip.init, strip.ldi) = (strip.y, padded);
             }
-            multiply(self.level, strip);
+            multiply(self.level, &mut strip);
             for (i, row) in buffer.chunks(padded).enumerate() {
                 y.add(i * self.columns).copy_from(row.as_ptr(), width);
             }

@@ -70,7 +70,7 @@ impl<const PARTS: usize> Form for Chunk<PARTS> {
                 let rows = &w[step.panel * panel + step.k0 / 2..];
                 let panels = Panels { b: rows.as_ptr(), stride: panel, stored: true };
                 // SAFETY: columns_of gives valid strips.
-                let tiles = |level, strip| unsafe { multiply::<PARTS, 1>(level, strip) };
+                let tiles = |level, strip: &mut _| unsafe { multiply::<PARTS, 1>(level, strip) };
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
                 unsafe { job.columns_of(&step, panels, tiles) }
             }
@@ -95,7 +95,7 @@ fn filled<const P: usize, const W: usize>(job: &Product, mut step: Step<Chunk<P>
     let b = step.scratch.as_flattened().as_flattened().as_ptr();
     let scratch = Panels { b, stride: rows, stored: false };
     // SAFETY: columns_of gives valid strips.
-    let tiles = |level, strip| unsafe { multiply::<P, W>(level, strip) };
+    let tiles = |level, strip: &mut _| unsafe { multiply::<P, W>(level, strip) };
     // SAFETY: the group's panels have just been filled.
     unsafe { job.columns_of(&step, scratch, tiles) }
 }
@@ -188,7 +188,7 @@ impl Kernel for SplitPanel<'_> {
 /// [`multiplies_tiles`](CpuLevel::multiplies_tiles) holds for `level`.
 pub(super) unsafe fn multiply<const P: usize, const W: usize>(
     level: CpuLevel,
-    strip: Strip<Chunk<P>, PairRow>,
+    strip: &Strip<Chunk<P>, PairRow>,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -209,7 +209,7 @@ pub(super) unsafe fn multiply<const P: usize, const W: usize>(
 /// As [`multiply`].
 unsafe fn rows<T: Tiles, const P: usize, const W: usize>(
     tiles: &mut T,
-    strip: Strip<Chunk<P>, PairRow>,
+    strip: &Strip<Chunk<P>, PairRow>,
 ) {
     let mut shaped = [0; 2];
     for i in (0..strip.rows).step_by(BLOCK_ROWS) {
@@ -228,7 +228,7 @@ unsafe fn rows<T: Tiles, const P: usize, const W: usize>(
                 init: strip.init.add(i * strip.ldi),
                 y: strip.y.add(i * strip.ldy),
                 ahead: if i == 0 { strip.ahead } else { 0 },
-                ..strip
+                ..*strip
             };
             block.compute::<T, W>(tiles);
         }

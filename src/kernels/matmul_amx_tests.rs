@@ -233,7 +233,7 @@ fn a_strip_reads_its_rows_and_writes_its_results_only() {
                 ldy,
             };
             // SAFETY: the slices have the shapes that the strip states.
-            unsafe { multiply::<1, 1>(Emulated, strip) };
+            unsafe { multiply::<1, 1>(Emulated, &strip) };
             for (i, row) in y.chunks(ldy).enumerate() {
                 let width = if i < m { panels * 16 } else { 0 };
                 assert!(row[..width].iter().all(|y| y.is_finite() && *y != 1.0));

@@ -97,7 +97,7 @@ impl Form for Integers {
         }
         let panels = Panels { b: step.scratch.as_ptr(), stride, stored: false };
         // SAFETY: columns_of gives valid strips; the level has been checked to multiply integers.
-        let integers = |_, strip| unsafe { multiply(strip) };
+        let integers = |_, strip: &mut _| unsafe { multiply(strip) };
         // SAFETY: the group's panels have just been filled.
         unsafe { job.columns_of(&step, panels, integers) }
     }

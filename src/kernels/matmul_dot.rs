@@ -18,8 +18,8 @@ const ROWS: usize = 12;
 ///
 /// # Safety
 /// As [`multiply`](super::matmul_tile::multiply); the machine has AVX-512 F and BF16.
-pub(crate) unsafe fn multiply(strip: Strip<Pair, u16>) {
-    let strip = Strip {
+pub(crate) unsafe fn multiply(strip: &Strip<Pair, u16>) {
+    let mut strip = Strip {
         rows: strip.rows,
         k: strip.k.div_ceil(2),
         a: strip.a,
@@ -35,36 +35,27 @@ pub(crate) unsafe fn multiply(strip: Strip<Pair, u16>) {
         ldy: strip.ldy,
     };
     // SAFETY: the caller's promise.
-    unsafe { rows(strip) }
+    unsafe { rows(&mut strip) }
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn rows(strip: Strip<Pair, Pair>) {
-    for i in (0..strip.rows).step_by(ROWS) {
+unsafe fn rows(strip: &mut Strip<Pair, Pair>) {
+    while strip.rows > 0 {
         // SAFETY: the tile is some rows of a valid strip.
-        unsafe {
-            let tile = Strip {
-                rows: ROWS.min(strip.rows - i),
-                a: strip.a.add(i * strip.lda),
-                init: strip.init.add(i * strip.ldi),
-                y: strip.y.add(i * strip.ldy),
-                ahead: if i == 0 { strip.ahead } else { 0 },
-                ..strip
-            };
-            if tile.panels == 2 { by_rows::<2>(tile) } else { by_rows::<1>(tile) }
-        }
+        unsafe { if strip.panels == 2 { by_rows::<2>(strip) } else { by_rows::<1>(strip) } }
+        strip.advance(strip.rows.min(ROWS));
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn by_rows<const PANELS: usize>(strip: Strip<Pair, Pair>) {
-    // SAFETY: the tile has as many rows as it says.
+unsafe fn by_rows<const PANELS: usize>(strip: &Strip<Pair, Pair>) {
+    // SAFETY: the tile has no more rows than the strip.
     unsafe { tile_of_rows!(tile, PANELS, strip) }
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[allow(clippy::needless_range_loop)] // the indices are also offsets of the pointers
-unsafe fn tile<const R: usize, const PANELS: usize>(strip: Strip<Pair, Pair>) {
+unsafe fn tile<const R: usize, const PANELS: usize>(strip: &Strip<Pair, Pair>) {
     // SAFETY: all offsets are inside the shapes stated by the fields; `k` counts pairs.
     unsafe {
         let mut acc = [[_mm512_setzero_ps(); PANELS]; R];

@@ -67,7 +67,7 @@ impl Form for f32 {
                 let b = rows.as_ptr().cast::<f32>();
                 let panels = Panels { b, stride: job.k * LANES, stored: true };
                 // SAFETY: columns_of gives valid strips.
-                let direct = |level, strip| unsafe { multiply_f32(level, strip) };
+                let direct = |level, strip: &mut _| unsafe { multiply_f32(level, strip) };
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
                 unsafe { job.columns_of(&step, panels, direct) }
             }
@@ -78,13 +78,13 @@ impl Form for f32 {
             {
                 let kept = RowF32::elements_mut(step.room()).as_mut_ptr();
                 // SAFETY: the strip is tall, and the scratch has room for a group.
-                let widened = |level, strip| unsafe { multiply_widened(level, strip, kept) };
+                let widened = |level, strip: &mut _| unsafe { multiply_widened(level, strip, kept) };
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
                 unsafe { job.columns_of(&step, step.stored_pairs(w, job.k), widened) }
             }
             Storage::Bf16(w) if job.axis == Axis::Output && few => {
                 // SAFETY: columns_of gives valid strips.
-                let direct = |level, strip| unsafe { multiply(level, strip) };
+                let direct = |level, strip: &mut _| unsafe { multiply(level, strip) };
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
                 unsafe { job.columns_of(&step, step.stored_pairs(w, job.k), direct) }
             }
@@ -100,7 +100,7 @@ impl Form for f32 {
                 let b = step.scratch.as_ptr().cast::<f32>();
                 let panels = Panels { b, stride: rows * LANES, stored: false };
                 // SAFETY: columns_of gives valid strips.
-                let filled = |level, strip| unsafe { multiply_f32(level, strip) };
+                let filled = |level, strip: &mut _| unsafe { multiply_f32(level, strip) };
                 // SAFETY: the group's panels have just been filled.
                 unsafe { job.columns_of(&step, panels, filled) }
             }
@@ -124,7 +124,7 @@ impl Form for Pair {
 
     fn step(job: &Product, mut step: Step<Pair>) {
         // SAFETY: columns_of gives valid strips; the level has been checked to multiply pairs.
-        let pairs = |level, strip| unsafe { multiply_pairs(level, strip) };
+        let pairs = |level, strip: &mut _| unsafe { multiply_pairs(level, strip) };
         match &job.w.storage {
             Storage::Bf16(w) if job.axis == Axis::Output => {
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.

@@ -1,4 +1,4 @@
-//! The inner loop of tall strips on AVX-512, in assembly: twelve rows times two panels.
+//! The inner loop of tall strips on AVX-512, in assembly: twelve or eight rows times two panels.
 //!
 //! The compiler computes the address of each row at each link, and where it may take several links at
 //! once it keeps numbers on the stack. Here four links share their addresses, so that a link is two
@@ -14,8 +14,10 @@ use super::matmul_block_float::Integers;
 use super::matmul_tile::Strip;
 use super::pack::PairRow;
 
-/// Rows of a tile; with two panels, 24 sums stay in registers.
+/// Rows of a tile at most; with two panels, 24 sums stay in registers.
 pub(crate) const ROWS: usize = 12;
+/// Rows of a lower tile; fewer do not keep the multipliers busy.
+const LOW_ROWS: usize = 8;
 /// Panels of a tile.
 pub(crate) const PANELS: usize = 2;
 /// Links that share their addresses.
@@ -34,7 +36,7 @@ macro_rules! row {
 
 /// All rows of the link `at` bytes from the rows' places; the panels' numbers are in registers 0 and 1.
 macro_rules! rows {
-    ($add:literal, $at:literal) => {
+    (low, $add:literal, $at:literal) => {
         concat!(
             row!($add, $at, "{row0}", 3, 8, 9),
             row!($add, $at, "{row0} + {lda}", 4, 10, 11),
@@ -44,6 +46,11 @@ macro_rules! rows {
             row!($add, $at, "{row3} + 2 * {lda}", 3, 18, 19),
             row!($add, $at, "{row6}", 4, 20, 21),
             row!($add, $at, "{row6} + {lda}", 5, 22, 23),
+        )
+    };
+    (high, $add:literal, $at:literal) => {
+        concat!(
+            rows!(low, $add, $at),
             row!($add, $at, "{row6} + 2 * {lda}", 6, 24, 25),
             row!($add, $at, "{row9}", 7, 26, 27),
             row!($add, $at, "{row9} + {lda}", 3, 28, 29),
@@ -76,35 +83,56 @@ macro_rules! keep {
 
 /// The link `at` bytes from the rows' places, of panels of `f32` or of pairs of integers.
 macro_rules! link {
-    ($add:literal, $at:literal, $line:literal) => {
-        concat!(read!("vmovups", "", $line, ""), rows!($add, $at))
+    ($height:ident, $add:literal, $at:literal, $line:literal) => {
+        concat!(read!("vmovups", "", $line, ""), rows!($height, $add, $at))
     };
 }
 
 /// Four such links, with code between them.
 macro_rules! links {
-    ($add:literal, $between:literal) => {
+    ($height:ident, $add:literal, $between:literal) => {
         concat!(
-            link!($add, 0, 0),
-            link!($add, 4, 64),
+            link!($height, $add, 0, 0),
+            link!($height, $add, 4, 64),
             $between,
-            link!($add, 8, 128),
-            link!($add, 12, 192),
+            link!($height, $add, 8, 128),
+            link!($height, $add, 12, 192),
         )
     };
 }
 
 /// The first link of a line of bf16 pairs, their lower halves, which is kept.
 macro_rules! even {
-    ($at:literal, $line:literal, $kept:literal) => {
-        concat!(read!("vpslld", "", $line, ", 16"), keep!($kept), rows!("vfmadd231ps", $at))
+    ($height:ident, $at:literal, $line:literal, $kept:literal) => {
+        concat!(
+            read!("vpslld", "", $line, ", 16"),
+            keep!($kept),
+            rows!($height, "vfmadd231ps", $at)
+        )
     };
 }
 
 /// The second link of a line of bf16 pairs, their upper halves, which is kept.
 macro_rules! odd {
-    ($at:literal, $line:literal, $kept:literal) => {
-        concat!(read!("vpandd", "zmm2, ", $line, ""), keep!($kept), rows!("vfmadd231ps", $at))
+    ($height:ident, $at:literal, $line:literal, $kept:literal) => {
+        concat!(
+            read!("vpandd", "zmm2, ", $line, ""),
+            keep!($kept),
+            rows!($height, "vfmadd231ps", $at)
+        )
+    };
+}
+
+/// Four links of bf16 panels, which are kept.
+macro_rules! widened_links {
+    ($height:ident) => {
+        concat!(
+            even!($height, 0, 0, 0),
+            odd!($height, 4, 0, 64),
+            even!($height, 8, 64, 128),
+            odd!($height, 12, 64, 192),
+            "add {kept}, 256\n"
+        )
     };
 }
 
@@ -120,8 +148,11 @@ macro_rules! fetch {
 
 /// Hands `$finish` the strip and each sum with its row and panel; one by one, so that they stay in registers.
 macro_rules! finish {
-    ($finish:ident, $strip:ident, $sum:ident) => {
-        finish!($finish, $strip, $sum, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23)
+    (low, $($names:ident),*) => {
+        finish!($($names),*, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    (high, $($names:ident),*) => {
+        finish!($($names),*, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23)
     };
     ($finish:ident, $strip:ident, $sum:ident, $($i:literal)*) => {
         $($finish($strip, $i / PANELS, $i % PANELS, $sum[$i]);)*
@@ -148,10 +179,10 @@ unsafe fn add_scaled(strip: &Strip<Integers, PairRow>, row: usize, panel: usize,
     unsafe { strip.add_scaled(row, panel, _mm512_castps_si512(sum)) }
 }
 
-/// A tile: `$links` is the code of four links, `$fetches` that which fetches the next strip's,
+/// A tile of either height: `$links` is the code of four links, `$fetches` that which fetches the next strip's,
 /// `$bytes` the length of a panel's part of them, and `$finish` takes its sums; further operands follow.
 macro_rules! tile {
-    ($finish:ident, $strip:ident, $fetches:expr, $links:expr, $bytes:literal, $($operands:tt)*) => {{
+    ($height:ident, $finish:ident, $strip:ident, $fetches:expr, $links:expr, $bytes:literal, $($operands:tt)*) => {{
         let mut sum = [_mm512_setzero_ps(); ROWS * PANELS];
         let row = |i: usize| $strip.a.wrapping_add(i * $strip.lda);
         let ahead = $strip.b.wrapping_add($strip.ahead);
@@ -193,7 +224,7 @@ macro_rules! tile {
             inout("zmm29") sum[21], inout("zmm30") sum[22], inout("zmm31") sum[23],
             options(nostack),
         );
-        finish!($finish, $strip, sum);
+        finish!($height, $finish, $strip, sum);
     }};
 }
 
@@ -202,22 +233,42 @@ fn bytes<T>(_: *const T, elements: usize) -> usize {
     elements * size_of::<T>()
 }
 
-/// Computes the first twelve rows of a strip with two `f32` panels and a multiple of four links.
+/// How many rows the next tile of a strip of so many takes: eight where so no fewer than eight are left; 0
+/// if no tile is so low.
+pub(crate) fn tile_rows(rows: usize) -> usize {
+    match rows {
+        LOW_ROWS => LOW_ROWS,
+        0..ROWS => 0,
+        _ if rows == 2 * LOW_ROWS => LOW_ROWS,
+        _ => ROWS,
+    }
+}
+
+/// Computes the first [`tile_rows`] of a strip with two `f32` panels and a multiple of four links.
 ///
 /// # Safety
 /// As [`multiply`](super::matmul_tile::multiply), with so many rows, panels and links; the machine has
 /// AVX-512 F.
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
+    macro_rules! multiply {
+        ($height:ident) => {
+            tile!(
+                $height,
+                add,
+                strip,
+                concat!(fetch!(0), fetch!(64), fetch!(128), fetch!(192)),
+                links!($height, "vfmadd231ps", ""),
+                256,
+            )
+        };
+    }
     // SAFETY: the caller's promise; all offsets are inside the shapes stated by the fields.
     unsafe {
-        tile!(
-            add,
-            strip,
-            concat!(fetch!(0), fetch!(64), fetch!(128), fetch!(192)),
-            links!("vfmadd231ps", ""),
-            256,
-        );
+        match tile_rows(strip.rows) {
+            LOW_ROWS => multiply!(low),
+            _ => multiply!(high),
+        }
     }
 }
 
@@ -228,16 +279,28 @@ pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
 /// As [`multiply_f32`].
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn multiply_f32_fetching(strip: &Strip<f32, f32>, fetch: *const u16) {
+    macro_rules! multiply {
+        ($height:ident) => {
+            tile!(
+                $height,
+                add,
+                strip,
+                "",
+                concat!(
+                    "prefetcht0 byte ptr [{fetch}]\n",
+                    links!($height, "vfmadd231ps", "add {fetch}, 64\n")
+                ),
+                256,
+                fetch = inout(reg) fetch => _,
+            )
+        };
+    }
     // SAFETY: as above.
     unsafe {
-        tile!(
-            add,
-            strip,
-            "",
-            concat!("prefetcht0 byte ptr [{fetch}]\n", links!("vfmadd231ps", "add {fetch}, 64\n")),
-            256,
-            fetch = inout(reg) fetch => _,
-        );
+        match tile_rows(strip.rows) {
+            LOW_ROWS => multiply!(low),
+            _ => multiply!(high),
+        }
     }
 }
 
@@ -247,27 +310,30 @@ pub(crate) unsafe fn multiply_f32_fetching(strip: &Strip<f32, f32>, fetch: *cons
 /// As [`multiply_f32`]; `kept` has room for both panels.
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
+    macro_rules! multiply {
+        ($height:ident) => {
+            tile!(
+                $height,
+                add,
+                strip,
+                concat!(fetch!(0), fetch!(64)),
+                widened_links!($height),
+                128,
+                kept = inout(reg) kept => _,
+                kept_stride = in(reg) bytes(strip.a, strip.k * LANES),
+            )
+        };
+    }
     // SAFETY: as above.
     unsafe {
-        tile!(
-            add,
-            strip,
-            concat!(fetch!(0), fetch!(64)),
-            concat!(
-                even!(0, 0, 0),
-                odd!(4, 0, 64),
-                even!(8, 64, 128),
-                odd!(12, 64, 192),
-                "add {kept}, 256\n"
-            ),
-            128,
-            kept = inout(reg) kept => _,
-            kept_stride = in(reg) bytes(strip.a, strip.k * LANES),
-        );
+        match tile_rows(strip.rows) {
+            LOW_ROWS => multiply!(low),
+            _ => multiply!(high),
+        }
     }
 }
 
-/// Computes the first twelve rows of a strip of integers with two panels and a multiple of four pairs of
+/// Computes the first [`tile_rows`] of a strip of integers with two panels and a multiple of four pairs of
 /// links, of which `strip.k` is the number; for every four the next line from either of `fetch` on, whose
 /// addresses need not be valid, is fetched.
 ///
@@ -275,19 +341,50 @@ pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
 /// As [`multiply`](super::matmul_vnni::multiply), with so many rows, panels and links.
 #[target_feature(enable = "avx512f,avx512vnni")]
 pub(crate) unsafe fn multiply_integers(strip: &Strip<Integers, PairRow>, fetch: [*const u8; 2]) {
+    macro_rules! multiply {
+        ($height:ident) => {
+            tile!(
+                $height,
+                add_scaled,
+                strip,
+                "",
+                concat!(
+                    "prefetcht1 byte ptr [{fetch0}]\nprefetcht1 byte ptr [{fetch1}]\n",
+                    links!($height, "vpdpwssd", "add {fetch0}, 64\nadd {fetch1}, 64\n")
+                ),
+                256,
+                fetch0 = inout(reg) fetch[0] => _,
+                fetch1 = inout(reg) fetch[1] => _,
+            )
+        };
+    }
     // SAFETY: the caller's promise; all offsets are inside the shapes stated by the fields.
     unsafe {
-        tile!(
-            add_scaled,
-            strip,
-            "",
-            concat!(
-                "prefetcht1 byte ptr [{fetch0}]\nprefetcht1 byte ptr [{fetch1}]\n",
-                links!("vpdpwssd", "add {fetch0}, 64\nadd {fetch1}, 64\n")
-            ),
-            256,
-            fetch0 = inout(reg) fetch[0] => _,
-            fetch1 = inout(reg) fetch[1] => _,
-        )
+        match tile_rows(strip.rows) {
+            LOW_ROWS => multiply!(low),
+            _ => multiply!(high),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_leave_rows_to_a_lower_one_where_they_can() {
+        let tiles = |mut rows: usize| {
+            let mut all = Vec::new();
+            while tile_rows(rows) > 0 {
+                all.push(tile_rows(rows));
+                rows -= tile_rows(rows);
+            }
+            (all, rows)
+        };
+        assert_eq!(tiles(64), (vec![12, 12, 12, 12, 8, 8], 0));
+        assert_eq!(tiles(20), (vec![12, 8], 0));
+        assert_eq!(tiles(8), (vec![8], 0));
+        assert_eq!(tiles(26), (vec![12, 12], 2));
+        assert_eq!(tiles(11), (vec![], 11));
     }
 }

@@ -93,11 +93,12 @@ pub(crate) struct Strip<A, B> {
     pub ldy: usize,
 }
 
-/// Computes a strip.
+/// Computes a strip. It is passed by reference, as in all inner loops: a copy would wait for what was just
+/// written, the results of the strip before among it.
 ///
 /// # Safety
 /// The pointers are valid for the shapes that the fields state, and nobody else uses `y`.
-pub(crate) unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<f32, B>) {
+pub(crate) unsafe fn multiply<B: Element>(level: CpuLevel, strip: &mut Strip<f32, B>) {
     level.run(Multiply(strip));
 }
 
@@ -105,14 +106,11 @@ pub(crate) unsafe fn multiply<B: Element>(level: CpuLevel, strip: Strip<f32, B>)
 ///
 /// # Safety
 /// As [`multiply`].
-pub(crate) unsafe fn multiply_f32(
-    level: CpuLevel,
-    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))] mut strip: Strip<f32, f32>,
-) {
+pub(crate) unsafe fn multiply_f32(level: CpuLevel, strip: &mut Strip<f32, f32>) {
     // SAFETY: the caller's promise.
     unsafe {
         #[cfg(target_arch = "x86_64")]
-        do_tall(level, &mut strip);
+        do_tall(level, strip);
         if strip.rows > 0 {
             multiply(level, strip);
         }
@@ -124,7 +122,11 @@ pub(crate) unsafe fn multiply_f32(
 /// # Safety
 /// As [`multiply`] of a strip for which [`is_tall`] holds; `kept` has room for two `f32` panels.
 #[cfg(target_arch = "x86_64")]
-pub(crate) unsafe fn multiply_widened(level: CpuLevel, mut strip: Strip<f32, u16>, kept: *mut f32) {
+pub(crate) unsafe fn multiply_widened(
+    level: CpuLevel,
+    strip: &mut Strip<f32, u16>,
+    kept: *mut f32,
+) {
     let many = strip.rows >= FETCHING_ROWS;
     let places = (many && strip.ahead != 0).then(|| strip.places_ahead());
     if many {
@@ -132,14 +134,14 @@ pub(crate) unsafe fn multiply_widened(level: CpuLevel, mut strip: Strip<f32, u16
     }
     // SAFETY: the caller's promise; the first rows have filled the panels, and many are four tiles more.
     unsafe {
-        matmul_tall::multiply_bf16(&strip, kept);
-        strip.advance(matmul_tall::ROWS);
+        matmul_tall::multiply_bf16(strip, kept);
+        strip.advance(matmul_tall::tile_rows(strip.rows));
         let mut rest = strip.with_panels(kept.cast_const(), strip.k * LANES);
         for fetch in places.into_iter().flatten() {
             matmul_tall::multiply_f32_fetching(&rest, fetch);
-            rest.advance(matmul_tall::ROWS);
+            rest.advance(matmul_tall::tile_rows(rest.rows));
         }
-        multiply_f32(level, rest);
+        multiply_f32(level, &mut rest);
     }
 }
 
@@ -152,7 +154,7 @@ const FETCHING_ROWS: usize = 5 * matmul_tall::ROWS;
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn is_tall(level: CpuLevel, rows: usize, links: usize, panels: usize) -> bool {
     level.has_avx512()
-        && rows >= matmul_tall::ROWS
+        && matmul_tall::tile_rows(rows) > 0
         && links > 0
         && links.is_multiple_of(matmul_tall::LINKS)
         && panels == matmul_tall::PANELS
@@ -169,7 +171,7 @@ unsafe fn do_tall(level: CpuLevel, strip: &mut Strip<f32, f32>) {
         strip.fetch.some(share);
         // SAFETY: the strip is valid, and so are its rows.
         unsafe { matmul_tall::multiply_f32(strip) };
-        strip.advance(matmul_tall::ROWS);
+        strip.advance(matmul_tall::tile_rows(strip.rows));
     }
 }
 
@@ -178,13 +180,13 @@ unsafe fn do_tall(level: CpuLevel, strip: &mut Strip<f32, f32>) {
 /// # Safety
 /// As [`multiply`]; the level multiplies pairs.
 #[cfg(target_arch = "x86_64")]
-pub(crate) unsafe fn multiply_pairs(_: CpuLevel, strip: Strip<Pair, u16>) {
+pub(crate) unsafe fn multiply_pairs(_: CpuLevel, strip: &mut Strip<Pair, u16>) {
     // SAFETY: the caller's promise.
     unsafe { matmul_dot::multiply(strip) }
 }
 
 /// A strip whose pointers are valid.
-struct Multiply<B>(Strip<f32, B>);
+struct Multiply<'a, B>(&'a mut Strip<f32, B>);
 
 /// Panels that a strip of `rows` should take at once: two where the registers hold them, or where
 /// few rows would leave the multipliers waiting for each other.
@@ -202,16 +204,16 @@ pub(crate) fn best_panels(level: CpuLevel, rows: usize) -> usize {
 /// Rows up to which every implementation holds two panels of accumulators.
 const NARROW_ROWS: usize = 3;
 
-impl<B: Element> Kernel for Multiply<B> {
+impl<B: Element> Kernel for Multiply<'_, B> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut strip = self.0;
+        let strip = self.0;
         let share = strip.fetch_share(S::ROWS);
         while strip.rows > 0 {
             strip.fetch.some(share);
             let rows = S::ROWS.min(strip.rows);
             // SAFETY: the tile is some rows of a strip that `multiply` was promised to be valid.
-            unsafe { Strip { rows, ..strip }.compute(s) };
+            unsafe { strip.compute(s, rows) };
             strip.advance(rows);
         }
     }
@@ -222,14 +224,14 @@ const fn fits<S: Simd>(rows: usize, panels: usize) -> bool {
     rows <= S::ROWS && (panels == 1 || S::WIDE || rows <= NARROW_ROWS)
 }
 
-/// Calls the function for as many rows as a strip has, at most twelve, and so many panels.
+/// Calls the function for as many rows as a strip has, or its first twelve, and so many panels.
 #[cfg(target_arch = "x86_64")]
 macro_rules! tile_of_rows {
     ($tile:ident, $panels:ident, $strip:expr) => {
         tile_of_rows!($tile, $panels, $strip, 1 2 3 4 5 6 7 8 9 10 11 12)
     };
     ($tile:ident, $panels:ident, $strip:expr, $($rows:literal)*) => {
-        match $strip.rows {
+        match $strip.rows.min(12) {
             $($rows => $tile::<$rows, $panels>($strip),)*
             _ => unreachable!("no tile of this size"),
         }
@@ -240,8 +242,8 @@ pub(super) use tile_of_rows;
 
 /// Calls the tile of the right size, leaving out those that no register file holds.
 macro_rules! select {
-    ($self:ident, $s:ident, $panels:literal, $($rows:literal)*) => {
-        match $self.rows {
+    ($self:ident, $s:ident, $count:ident, $panels:literal, $($rows:literal)*) => {
+        match $count {
             $($rows if const { fits::<S>($rows, $panels) } =>
                 $self.tile::<S, $rows, $panels>($s),)*
             _ => unreachable!("no tile of this size"),
@@ -252,8 +254,9 @@ macro_rules! select {
 impl<A: Copy, B: Copy> Strip<A, B> {
     /// The same strip with other panels.
     #[cfg(target_arch = "x86_64")]
-    fn with_panels<C>(self, b: *const C, panel_stride: usize) -> Strip<A, C> {
-        let Self { rows, k, a, lda, panels, ahead, fetch, init, ldi, y, ldy, .. } = self;
+    #[inline(always)]
+    fn with_panels<C>(&self, b: *const C, panel_stride: usize) -> Strip<A, C> {
+        let Self { rows, k, a, lda, panels, ahead, fetch, init, ldi, y, ldy, .. } = *self;
         Strip { rows, k, a, lda, b, panels, panel_stride, ahead, fetch, init, ldi, y, ldy }
     }
 
@@ -287,16 +290,18 @@ impl<A> Strip<A, u16> {
 }
 
 impl<B: Element> Strip<f32, B> {
+    /// Computes the first rows.
+    ///
     /// # Safety
     /// As [`multiply`], with `rows` at most `S::ROWS`.
     #[inline(always)]
-    unsafe fn compute<S: Simd>(self, s: S) {
+    unsafe fn compute<S: Simd>(&self, s: S, rows: usize) {
         // SAFETY: the caller's promise.
         unsafe {
             if self.panels == 2 {
-                select!(self, s, 2, 1 2 3 4 5 6 7 8 9 10 11 12)
+                select!(self, s, rows, 2, 1 2 3 4 5 6 7 8 9 10 11 12)
             } else {
-                select!(self, s, 1, 1 2 3 4 5 6 7 8 9 10 11 12)
+                select!(self, s, rows, 1, 1 2 3 4 5 6 7 8 9 10 11 12)
             }
         }
     }
@@ -305,7 +310,7 @@ impl<B: Element> Strip<f32, B> {
     /// As [`multiply`].
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // the indices are also offsets of the pointers
-    unsafe fn tile<S: Simd, const ROWS: usize, const PANELS: usize>(self, s: S) {
+    unsafe fn tile<S: Simd, const ROWS: usize, const PANELS: usize>(&self, s: S) {
         // SAFETY: all offsets are inside the shapes stated by the fields.
         unsafe {
             let mut acc = [[s.splat(0.0); PANELS]; ROWS];

@@ -21,38 +21,39 @@ pub(super) const ROWS: usize = matmul_tall::ROWS;
 /// # Safety
 /// As [`multiply`](super::matmul_tile::multiply); the machine has AVX-512 F and VNNI.
 #[target_feature(enable = "avx512f,avx512vnni")]
-pub(crate) unsafe fn multiply(mut strip: Strip<Integers, PairRow>) {
+pub(crate) unsafe fn multiply(strip: &mut Strip<Integers, PairRow>) {
     strip.k = strip.k.div_ceil(2);
     let tall = strip.panels == matmul_tall::PANELS && strip.k.is_multiple_of(matmul_tall::LINKS);
     while strip.rows > 0 {
-        let rows = strip.rows.min(ROWS);
-        let tile = Strip { rows, ..strip };
+        let tall_rows = if tall { matmul_tall::tile_rows(strip.rows) } else { 0 };
         // SAFETY: the tile is some rows of a valid strip.
         unsafe {
-            match tile.panels {
-                _ if tall && rows == ROWS => {
+            match strip.panels {
+                _ if tall_rows > 0 => {
                     let near = strip.b.cast();
-                    let mut place =
-                        || strip.fetch.take(strip.k / matmul_tall::LINKS).unwrap_or(near);
-                    matmul_tall::multiply_integers(&tile, [place(), place()]);
+                    let lines = strip.k / matmul_tall::LINKS;
+                    let mut place = || strip.fetch.take(lines).unwrap_or(near);
+                    let places = [place(), place()];
+                    matmul_tall::multiply_integers(strip, places);
                 }
-                2 => by_rows::<2>(tile),
-                _ => by_rows::<1>(tile),
+                2 => by_rows::<2>(strip),
+                _ => by_rows::<1>(strip),
             }
         }
+        let rows = if tall_rows > 0 { tall_rows } else { strip.rows.min(ROWS) };
         strip.advance(rows);
     }
 }
 
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn by_rows<const PANELS: usize>(strip: Strip<Integers, PairRow>) {
-    // SAFETY: the tile has as many rows as it says.
+unsafe fn by_rows<const PANELS: usize>(strip: &Strip<Integers, PairRow>) {
+    // SAFETY: the tile has no more rows than the strip.
     unsafe { tile_of_rows!(tile, PANELS, strip) }
 }
 
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[allow(clippy::needless_range_loop)] // the indices are also offsets of the pointers
-unsafe fn tile<const R: usize, const PANELS: usize>(strip: Strip<Integers, PairRow>) {
+unsafe fn tile<const R: usize, const PANELS: usize>(strip: &Strip<Integers, PairRow>) {
     // SAFETY: all offsets are inside the shapes stated by the fields; `k` counts pairs.
     unsafe {
         let mut acc = [[_mm512_setzero_si512(); PANELS]; R];
