@@ -12,6 +12,8 @@
 //! their own.
 
 use std::ops::Range;
+#[cfg(target_arch = "x86_64")]
+use std::sync::Arc;
 
 use super::dispatch::CpuLevel;
 use super::lanes::LANES;
@@ -27,6 +29,8 @@ use super::matmul_form::{Form, Panels, Step};
 use super::matmul_tile::Pair;
 use super::matmul_tile::{Strip, best_panels, multiply_f32};
 pub(crate) use super::pack::Axis;
+#[cfg(target_arch = "x86_64")]
+use super::pack::PairRow;
 use super::pack::{PackedMatrix, RowF32};
 use super::parallel::{SharedMut, for_each, for_each_index, task_count};
 use super::slices::room_of;
@@ -260,6 +264,9 @@ pub(crate) struct Product<'a> {
     start: Vec<f32>,
     terms: Terms<'a>,
     y: SharedMut<'a>,
+    /// The weight's integers, if somebody holds them and the product reads them.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) rounded: Option<Arc<Vec<PairRow>>>,
 }
 
 impl<'a> Product<'a> {
@@ -281,7 +288,20 @@ impl<'a> Product<'a> {
             start[..columns].copy_from_slice(bias);
         }
         let y = SharedMut::new(y);
-        (rows > 0).then_some(Self { level, axis, rows, k, columns, x, w, start, terms, y })
+        (rows > 0).then(|| Self {
+            level,
+            axis,
+            rows,
+            k,
+            columns,
+            x,
+            w,
+            start,
+            terms,
+            y,
+            #[cfg(target_arch = "x86_64")]
+            rounded: w.rounded().filter(|_| axis == Axis::Output),
+        })
     }
 
     /// Panels of the result.

@@ -18,6 +18,7 @@ use super::matmul::{Axis, K_SPAN, Product};
 use super::matmul_fetch::Fetch;
 use super::matmul_fill::fill_pairs;
 use super::matmul_form::{Form, Panels, Step};
+use super::matmul_rounded::Layout;
 use super::matmul_vnni::{ROWS, multiply};
 use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
 use super::parallel::map;
@@ -84,27 +85,40 @@ impl Form for Integers {
     fn step(job: &Product, mut step: Step<Self>) {
         let links = step.k0..step.k0 + step.kc;
         let (panel, panels) = (step.panel, step.panels);
-        let stride = step.kc.next_multiple_of(LANES) / 2 + 1;
-        for (i, into) in step.room().chunks_mut(stride).take(panels).enumerate() {
-            fill((job.level, job.axis), job.w, panel + i, links.clone(), into);
-        }
-        if let Some((panels, links)) = step.next.clone() {
-            step.fetch = Fetch::new(job.w, job.axis, panels, links);
-            // only tall tiles fetch, each a part
-            if step.rows.len() < ROWS {
-                step.fetch.some(usize::MAX);
+        let next = step.next.clone();
+        let panels = match &job.rounded {
+            Some(rows) => {
+                let layout = Layout::new(job.w);
+                if let Some((panels, links)) = next {
+                    step.fetch = Fetch::rounded(rows, layout, panels, links);
+                }
+                let b = rows[layout.place(panel, step.k0)..].as_ptr();
+                Panels { b, stride: layout.panel, stored: true }
             }
+            None => {
+                let stride = step.kc.next_multiple_of(LANES) / 2 + 1;
+                for (i, into) in step.room().chunks_mut(stride).take(panels).enumerate() {
+                    fill((job.level, job.axis), job.w, panel + i, links.clone(), into);
+                }
+                if let Some((panels, links)) = next {
+                    step.fetch = Fetch::new(job.w, job.axis, panels, links);
+                }
+                Panels { b: step.scratch.as_ptr(), stride, stored: false }
+            }
+        };
+        // only tall tiles fetch, each a part
+        if step.rows.len() < ROWS {
+            step.fetch.some(usize::MAX);
         }
-        let panels = Panels { b: step.scratch.as_ptr(), stride, stored: false };
         // SAFETY: columns_of gives valid strips; the level has been checked to multiply integers.
         let integers = |_, strip: &mut _| unsafe { multiply(strip) };
-        // SAFETY: the group's panels have just been filled.
+        // SAFETY: the group's panels have just been filled, or all have been.
         unsafe { job.columns_of(&step, panels, integers) }
     }
 }
 
 /// The links `k` of panel `panel` of the weight seen along an axis as integers, with their units behind.
-fn fill(
+pub(super) fn fill(
     (level, axis): (CpuLevel, Axis),
     w: &PackedMatrix,
     panel: usize,
@@ -129,7 +143,7 @@ fn fill(
 }
 
 /// The units of a weight seen along an axis, `[panels, blocks]`, one for each column.
-fn units(level: CpuLevel, w: &PackedMatrix, axis: Axis) -> &[RowF32] {
+pub(super) fn units(level: CpuLevel, w: &PackedMatrix, axis: Axis) -> &[RowF32] {
     w.units(axis, || {
         let (k, links) = (axis.links(w), block_links(axis.links(w)));
         let blocks = k.div_ceil(links);

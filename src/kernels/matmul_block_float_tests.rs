@@ -3,8 +3,9 @@
 
 use half::bf16;
 
-use super::matmul::{Axis, Way};
+use super::matmul::{Axis, MatmulPrecision, Way};
 use super::matmul_block_float::{COLUMN_BITS, ROW_BITS, block_links};
+use super::matmul_rounded::{keep_rounded, rounded_bytes};
 use super::pack::PackedMatrix;
 use super::testing::{noise, product_where_there, relative_error, sides, with_threads};
 
@@ -207,4 +208,26 @@ fn weights_of_any_size_are_rounded_as_others() {
     let w = PackedMatrix::from_f32_as_bf16(&[1e-42; 40 * 300], out, in_);
     let Some(y) = run(Axis::Output, &noise(300, m * in_), &w) else { return };
     assert!(y.iter().all(|&y| y == 0.0));
+}
+
+#[test]
+fn integers_that_are_kept_change_no_bit_and_go_with_who_holds_them() {
+    for (out, in_) in [(192, 270), (33, 576), (16, 1536), (40, 17), (48, 2100), (1536, 40)] {
+        for w in storages(&noise(7, out * in_), out, in_) {
+            let medium = MatmulPrecision::Medium;
+            let x = noise(3, 70 * in_);
+            let Some(fresh) = run(Axis::Output, &x, &w) else { return };
+            let Some(kept) = keep_rounded(&w, medium) else { return };
+            let integers = w.rounded().expect("somebody holds them");
+            assert_eq!(size_of_val(integers.as_slice()), rounded_bytes(&w, medium));
+            for m in [1, 11, 12, 20, 64, 70] {
+                let y = run(Axis::Output, &x[..m * in_], &w).unwrap();
+                assert!(y == fresh[..m * out], "{m} rows of [{out}, {in_}]");
+            }
+            let back = noise(4, 13 * out);
+            let with = run(Axis::Input, &back, &w);
+            drop((kept, integers));
+            assert!(w.rounded().is_none() && run(Axis::Input, &back, &w) == with);
+        }
+    }
 }

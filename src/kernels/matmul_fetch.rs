@@ -5,6 +5,10 @@ use std::ops::Range;
 
 use super::lanes::LANES;
 use super::matmul::Axis;
+#[cfg(target_arch = "x86_64")]
+use super::matmul_rounded::Layout;
+#[cfg(target_arch = "x86_64")]
+use super::pack::PairRow;
 use super::pack::{PackedMatrix, Storage};
 use super::prefetch;
 
@@ -46,6 +50,19 @@ impl Fetch {
         };
         let (run, stride) = (start.wrapping_add(first * LINE), panel * LINE);
         Self { run, stride, runs, run_lines, done: 0 }
+    }
+
+    /// The integers of `panels` for the links `k`, a block of them, among `rows`.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn rounded(
+        rows: &[PairRow],
+        layout: Layout,
+        panels: Range<usize>,
+        k: Range<usize>,
+    ) -> Self {
+        let run = rows[layout.place(panels.start, k.start)..].as_ptr().cast();
+        let (runs, run_lines) = (panels.len(), k.len().div_ceil(2));
+        Self { run, stride: layout.panel * LINE, runs, run_lines, done: 0 }
     }
 
     /// Lines that are left.

@@ -36,6 +36,7 @@ mod matmul_dot;
 mod matmul_fetch;
 mod matmul_fill;
 mod matmul_form;
+pub mod matmul_rounded;
 #[cfg(target_arch = "x86_64")]
 mod matmul_tall;
 mod matmul_tile;

@@ -2,13 +2,15 @@
 
 use std::mem::MaybeUninit;
 #[cfg(target_arch = "x86_64")]
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::lanes::LANES;
+#[cfg(target_arch = "x86_64")]
+use super::slices::room_of;
 
 /// One input feature of a panel: its weights to sixteen output features.
 #[derive(Clone, Copy)]
@@ -49,7 +51,6 @@ impl PairRow {
 }
 
 /// The panels: `[out / 16][in][16]`, or `[out / 16][in / 2][16][2]` with an odd `in` padded.
-#[derive(Clone)]
 pub(crate) enum Storage {
     F32(Vec<RowF32>),
     Bf16(Vec<PairRow>),
@@ -84,7 +85,6 @@ impl Axis {
 
 /// A frozen weight `W [out, in]` in panels of sixteen output rows, the last panel padded with
 /// zeros, stored as `f32` (`[out / 16][in][16]`) or bf16 (`[out / 16][in / 2][16][2]`).
-#[derive(Clone)]
 pub struct PackedMatrix {
     out_features: usize,
     in_features: usize,
@@ -92,6 +92,9 @@ pub struct PackedMatrix {
     /// What [`PackedMatrix::units`] gives for either axis.
     #[cfg(target_arch = "x86_64")]
     units: [OnceLock<Vec<RowF32>>; 2],
+    /// What [`PackedMatrix::rounded`] gives.
+    #[cfg(target_arch = "x86_64")]
+    rounded: Mutex<Weak<Vec<PairRow>>>,
 }
 
 impl PackedMatrix {
@@ -113,6 +116,8 @@ impl PackedMatrix {
             storage,
             #[cfg(target_arch = "x86_64")]
             units: Default::default(),
+            #[cfg(target_arch = "x86_64")]
+            rounded: Default::default(),
         }
     }
 
@@ -152,6 +157,23 @@ impl PackedMatrix {
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn units(&self, axis: Axis, make: impl FnOnce() -> Vec<RowF32>) -> &[RowF32] {
         self.units[axis as usize].get_or_init(make)
+    }
+
+    /// The weight's integers (`matmul_rounded`), if somebody holds them.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn rounded(&self) -> Option<Arc<Vec<PairRow>>> {
+        self.rounded.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+    }
+
+    /// As [`PackedMatrix::rounded`], made where nobody holds them.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn rounded_or(&self, make: impl FnOnce() -> Vec<PairRow>) -> Arc<Vec<PairRow>> {
+        let mut held = self.rounded.lock().unwrap_or_else(PoisonError::into_inner);
+        held.upgrade().unwrap_or_else(|| {
+            let rows = Arc::new(make());
+            *held = Arc::downgrade(&rows);
+            rows
+        })
     }
 
     /// Whether the storage is bf16.
@@ -212,12 +234,12 @@ impl PanelRow<bf16, 2> for PairRow {
 /// Asks the system for pages of 2 MiB where a large matrix and its neighbours lie, so that a product looks up
 /// fewer places of pages; up to 2 MiB at either end may become resident with it. Systems that have none go
 /// on with what they have.
-fn ask_for_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
+fn ask_for_huge_pages<T>(start: *const T, len: usize) {
     #[cfg(target_os = "linux")]
-    if size_of_val(memory) >= WORTH_HUGE_PAGES {
+    if len * size_of::<T>() >= WORTH_HUGE_PAGES {
         const HUGE_PAGE: usize = 2 << 20;
-        let start = memory.as_mut_ptr().addr();
-        let (from, to) = (start / HUGE_PAGE, (start + size_of_val(memory)).div_ceil(HUGE_PAGE));
+        let end = start.addr() + len * size_of::<T>();
+        let (from, to) = (start.addr() / HUGE_PAGE, end.div_ceil(HUGE_PAGE));
         // SAFETY: advice on the kind of pages, which changes no content, neither here nor beside.
         unsafe {
             let first = std::ptr::without_provenance_mut(from * HUGE_PAGE);
@@ -225,7 +247,19 @@ fn ask_for_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
         }
     }
     #[cfg(not(target_os = "linux"))]
-    let _ = memory;
+    let _ = (start, len);
+}
+
+/// Room for so many rows, which the caller writes.
+///
+/// # Safety
+/// Nobody reads what he has not written.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe fn uninit_rows(len: usize) -> Vec<PairRow> {
+    // SAFETY: every bit pattern is a row, and the caller's promise.
+    let rows: Vec<PairRow> = unsafe { room_of(len) };
+    ask_for_huge_pages(rows.as_ptr(), len);
+    rows
 }
 
 /// Bytes from which a matrix is worth a system call.
@@ -259,7 +293,7 @@ where
     };
     let len = out.div_ceil(LANES) * width;
     let mut rows = Vec::with_capacity(len);
-    ask_for_huge_pages(rows.spare_capacity_mut());
+    ask_for_huge_pages(rows.as_ptr(), len);
     let panels = rows.spare_capacity_mut()[..len].par_chunks_mut(width).enumerate();
     let panels = panels.with_min_len(SMALL.div_ceil(LANES * in_));
     panels.for_each_init(|| vec![zero; LANES * width], fill);

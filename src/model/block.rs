@@ -111,9 +111,9 @@ impl Block {
         })
     }
 
-    /// Bytes of the block's matrices.
-    pub(super) fn bytes(&self) -> usize {
-        self.linears.iter().map(|linear| linear.weight.bytes()).sum()
+    /// The block's matrices.
+    pub(super) fn weights(&self) -> impl Iterator<Item = &Weight> {
+        self.linears.iter().map(|linear| &linear.weight)
     }
 
     /// The block's output [N, D] for its input h [N, D], before what adapters add to it

@@ -16,7 +16,7 @@ use crate::adapter::Adapter;
 use crate::ops::{
     self, Distribution, Engine, Head, KvCache, MatmulPrecision, Pull, Rotary, SlotId, Tape, Target,
 };
-use crate::ops::{Value, Weight, WeightDtype};
+use crate::ops::{Rounded, Value, Weight, WeightDtype};
 
 /// Tokens that go through the blocks at once: enough for products at full speed on the threads that
 /// there are, and few enough for what a block needs besides its input and output to be small.
@@ -99,8 +99,26 @@ impl Policy {
 
     /// Bytes of all matrices in memory.
     pub fn bytes(&self) -> usize {
-        let blocks: usize = self.blocks.iter().map(Block::bytes).sum();
-        blocks + self.embedding.bytes() + self.head.as_ref().map_or(0, Weight::bytes)
+        let multiplied: usize = self.multiplied().map(Weight::bytes).sum();
+        multiplied + self.head.as_ref().map_or(0, |_| self.embedding.bytes())
+    }
+
+    /// The matrices of which there are products.
+    fn multiplied(&self) -> impl Iterator<Item = &Weight> {
+        let blocks = self.blocks.iter().flat_map(Block::weights);
+        blocks.chain([self.head.as_ref().unwrap_or(&self.embedding)])
+    }
+
+    /// Bytes that [`Policy::keep_rounded`] takes.
+    pub fn rounded_bytes(&self) -> usize {
+        self.multiplied().map(|weight| weight.rounded_bytes(&self.engine)).sum()
+    }
+
+    /// Rounds all matrices for as long as the result lives, instead of with every product, where products of
+    /// the engine's precision multiply integers (`medium` on Intel without AMX): worth its memory where many
+    /// passes follow.
+    pub fn keep_rounded(&self) -> Vec<Rounded> {
+        self.multiplied().filter_map(|weight| weight.keep_rounded(&self.engine)).collect()
     }
 
     /// The input of the first block, [N, D].

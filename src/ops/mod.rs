@@ -32,6 +32,7 @@ pub use crate::kernels::glu::GluActivation;
 pub use crate::kernels::logp::{LogpOptions, RowRule, RowStats, Target, penalise};
 pub use crate::kernels::low_rank::Activation;
 pub use crate::kernels::matmul::MatmulPrecision;
+pub use crate::kernels::matmul_rounded::Rounded;
 pub(crate) use crate::kernels::parallel::map as parallel_map;
 pub use attention::{attention, attention_cached};
 pub use engine::{Engine, composed};

@@ -11,6 +11,7 @@ use super::engine::{Engine, host};
 use super::tape::Sink;
 use crate::kernels::low_rank_term::LowRankTerm;
 use crate::kernels::matmul::{Terms, matmul, matmul_input_grad_add};
+use crate::kernels::matmul_rounded::{self, Rounded};
 use crate::kernels::pack::PackedMatrix;
 use crate::kernels::slices::room;
 use crate::{Error, Result};
@@ -123,6 +124,19 @@ impl Weight {
                 Ok(dense.index_select(&ids, 0)?.to_dtype(DType::F32)?)
             }
         }
+    }
+
+    /// Bytes that [`Weight::keep_rounded`] takes.
+    pub fn rounded_bytes(&self, engine: &Engine) -> usize {
+        let packed = self.packed().filter(|_| engine.fused());
+        packed.map_or(0, |packed| matmul_rounded::rounded_bytes(packed, engine.precision()))
+    }
+
+    /// Rounds the matrix for as long as the result lives, instead of with every product, where products of
+    /// the engine's precision multiply integers.
+    pub fn keep_rounded(&self, engine: &Engine) -> Option<Rounded> {
+        let packed = self.packed().filter(|_| engine.fused())?;
+        matmul_rounded::keep_rounded(packed, engine.precision())
     }
 
     /// The whole matrix as f32 [out, in] on the engine's device.

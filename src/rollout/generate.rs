@@ -91,6 +91,8 @@ pub struct GenerateOptions {
     pub max_batch: usize,
     /// Prompt tokens that are taken up in one pass.
     pub prefill_tokens: usize,
+    /// Whether the policy's matrices may stay rounded meanwhile ([`Policy::keep_rounded`]).
+    pub keep_rounded: bool,
     /// Seed of the run.
     pub seed: u64,
     /// Optimizer step, for the random numbers.
@@ -105,11 +107,15 @@ impl Default for GenerateOptions {
             eos_token_ids: Vec::new(),
             max_batch: 64,
             prefill_tokens: 2048,
+            keep_rounded: true,
             seed: 0,
             step: 0,
         }
     }
 }
+
+/// Passes from which on rounding all matrices beforehand is worth it.
+const MANY_PASSES: usize = 8;
 
 /// Tells from the new tokens whether their text holds a stop string.
 pub type StopCheck<'a> = &'a dyn Fn(&[u32]) -> bool;
@@ -247,6 +253,8 @@ impl<'a> Generator<'a> {
     ) -> Result<Vec<Completion>> {
         self.options.sampling.validate()?;
         self.check(requests)?;
+        let many = self.options.keep_rounded && self.options.max_new_tokens >= MANY_PASSES;
+        let _rounded = many.then(|| self.policy.keep_rounded());
         let mut cache = self.policy.kv_cache();
         let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
         let mut active: Vec<Active> = Vec::new();

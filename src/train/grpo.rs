@@ -13,6 +13,7 @@ use super::collection::{Collected, Collection};
 use super::health::Health;
 use super::learner::{Learner, Update};
 use super::loss::policy::PolicyLoss;
+use super::memory::Sampling;
 use super::plan::{LongestCase, Plan};
 use super::policy_gradient::{Cut, Objective, OffPolicy, Step, Sums, gradients};
 use super::prompts::{PromptTokens, digest};
@@ -338,14 +339,19 @@ impl<'a> Trainer<'a> for GrpoTrainer<'a> {
         self.plan = self.learner.plan(case, before)?;
         let wanted = self.options.max_batch.min(grpo.prompts_per_step * grpo.num_generations);
         let rounds = if grpo.dynamic_sampling { 1 + grpo.dynamic_sampling_rounds } else { 1 };
-        let kept = if grpo.reuse_activations { rounds * case.step } else { 0 };
-        let learner = &self.learner;
-        let sequence = (case.sequence, self.sampler().engine().kv_bytes());
-        let fitting = learner.sequences_that_fit(sequence, wanted, (&self.plan, kept));
-        self.options.max_batch = fitting;
+        let (learner, sampler) = (&self.learner, self.sampler());
+        let sampling = Sampling {
+            sequences: wanted,
+            kv_bytes: sampler.engine().kv_bytes(),
+            rounded: sampler.rounded_bytes(),
+            kept: if grpo.reuse_activations { rounds * case.step } else { 0 },
+        };
+        let sampling = learner.plan_sampling(&self.plan, case.sequence, sampling);
         if grpo.reuse_activations {
-            self.plan = learner.plan_reuse(self.plan, case, (kept, fitting))?;
+            self.plan = learner.plan_reuse(self.plan, case, sampling)?;
         }
+        self.options.max_batch = sampling.sequences;
+        self.options.keep_rounded = sampling.rounded > 0;
         Ok(self.plan)
     }
 

@@ -11,7 +11,7 @@ use crate::ops::Gradients;
 use crate::{Error, Result};
 
 use super::checkpoint::{DataIdentity, OPTIMIZER_FILE, TrainerState};
-use super::memory::MemoryModel;
+use super::memory::{MemoryModel, Sampling};
 use super::optimizer::{AdamW, AdamWConfig, clip_grad_norm};
 use super::plan::{Budget, LongestCase, Plan};
 use super::schedule::LrScheduler;
@@ -120,28 +120,21 @@ impl<'a> Learner<'a> {
         Plan::choose(&optim, case, &self.memory(), budget)
     }
 
-    /// The plan with what sampling computes kept for the updates, given how many tokens a step samples, and
-    /// in how many sequences at once.
+    /// The plan with what sampling computes kept for the updates.
     ///
     /// # Errors
     /// Usage, if that does not fit, or the policy is not on the CPU.
-    pub fn plan_reuse(
-        &self,
-        plan: Plan,
-        case: LongestCase,
-        (tokens, sequences): (usize, usize),
-    ) -> Result<Plan> {
+    pub fn plan_reuse(&self, plan: Plan, case: LongestCase, sampling: Sampling) -> Result<Plan> {
         let memory = self.memory();
         if !self.policy.engine().device().is_cpu() {
             return Err(Error::usage("reuse_activations works on the cpu only: leave it unset"));
         }
-        let sampled = (tokens, sequences, self.policy.engine().kv_bytes());
-        plan.reusing(case, &memory, sampled).ok_or_else(|| {
+        plan.reusing(case, &memory, sampling).ok_or_else(|| {
             Error::usage(format!(
                 "reuse_activations would keep {} bytes of each of {} tokens, which memory_budget has no \
                  room for: leave it unset, or sample fewer or shorter completions",
                 memory.recorded(1),
-                tokens,
+                sampling.kept,
             ))
         })
     }
@@ -150,18 +143,9 @@ impl<'a> Learner<'a> {
         MemoryModel::new(self.policy.config(), &self.adapters, self.policy.bytes())
     }
 
-    /// How many of `wanted` sequences of `tokens` tokens the cache of keys and values, of `kv_bytes` a number,
-    /// can hold in the plan's memory, of which what sampling computes of `kept` tokens is taken; at least one.
-    pub fn sequences_that_fit(
-        &self,
-        (tokens, kv_bytes): (usize, usize),
-        wanted: usize,
-        (plan, kept): (&Plan, usize),
-    ) -> usize {
-        let memory = self.memory();
-        let Some(budget) = plan.budget.bytes else { return wanted };
-        let room = budget.saturating_sub(memory.sampling() + memory.recorded(kept));
-        wanted.min(room / memory.cached_sequence(tokens, kv_bytes).max(1)).max(1)
+    /// How the sampling of sequences of `tokens` tokens fits into the plan's memory ([`Plan::sampling`]).
+    pub fn plan_sampling(&self, plan: &Plan, tokens: usize, wanted: Sampling) -> Sampling {
+        plan.sampling(tokens, &self.memory(), wanted)
     }
 
     /// One optimizer step by `gradients`, in which `tokens` tokens went through the model.

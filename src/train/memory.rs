@@ -27,6 +27,19 @@ pub struct PassSize {
     pub gradient_checkpointing: bool,
 }
 
+/// What sampling holds besides model and adapters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sampling {
+    /// Sequences that are sampled at once.
+    pub sequences: usize,
+    /// Bytes of a number in the cache of keys and values.
+    pub kv_bytes: usize,
+    /// Bytes of matrices that stay rounded ([`Policy::keep_rounded`](crate::model::Policy::keep_rounded)).
+    pub rounded: usize,
+    /// Tokens of which what is computed is kept for the updates.
+    pub kept: usize,
+}
+
 /// What is trained on what, as far as memory goes.
 pub struct MemoryModel<'a> {
     config: &'a ModelConfig,
@@ -67,10 +80,12 @@ impl<'a> MemoryModel<'a> {
         lowest.unwrap_or(self.config.layers.len())
     }
 
-    /// Bytes that the process takes while it samples, besides the cache.
-    pub fn sampling(&self) -> usize {
+    /// Most bytes that the process takes while it samples sequences of `tokens` tokens.
+    pub fn sampling(&self, tokens: usize, sampling: Sampling) -> usize {
         let parameters: usize = self.adapters.iter().map(|a| a.parameter_count()).sum();
-        PROGRAM + self.weights + PARAMETER_BYTES * parameters
+        let model = PROGRAM + self.weights + PARAMETER_BYTES * parameters + sampling.rounded;
+        let cache = sampling.sequences * self.cached_sequence(tokens, sampling.kv_bytes);
+        model + cache + self.recorded(sampling.kept)
     }
 
     /// Bytes of a pass and its way back at their largest: while the head works, or while the topmost

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::memory::{MemoryModel, PassSize};
+use super::memory::{MemoryModel, PassSize, Sampling};
 use crate::config::{MemoryBudget, OptimArgs};
 use crate::model::part_tokens;
 use crate::{Error, Result};
@@ -126,20 +126,32 @@ impl Plan {
         self.budget.bytes.is_none_or(|budget| self.bytes <= budget)
     }
 
-    /// The same cut of steps that begin with what the sampling of `tokens` tokens in `sequences`
-    /// sequences at once computed, their keys and values cached in `kv_bytes` a number; none if that does
-    /// not fit.
+    /// The wanted sampling of sequences of `tokens` tokens with as many at once as the budget holds, at least
+    /// one, and with matrices that stay rounded if it holds them too.
+    pub fn sampling(&self, tokens: usize, memory: &MemoryModel, wanted: Sampling) -> Sampling {
+        let Some(budget) = self.budget.bytes else { return wanted };
+        let none = Sampling { sequences: 0, rounded: 0, ..wanted };
+        let room = budget.saturating_sub(memory.sampling(tokens, none));
+        let fitting = room / memory.cached_sequence(tokens, wanted.kv_bytes).max(1);
+        let all = Sampling { sequences: wanted.sequences.min(fitting).max(1), ..wanted };
+        match memory.sampling(tokens, all) <= budget {
+            true => all,
+            false => Sampling { rounded: 0, ..all },
+        }
+    }
+
+    /// The same cut of steps that begin with what the sampling of their completions computed; none if that
+    /// does not fit.
     pub fn reusing(
         self,
         case: LongestCase,
         memory: &MemoryModel,
-        (tokens, sequences, kv_bytes): (usize, usize, usize),
+        sampling: Sampling,
     ) -> Option<Self> {
-        let sampling =
-            memory.sampling() + sequences * memory.cached_sequence(case.sequence, kv_bytes);
         let update = memory.peak(PassSize { gradient_checkpointing: true, ..self.pass(case) });
+        let update = update + memory.recorded(sampling.kept);
         // further updates on the same completions have nothing recorded, but a forward pass
-        let bytes = (memory.recorded(tokens) + sampling.max(update)).max(self.bytes);
+        let bytes = memory.sampling(case.sequence, sampling).max(update).max(self.bytes);
         Some(Plan { reuse_activations: true, bytes, ..self }).filter(Plan::fits)
     }
 
@@ -263,12 +275,32 @@ mod tests {
         let config = tiny_model();
         let memory = MemoryModel::new(&config, &[], 0);
         let plan = choose(&OptimArgs::default(), CASE, None).unwrap();
-        let reusing = plan.reusing(CASE, &memory, (CASE.step, 4, 4)).unwrap();
+        let kept = |kept| Sampling { sequences: 4, kv_bytes: 4, rounded: 0, kept };
+        let reusing = plan.reusing(CASE, &memory, kept(CASE.step)).unwrap();
         assert!(reusing.reuse_activations && reusing.bytes > memory.recorded(CASE.step));
         let of = |bytes| Plan { budget: Budget { bytes: Some(bytes), auto: false }, ..plan };
-        assert!(of(reusing.bytes).reusing(CASE, &memory, (CASE.step, 4, 4)).is_some());
-        assert!(of(reusing.bytes - 1).reusing(CASE, &memory, (CASE.step, 4, 4)).is_none());
-        assert!(of(reusing.bytes).reusing(CASE, &memory, (2 * CASE.step, 4, 4)).is_none());
+        assert!(of(reusing.bytes).reusing(CASE, &memory, kept(CASE.step)).is_some());
+        assert!(of(reusing.bytes - 1).reusing(CASE, &memory, kept(CASE.step)).is_none());
+        assert!(of(reusing.bytes).reusing(CASE, &memory, kept(2 * CASE.step)).is_none());
+        let rounded = Sampling { rounded: reusing.bytes, ..kept(CASE.step) };
+        assert!(of(reusing.bytes).reusing(CASE, &memory, rounded).is_none());
+    }
+
+    #[test]
+    fn sequences_have_room_first_and_matrices_that_stay_rounded_next() {
+        let memory = tiny_model();
+        let memory = MemoryModel::new(&memory, &[], 0);
+        let wanted = Sampling { sequences: 4, kv_bytes: 4, rounded: 1000, kept: 10 };
+        let of = |bytes| {
+            let budget = Budget { bytes, auto: false };
+            Plan { budget, ..NONE }.sampling(100, &memory, wanted)
+        };
+        let all = memory.sampling(100, wanted);
+        assert_eq!([of(None), of(Some(all))], [wanted; 2]);
+        let plain = Sampling { rounded: 0, ..wanted };
+        assert_eq!([of(Some(all - 1)), of(Some(all - 1000))], [plain; 2]);
+        assert_eq!(of(Some(all - 1001)), Sampling { sequences: 3, ..plain });
+        assert_eq!(of(Some(0)), Sampling { sequences: 1, ..plain });
     }
 
     #[test]
