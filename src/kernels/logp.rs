@@ -160,12 +160,12 @@ pub fn cap(logits: &mut [f32], tokens: usize, cap: f32) {
 }
 
 /// A checked call.
-struct Job<'a> {
+pub(super) struct Job<'a> {
     h: &'a [f32],
     head: &'a PackedMatrix,
     targets: &'a [Target],
     options: LogpOptions<'a>,
-    rows: usize,
+    pub rows: usize,
 }
 
 /// What is read of a row of logits: its statistics, and the log-probs of its targets.
@@ -178,7 +178,7 @@ struct Read {
 type Rows = std::ops::Range<usize>;
 
 impl<'a> Job<'a> {
-    fn new(
+    pub(super) fn new(
         h: &'a [f32],
         head: &'a PackedMatrix,
         targets: &'a [Target],
@@ -219,7 +219,7 @@ impl<'a> Job<'a> {
     }
 
     /// The targets of rows `chunk`, as a range of the list.
-    fn targets_of(&self, chunk: Rows) -> Rows {
+    pub(super) fn targets_of(&self, chunk: Rows) -> Rows {
         let before = |row: usize| self.targets.partition_point(|t| (t.row as usize) < row);
         before(chunk.start)..before(chunk.end)
     }

@@ -168,6 +168,48 @@ pub(crate) fn gradient_row(
     }
 }
 
+/// As [`gradient_row`] for a slice of a row without a rule, `targets` being places in it; returns the sum
+/// of the slice's probabilities.
+pub(crate) fn gradient_slice(
+    level: CpuLevel,
+    slice: &mut [f32],
+    options: &LogpOptions,
+    pull: Pull,
+    targets: impl Iterator<Item = (usize, f32)>,
+) -> f32 {
+    let gradient = RowGradient { pull, slope: Slope::new(options) };
+    let of_target =
+        |(at, weight): (usize, f32)| (at, weight * gradient.slope.at_one(slice[at]));
+    let hits: Vec<(usize, f32)> = targets.map(of_target).collect();
+    let mass = level.run(PullSlice { slice, gradient });
+    hits.into_iter().for_each(|(at, pull)| slice[at] += pull);
+    mass
+}
+
+/// Replaces a slice of `l` by the gradient without targets; gives the sum of the probabilities.
+struct PullSlice<'a> {
+    slice: &'a mut [f32],
+    gradient: RowGradient,
+}
+
+impl Kernel<f32> for PullSlice<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let (whole, rest) = self.slice.as_chunks_mut();
+        let mut mass = s.splat(0.0);
+        for l in whole {
+            let (p, pull) = self.gradient.parts(s, s.load(l));
+            mass = s.add(mass, p);
+            s.store(l, pull);
+        }
+        let (p, pull) = self.gradient.parts(s, s.load_part(rest));
+        s.store_part(rest, pull);
+        let mut last = [0.0; LANES];
+        s.store(&mut last, p);
+        s.sum(mass) + last[..rest.len()].iter().sum::<f32>()
+    }
+}
+
 /// `cap tanh(z / cap)`.
 #[derive(Clone, Copy)]
 struct Cap {
@@ -243,15 +285,23 @@ impl RowGradient {
     }
 }
 
-impl Lanewise for RowGradient {
+impl RowGradient {
+    /// The probabilities and the gradients of some `l`.
     #[inline(always)]
-    fn at<S: Simd>(self, s: S, l: S::V) -> S::V {
+    fn parts<S: Simd>(self, s: S, l: S::V) -> (S::V, S::V) {
         let Pull { lse, weight, dentropy, entropy } = self.pull;
         let logp = s.sub(l, s.splat(lse));
         let p = exp(s, logp);
         let inner = s.add(logp, s.splat(entropy));
         let pull = s.fma(s.splat(-dentropy), inner, s.splat(-weight));
-        s.mul(s.mul(p, pull), self.slope.at(s, l))
+        (p, s.mul(s.mul(p, pull), self.slope.at(s, l)))
+    }
+}
+
+impl Lanewise for RowGradient {
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, l: S::V) -> S::V {
+        self.parts(s, l).1
     }
 }
 

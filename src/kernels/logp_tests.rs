@@ -1,7 +1,11 @@
 //! The promises of the fused log-prob: right to f64 and to finite differences, same bits in any
 //! batch, both ways to the gradient equal.
 
-use super::logp::{LogpForward, LogpOptions, RowRule, Target, backward, forward, forward_backward};
+use super::logp::{
+    LogpForward, LogpOptions, RowRule, RowStats, Target, backward, forward, forward_backward,
+};
+use super::logp_known::backward_known;
+use super::matmul::{MatmulPrecision, matmul};
 use super::pack::PackedMatrix;
 use super::testing::{noise, relative_error, with_threads};
 
@@ -213,4 +217,41 @@ fn nan_is_not_hidden_and_no_rows_give_no_results() {
     let got = forward(&h, &head, &targets, LogpOptions::default());
     assert!(got.logp[0].is_nan() && got.logp[1].is_finite());
     assert!(forward(&[], &head, &[], LogpOptions::default()).logp.is_empty());
+}
+
+#[test]
+fn known_statistics_give_the_same_bits_at_every_precision_and_others_show() {
+    let rows = 300;
+    let target = |row: u32| Target { row, token: row * 977 % V as u32 };
+    let targets: Vec<Target> = (0..rows).filter(|row| row % 7 != 3).map(target).collect();
+    let (h, weights) = (noise(2, rows as usize * D), noise(3, targets.len()));
+    let dentropy = noise(4, rows as usize);
+    for head in [head(), PackedMatrix::from_f32_as_bf16(&noise(1, V * D), V, D)] {
+        for precision in [MatmulPrecision::Highest, MatmulPrecision::High, MatmulPrecision::Medium] {
+            for plain in all_options(&[]) {
+                let options = LogpOptions { precision, ..plain };
+                let mut logits = vec![0.0; rows as usize * V];
+                matmul(&h, &head, None, precision, &mut logits);
+                let stats = logits.chunks_mut(V);
+                let mut stats: Vec<RowStats> = stats
+                    .map(|row| RowStats::of(row, &options, &RowRule::default()))
+                    .collect();
+                for dentropy in [None, Some(&dentropy[..])] {
+                    let (mut dh, mut known_dh) = (vec![0.0; h.len()], vec![f32::NAN; h.len()]);
+                    let of = (&targets[..], &weights[..]);
+                    let said = forward_backward(&h, &head, of, dentropy, options, &mut dh);
+                    let given = (&stats[..], dentropy);
+                    let known = backward_known(&h, &head, of, given, options, &mut known_dh);
+                    assert!(known_dh == dh && known.logp == said.logp, "{options:?}");
+                    let off = known.mass.iter().map(|mass| (mass - 1.0).abs()).fold(0.0, f32::max);
+                    assert!(off < 1e-5, "{off}");
+                }
+                stats[299].log_sum += 0.01;
+                let of = (&targets[..], &weights[..]);
+                let mut dh = vec![0.0; h.len()];
+                let known = backward_known(&h, &head, of, (&stats, None), options, &mut dh);
+                assert!((known.mass[299] - 1.0).abs() > 5e-3);
+            }
+        }
+    }
 }

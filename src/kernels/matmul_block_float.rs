@@ -14,10 +14,11 @@ use std::ops::Range;
 
 use super::dispatch::CpuLevel;
 use super::lanes::LANES;
-use super::matmul::{Axis, K_SPAN, Product};
+use super::matmul::{Axis, K_SPAN};
 use super::matmul_fetch::Fetch;
 use super::matmul_fill::fill_pairs;
 use super::matmul_form::{Form, Panels, Step};
+use super::matmul_product::Product;
 use super::matmul_rounded::Layout;
 use super::matmul_vnni::{ROWS, multiply};
 use super::pack::{PackedMatrix, PairRow, RowF32, Storage};

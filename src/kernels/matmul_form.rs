@@ -5,11 +5,12 @@ use std::ops::Range;
 
 use super::dispatch::CpuLevel;
 use super::lanes::LANES;
-use super::matmul::{Axis, K_BLOCK, MAX_PANELS, Product, STREAM_ROWS};
+use super::matmul::{Axis, K_BLOCK, MAX_PANELS};
 use super::matmul_fetch::Fetch;
 use super::matmul_fill::{copy_rows, fill_panel};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_fill::{fill_pairs, round_rows};
+use super::matmul_product::{Product, STREAM_ROWS};
 #[cfg(target_arch = "x86_64")]
 use super::matmul_tile::{Pair, is_tall, multiply_pairs, multiply_widened};
 use super::matmul_tile::{multiply, multiply_f32};

@@ -20,6 +20,7 @@ mod lanes_math;
 #[cfg(target_arch = "x86_64")]
 mod lanes_x86;
 pub mod logp;
+pub mod logp_known;
 mod logp_row;
 mod logp_rule;
 pub mod low_rank;
@@ -36,6 +37,7 @@ mod matmul_dot;
 mod matmul_fetch;
 mod matmul_fill;
 mod matmul_form;
+mod matmul_product;
 pub mod matmul_rounded;
 #[cfg(target_arch = "x86_64")]
 mod matmul_tall;

@@ -10,11 +10,12 @@ use super::rows::gather_rows;
 use super::tape::{Sink, Tape};
 use super::value::Value;
 use super::weight::Weight;
-use crate::Result;
-use crate::kernels::logp::{self, LogpForward, LogpOptions, RowRule, Target};
+use crate::kernels::logp::{self, LogpForward, LogpOptions, RowRule, RowStats, Target};
+use crate::kernels::logp_known::{KnownForward, backward_known};
 use crate::kernels::matmul::matmul;
 use crate::kernels::norm;
 use crate::kernels::slices::room;
+use crate::{Error, Result};
 
 /// What the head says about a list of targets.
 #[derive(Clone, Debug, Default)]
@@ -49,11 +50,14 @@ pub struct Distribution<'a> {
     pub repetition_penalty: f64,
     /// The rule of each distinct row of the targets, in order; empty = no row has one.
     pub rules: &'a [RowRule],
+    /// The statistics of each distinct row, where they are known beforehand, as those of sampling are; no row
+    /// then has a rule. Empty = unknown.
+    pub stats: &'a [RowStats],
 }
 
 impl Default for Distribution<'_> {
     fn default() -> Self {
-        Distribution { temperature: 1.0, repetition_penalty: 1.0, rules: &[] }
+        Distribution { temperature: 1.0, repetition_penalty: 1.0, rules: &[], stats: &[] }
     }
 }
 
@@ -120,6 +124,9 @@ impl Head<'_> {
     /// The factors are known before the pass, so that it computes the gradient of h on its way: two
     /// products with the head instead of three, and nothing is kept of norm and logits. Returns the
     /// sum and what the head said.
+    ///
+    /// # Errors
+    /// If the probabilities of a row whose statistics are said to be known do not sum up to one under them.
     pub fn weighted_logps(
         &self,
         tape: &Tape,
@@ -175,15 +182,21 @@ impl Head<'_> {
             return Ok(Logps::new(logp::forward(&x, packed, targets, options)));
         };
         let mut dx = room(x.len());
-        let weighted = (&targets[..], pull.weights);
-        let forward = logp::forward_backward(&x, packed, weighted, pull.dentropy, options, &mut dx);
+        let (weighted, dentropy) = ((&targets[..], pull.weights), pull.dentropy);
+        let said = match distribution.stats {
+            [] => Logps::new(logp::forward_backward(&x, packed, weighted, dentropy, options, &mut dx)),
+            stats => known(
+                stats,
+                backward_known(&x, packed, weighted, (stats, dentropy), options, &mut dx),
+            )?,
+        };
         let mut dpicked = x;
         norm::rms_norm_backward(&picked, &w, eps, plus_one, &dx, &mut dpicked);
         for (r, dpicked) in rows.iter().zip(dpicked.chunks_exact(d)) {
             let dh = &mut dh[*r as usize * d..][..d];
             dh.iter_mut().zip(dpicked).for_each(|(dh, x)| *dh += x);
         }
-        Ok(Logps::new(forward))
+        Ok(said)
     }
 
     /// log p(target) of each target as a differentiable value `[targets]`, for losses whose weights
@@ -239,6 +252,19 @@ impl Head<'_> {
     }
 }
 
+/// What rows of known statistics said, if they are their own.
+fn known(stats: &[RowStats], KnownForward { logp, mass }: KnownForward) -> Result<Logps> {
+    const ROUNDING: f32 = 1e-3;
+    if let Some(mass) = mass.iter().find(|mass| mass.is_nan() || (**mass - 1.0).abs() > ROUNDING) {
+        return Err(Error::failure(format!(
+            "the probabilities of a token that was sampled sum up to {mass} in training, by the same adapters; \
+             this is a bug"
+        )));
+    }
+    let entropy = stats.iter().map(|stats| stats.entropy as f32).collect();
+    Ok(Logps { logps: logp, entropy, argmax: stats.iter().map(|stats| stats.argmax).collect() })
+}
+
 /// The part of a loss and of its distributions that belongs to `rows`, which come next.
 fn take<'a>(
     (pull, distribution): &mut (Pull<'a>, Distribution<'a>),
@@ -251,8 +277,9 @@ fn take<'a>(
     let part = Pull { targets, weights, dentropy: dentropy.map(|(part, _)| part) };
     *pull =
         Pull { targets: rest, weights: other_weights, dentropy: dentropy.map(|(_, rest)| rest) };
-    let own = Distribution { rules: rules.0, ..*distribution };
-    distribution.rules = rules.1;
+    let stats = distribution.stats.split_at(rows.rows.len().min(distribution.stats.len()));
+    let own = Distribution { rules: rules.0, stats: stats.0, ..*distribution };
+    (distribution.rules, distribution.stats) = (rules.1, stats.1);
     (part, own)
 }
 

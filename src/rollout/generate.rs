@@ -8,7 +8,7 @@ use tracing::debug_span;
 
 use crate::adapter::Adapter;
 use crate::model::{Batch, Policy, Recorded};
-use crate::ops::{KvCache, Segment, SlotId, parallel_map};
+use crate::ops::{KvCache, RowStats, Segment, SlotId, parallel_map};
 use crate::{Error, Result};
 
 use super::recorder::Recorder;
@@ -64,6 +64,10 @@ pub struct Completion {
     pub kept: Vec<Vec<u32>>,
     /// Why it ended.
     pub stop: StopReason,
+    /// Statistics of the distribution that each was drawn from; empty where sampling changes more than the
+    /// temperature, and in completions from a file.
+    #[serde(skip)]
+    pub stats: Vec<RowStats>,
     /// What was computed of its tokens, the last one excepted, if that was kept.
     #[serde(skip)]
     pub recorded: Option<Recorded>,
@@ -143,21 +147,25 @@ struct Drawn {
     logps: Vec<f32>,
     entropies: Vec<f32>,
     kept: Vec<Vec<u32>>,
+    stats: Vec<RowStats>,
 }
 
 impl Drawn {
-    fn push(&mut self, sampled: Sampled, filters: bool) {
+    fn push(&mut self, sampled: Sampled, sampling: &SamplingParams) {
         self.tokens.push(sampled.token);
         self.logps.push(sampled.logp);
         self.entropies.push(sampled.entropy);
-        if filters {
+        if sampling.filters() {
             self.kept.push(sampled.kept);
+        }
+        if sampling.temperature > 0.0 && !sampling.has_rules() {
+            self.stats.push(sampled.stats);
         }
     }
 
     fn completion(self, stop: StopReason) -> Completion {
-        let Drawn { tokens, logps, entropies, kept } = self;
-        Completion { tokens, logps, entropies, kept, stop, recorded: None }
+        let Drawn { tokens, logps, entropies, kept, stats } = self;
+        Completion { tokens, logps, entropies, kept, stop, stats, recorded: None }
     }
 }
 
@@ -267,7 +275,7 @@ impl<'a> Generator<'a> {
             let mut still = Vec::with_capacity(active.len());
             for (mut sequence, drawn) in active.into_iter().zip(drawn) {
                 on_event(Progress::Token(sequence.index, drawn.token));
-                sequence.drawn.push(drawn, self.options.sampling.filters());
+                sequence.drawn.push(drawn, &self.options.sampling);
                 match self.stopped(&sequence) {
                     None => still.push(sequence),
                     Some(stop) => {

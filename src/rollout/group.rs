@@ -29,7 +29,9 @@ impl Group {
     /// Frees what was kept of its computation.
     pub fn forget(&mut self) {
         self.recorded = None;
-        self.completions.iter_mut().for_each(|completion| completion.recorded = None);
+        for completion in &mut self.completions {
+            (completion.recorded, completion.stats) = (None, Vec::new());
+        }
     }
 }
 

@@ -43,7 +43,7 @@ impl SamplingParams {
     /// The distribution that tokens are drawn from, given the rule of each row.
     pub fn distribution<'a>(&self, rules: &'a [RowRule]) -> Distribution<'a> {
         let (temperature, repetition_penalty) = (self.temperature, self.repetition_penalty);
-        Distribution { temperature, repetition_penalty, rules }
+        Distribution { temperature, repetition_penalty, rules, stats: &[] }
     }
 
     /// Refuses values outside their range.
@@ -113,6 +113,8 @@ pub struct Sampled {
     pub entropy: f32,
     /// The tokens that could be drawn, sorted; empty = all.
     pub kept: Vec<u32>,
+    /// The statistics of the distribution; greedily, those of the logits.
+    pub stats: RowStats,
 }
 
 /// Draws the next token from logits `[V]`, which the processors change in place; `seen` are the tokens
@@ -140,12 +142,13 @@ pub fn sample(
         return Err(Error::failure(format!("{place}: the model's logits are not finite")));
     }
     if greedy {
-        return Ok(Sampled { token: stats.argmax, logp: 0.0, entropy: 0.0, kept: Vec::new() });
+        let (token, kept) = (stats.argmax, Vec::new());
+        return Ok(Sampled { token, logp: 0.0, entropy: 0.0, kept, stats });
     }
     if !params.filters() {
         let token = stats.draw(logits, key.uniform());
         let (logp, entropy) = (stats.logp(logits[token as usize]), stats.entropy as f32);
-        return Ok(Sampled { token, logp, entropy, kept: Vec::new() });
+        return Ok(Sampled { token, logp, entropy, kept: Vec::new(), stats });
     }
     Ok(sample_kept(logits, stats.max, params, key))
 }
@@ -165,7 +168,7 @@ fn sample_kept(logits: &[f32], max: f32, params: &SamplingParams, key: &RandomKe
         }
     }
     let (logp, entropy) = (stats.logp(logits[token as usize]), stats.entropy as f32);
-    Sampled { token, logp, entropy, kept }
+    Sampled { token, logp, entropy, kept, stats }
 }
 
 /// The tokens of a sequence, each once, sorted.

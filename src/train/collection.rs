@@ -198,6 +198,7 @@ mod tests {
             entropies: vec![0.7],
             kept: Vec::new(),
             stop: StopReason::Eos,
+            stats: Vec::new(),
             recorded: None,
         };
         let completions = vec![completion; rewards.len()];

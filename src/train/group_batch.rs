@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::model::{Batch, Recorded};
-use crate::ops::{RowRule, Target};
+use crate::ops::{RowRule, RowStats, Target};
 use crate::rollout::Group;
 use crate::{Error, Result};
 
@@ -147,6 +147,19 @@ impl GroupBatch {
         rows.flat_map(|(row, value)| std::iter::repeat_n(*value, row.len())).collect()
     }
 
+    /// The statistics of each distinct row's distribution, if sampling has handed on all of them.
+    pub fn stats(&self, groups: &[Group]) -> Vec<RowStats> {
+        let rows = self.targets.chunk_by(|a, b| a.row == b.row);
+        let mut done = 0;
+        let stats = rows.map(|row| {
+            let (completion, t) = self.of[done];
+            done += row.len();
+            let (g, c) = self.completions[completion];
+            groups[g].completions[c].stats.get(t).copied()
+        });
+        stats.collect::<Option<_>>().unwrap_or_default()
+    }
+
     /// What sampling did to each distinct row: the tokens that it penalised, and those it kept.
     pub fn rules(&self, groups: &[Group], penalises: bool) -> Vec<RowRule> {
         let rows = self.targets.chunk_by(|a, b| a.row == b.row);
@@ -178,6 +191,7 @@ mod tests {
             entropies: vec![0.0; *n],
             kept: Vec::new(),
             stop: StopReason::Eos,
+            stats: Vec::new(),
             recorded: None,
         };
         let completions = lengths.iter().map(completion).collect();

@@ -299,7 +299,7 @@ mod tests {
         assert_eq!([of(None), of(Some(all))], [wanted; 2]);
         let plain = Sampling { rounded: 0, ..wanted };
         assert_eq!([of(Some(all - 1)), of(Some(all - 1000))], [plain; 2]);
-        assert_eq!(of(Some(all - 1001)), Sampling { sequences: 3, ..plain });
+        assert_eq!(of(Some(all - 1001)), Sampling { sequences: 3, ..wanted });
         assert_eq!(of(Some(0)), Sampling { sequences: 1, ..plain });
     }
 

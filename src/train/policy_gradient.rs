@@ -245,7 +245,12 @@ impl Part<'_> {
             false => Vec::new(),
         };
         let plain = Distribution { temperature: sampling.temperature, ..Distribution::default() };
-        let of = Distributions { sampled: sampling.distribution(&rules), plain };
+        let stats = match self.is_known() && rules.is_empty() {
+            true => packed.stats(self.step.groups),
+            false => Vec::new(),
+        };
+        let sampled = Distribution { stats: &stats, ..sampling.distribution(&rules) };
+        let of = Distributions { sampled, plain };
         let recorded = match self.is_known() {
             true => packed.recorded(self.step.groups)?,
             false => None,

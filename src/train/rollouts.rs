@@ -125,6 +125,7 @@ mod tests {
             entropies: entropies.to_vec(),
             kept: Vec::new(),
             stop: *stop,
+            stats: Vec::new(),
             recorded: None,
         };
         let completions = entropies.iter().zip(stops).map(completion).collect();
