@@ -10,7 +10,7 @@
 use std::process::ExitCode;
 
 use steersman::adapter::warn_of_other_model;
-use steersman::config::{self, EvalAccuracy, Request, RunConfig, SftConfig};
+use steersman::config::{self, EvalAccuracy, MemoryBudget, Request, RunConfig, SftConfig};
 use steersman::eval::{Tally, accuracy};
 use steersman::model::{LoadedModel, ModelConfig, ModelSource, TextModel};
 use steersman::rollout::GenerateOptions;
@@ -66,6 +66,7 @@ fn run(config: &SftConfig) -> Result<()> {
     let options = GenerateOptions {
         max_new_tokens: config.generation.longest_answer(config.data.dataset()?),
         eos_token_ids: text.stop_token_ids.clone(),
+        keep_rounded: config.optim.memory_budget == MemoryBudget::Auto,
         ..Default::default()
     };
     let measure = |trainer: &SftTrainer| -> Result<Tally> {

@@ -81,7 +81,7 @@ pub fn start_up() -> Result<()> {
 }
 
 /// glibc's heap joins freed neighbours, so that what is in use and what is resident differ by
-/// little. It grows by whole huge pages, so that weights can lie on them.
+/// little, by what [`heap`](crate::heap) keeps besides. It grows by whole huge pages, so that weights can lie on them.
 fn set_up_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: sets numbers inside the allocator, which may be done at any time.

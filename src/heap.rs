@@ -21,9 +21,10 @@ const LINE: usize = 64;
 const LARGE: usize = 1024;
 /// What the system's heap aligns to by itself.
 const MIN_ALIGN: usize = 16;
-/// The largest block that is kept, and the bytes of all.
-const MOST_KEPT: usize = 1 << 20;
-const ALL_KEPT: usize = 16 << 20;
+/// The largest block that is kept.
+const LARGEST: usize = 1 << 20;
+/// Bytes of all blocks that are kept, at most.
+pub const MOST_BYTES: usize = 16 << 20;
 /// Sizes whose blocks are kept, and blocks of one.
 const SHELVES: usize = 128;
 const SHELF: usize = 8;
@@ -116,9 +117,8 @@ impl Kept {
     /// [`line_start`] gave it, of this size, and nobody uses it.
     unsafe fn put(&mut self, block: *mut u8, size: usize) {
         let all = Self::shelves_of(size);
-        let find = |found: &dyn Fn(&Shelf) -> bool| {
-            all.iter().copied().find(|i| found(&self.shelves[*i]))
-        };
+        let find =
+            |found: &dyn Fn(&Shelf) -> bool| all.iter().copied().find(|i| found(&self.shelves[*i]));
         let own = find(&|shelf| shelf.size == size);
         let at = own.or_else(|| find(&|shelf| shelf.count == 0)).unwrap_or(all[0]);
         if self.shelves[at].size != size {
@@ -129,7 +129,7 @@ impl Kept {
             // SAFETY: the caller's promise.
             return unsafe { give_back(block, size) };
         }
-        while self.bytes + size > ALL_KEPT {
+        while self.bytes + size > MOST_BYTES {
             self.clear(self.oldest);
             self.oldest = (self.oldest + 1) % SHELVES;
         }
@@ -160,13 +160,12 @@ struct Shared {
 // SAFETY: only the thread that has set `busy` looks into it.
 unsafe impl Sync for Shared {}
 
-static SHARED: Shared =
-    Shared { busy: AtomicBool::new(false), kept: UnsafeCell::new(Kept::NONE) };
+static SHARED: Shared = Shared { busy: AtomicBool::new(false), kept: UnsafeCell::new(Kept::NONE) };
 
 /// Does `work`, which does not panic, with the blocks that are kept, unless a block of this size is none to be
 /// kept or another thread is at them.
 fn with_kept<R>(size: usize, work: impl FnOnce(&mut Kept) -> R) -> Option<R> {
-    if size > MOST_KEPT || SHARED.busy.swap(true, Ordering::Acquire) {
+    if size > LARGEST || SHARED.busy.swap(true, Ordering::Acquire) {
         return None;
     }
     // SAFETY: `busy` was not set before.
@@ -244,11 +243,11 @@ mod tests {
     fn no_more_is_kept_than_there_is_room_for_whatever_sizes_come() {
         let mut kept = Kept::NONE;
         for i in 0..2000usize {
-            let size = LARGE + i * 7919 % (MOST_KEPT - LARGE);
+            let size = LARGE + i * 7919 % (LARGEST - LARGE);
             // SAFETY: blocks are used as they were asked for.
             unsafe { kept.put(Heap.alloc(Layout::from_size_align(size, 4).unwrap()), size) };
             let held: usize = kept.shelves.iter().map(|shelf| shelf.count * shelf.size).sum();
-            assert!(held == kept.bytes && (size..=ALL_KEPT).contains(&held), "{held}");
+            assert!(held == kept.bytes && (size..=MOST_BYTES).contains(&held), "{held}");
         }
         (0..SHELVES).for_each(|at| kept.clear(at));
         assert_eq!(kept.bytes, 0);

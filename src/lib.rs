@@ -14,6 +14,7 @@ pub mod config;
 pub mod error;
 pub mod eval;
 pub mod files;
+pub(crate) mod free_memory;
 pub mod heap;
 pub mod kernels;
 pub mod model;

@@ -178,8 +178,7 @@ pub(crate) fn gradient_slice(
     targets: impl Iterator<Item = (usize, f32)>,
 ) -> f32 {
     let gradient = RowGradient { pull, slope: Slope::new(options) };
-    let of_target =
-        |(at, weight): (usize, f32)| (at, weight * gradient.slope.at_one(slice[at]));
+    let of_target = |(at, weight): (usize, f32)| (at, weight * gradient.slope.at_one(slice[at]));
     let hits: Vec<(usize, f32)> = targets.map(of_target).collect();
     let mass = level.run(PullSlice { slice, gradient });
     hits.into_iter().for_each(|(at, pull)| slice[at] += pull);

@@ -129,16 +129,16 @@ pub(super) fn fill(
     let links = block_links(axis.links(w));
     let unit = units(level, w, axis)[panel * axis.links(w).div_ceil(links) + k.start / links].0;
     let pairs = k.len().div_ceil(2);
-    let into_rows = into.as_mut_ptr();
+    assert!(into.len() > pairs, "no room for a block and its units");
     // SAFETY: the level has been checked to multiply integers; there are so many rows of either.
     match &w.storage {
         Storage::Bf16(rows) if axis == Axis::Output => unsafe {
             let rows = &rows[panel * w.in_features().div_ceil(2) + k.start / 2..][..pairs];
-            round_panel(rows.as_ptr(), pairs, &unit, into_rows)
+            round_panel(rows.as_ptr(), pairs, &unit, into.as_mut_ptr())
         },
         _ => unsafe {
             fill_pairs(level, w, axis, panel, k, into);
-            round_panel(into_rows, pairs, &unit, into_rows)
+            round_panel(into.as_ptr(), pairs, &unit, into.as_mut_ptr())
         },
     }
 }

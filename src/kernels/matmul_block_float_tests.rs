@@ -211,7 +211,7 @@ fn weights_of_any_size_are_rounded_as_others() {
 }
 
 #[test]
-fn integers_that_are_kept_change_no_bit_and_go_with_who_holds_them() {
+fn integers_that_are_kept_change_no_bit_are_read_and_go_with_who_holds_them() {
     for (out, in_) in [(192, 270), (33, 576), (16, 1536), (40, 17), (48, 2100), (1536, 40)] {
         for w in storages(&noise(7, out * in_), out, in_) {
             let medium = MatmulPrecision::Medium;
@@ -226,8 +226,14 @@ fn integers_that_are_kept_change_no_bit_and_go_with_who_holds_them() {
             }
             let back = noise(4, 13 * out);
             let with = run(Axis::Input, &back, &w);
+            let mut others = integers.to_vec();
             drop((kept, integers));
             assert!(w.rounded().is_none() && run(Axis::Input, &back, &w) == with);
+            others[0].0[0] ^= 64;
+            let held = w.rounded_or(|| others);
+            assert!(run(Axis::Output, &x, &w).unwrap() != fresh, "the integers were not read");
+            drop(held);
+            assert!(run(Axis::Output, &x, &w).unwrap() == fresh);
         }
     }
 }

@@ -79,7 +79,8 @@ impl Form for f32 {
             {
                 let kept = RowF32::elements_mut(step.room()).as_mut_ptr();
                 // SAFETY: the strip is tall, and the scratch has room for a group.
-                let widened = |level, strip: &mut _| unsafe { multiply_widened(level, strip, kept) };
+                let widened =
+                    |level, strip: &mut _| unsafe { multiply_widened(level, strip, kept) };
                 // SAFETY: from link k0 of its first panel on, the storage holds all of the group.
                 unsafe { job.columns_of(&step, step.stored_pairs(w, job.k), widened) }
             }

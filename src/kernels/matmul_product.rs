@@ -95,7 +95,7 @@ impl<'a> Product<'a> {
             terms,
             y,
             #[cfg(target_arch = "x86_64")]
-            rounded: w.rounded().filter(|_| axis == Axis::Output),
+            rounded: (axis == Axis::Output).then(|| w.rounded()).flatten(),
         })
     }
 
@@ -123,7 +123,8 @@ impl<'a> Product<'a> {
         let parts = k.clone().step_by(links).zip(blocks).flat_map(|(k0, block)| {
             let width = links.min(k.end - k0);
             let parts = block.chunks_mut(COPY_ROWS * A::row_elements(width)).enumerate();
-            parts.map(move |(i, into)| (i * COPY_ROWS * stride + k0 - self.links.start, width, into))
+            parts
+                .map(move |(i, into)| (i * COPY_ROWS * stride + k0 - self.links.start, width, into))
         });
         let copy = |(start, width, into): (usize, usize, &mut [A])| {
             A::copy(self.level, &self.x[start..], stride, width, into);

@@ -233,8 +233,8 @@ fn bytes<T>(_: *const T, elements: usize) -> usize {
     elements * size_of::<T>()
 }
 
-/// How many rows the next tile of a strip of so many takes: eight where so no fewer than eight are left; 0
-/// if no tile is so low.
+/// How many rows the next tile of a strip of so many takes: twelve, or eight of eight and of sixteen, so that four are
+/// left to no slower tile; 0 if such tiles take none.
 pub(crate) fn tile_rows(rows: usize) -> usize {
     match rows {
         LOW_ROWS => LOW_ROWS,
@@ -251,6 +251,7 @@ pub(crate) fn tile_rows(rows: usize) -> usize {
 /// AVX-512 F.
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
+    debug_assert!(tile_rows(strip.rows) > 0);
     macro_rules! multiply {
         ($height:ident) => {
             tile!(
@@ -279,6 +280,7 @@ pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
 /// As [`multiply_f32`].
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn multiply_f32_fetching(strip: &Strip<f32, f32>, fetch: *const u16) {
+    debug_assert!(tile_rows(strip.rows) > 0);
     macro_rules! multiply {
         ($height:ident) => {
             tile!(
@@ -310,6 +312,7 @@ pub(crate) unsafe fn multiply_f32_fetching(strip: &Strip<f32, f32>, fetch: *cons
 /// As [`multiply_f32`]; `kept` has room for both panels.
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
+    debug_assert!(tile_rows(strip.rows) > 0);
     macro_rules! multiply {
         ($height:ident) => {
             tile!(
@@ -341,6 +344,7 @@ pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
 /// As [`multiply`](super::matmul_vnni::multiply), with so many rows, panels and links.
 #[target_feature(enable = "avx512f,avx512vnni")]
 pub(crate) unsafe fn multiply_integers(strip: &Strip<Integers, PairRow>, fetch: [*const u8; 2]) {
+    debug_assert!(tile_rows(strip.rows) > 0);
     macro_rules! multiply {
         ($height:ident) => {
             tile!(
@@ -386,5 +390,7 @@ mod tests {
         assert_eq!(tiles(8), (vec![8], 0));
         assert_eq!(tiles(26), (vec![12, 12], 2));
         assert_eq!(tiles(11), (vec![], 11));
+        // as many rows as four tiles fetch in
+        assert!((60..300).all(|rows| tiles(rows).0.len() >= 5));
     }
 }

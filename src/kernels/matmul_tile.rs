@@ -93,8 +93,8 @@ pub(crate) struct Strip<A, B> {
     pub ldy: usize,
 }
 
-/// Computes a strip. It is passed by reference, as in all inner loops: a copy would wait for what was just
-/// written, the results of the strip before among it.
+/// Computes a strip. It comes by reference: a copy would wait for what was just written, the results of the
+/// strip before among it.
 ///
 /// # Safety
 /// The pointers are valid for the shapes that the fields state, and nobody else uses `y`.

@@ -13,7 +13,7 @@ use super::matmul_tall;
 use super::matmul_tile::{Strip, tile_of_rows};
 use super::pack::PairRow;
 
-/// Rows of the tallest tile, which fetches what is filled next: with two panels, 24 sums stay in registers.
+/// Rows of the tallest tile: with two panels, 24 sums stay in registers. Tall tiles fetch what is filled next.
 pub(super) const ROWS: usize = matmul_tall::ROWS;
 
 /// Computes a strip; behind its links each row of `a` has its unit and each panel those of its columns.

@@ -11,12 +11,12 @@ use super::config::ModelConfig;
 use super::recording::{Recorded, Recording};
 use super::trace::{Trace, lowest};
 use super::weights::Weights;
-use crate::Result;
 use crate::adapter::Adapter;
 use crate::ops::{
     self, Distribution, Engine, Head, KvCache, MatmulPrecision, Pull, Rotary, SlotId, Tape, Target,
 };
 use crate::ops::{Rounded, Value, Weight, WeightDtype};
+use crate::{Result, free_memory};
 
 /// Tokens that go through the blocks at once: enough for products at full speed on the threads that
 /// there are, and few enough for what a block needs besides its input and output to be small.
@@ -116,8 +116,11 @@ impl Policy {
 
     /// Rounds all matrices for as long as the result lives, instead of with every product, where products of
     /// the engine's precision multiply integers (`medium` on Intel without AMX): worth its memory where many
-    /// passes follow.
+    /// passes follow. Does nothing where the machine has no room for them.
     pub fn keep_rounded(&self) -> Vec<Rounded> {
+        if !free_memory::has_room(self.rounded_bytes()) {
+            return Vec::new();
+        }
         self.multiplied().filter_map(|weight| weight.keep_rounded(&self.engine)).collect()
     }
 

@@ -10,12 +10,12 @@ use super::rows::gather_rows;
 use super::tape::{Sink, Tape};
 use super::value::Value;
 use super::weight::Weight;
+use crate::Result;
 use crate::kernels::logp::{self, LogpForward, LogpOptions, RowRule, RowStats, Target};
 use crate::kernels::logp_known::{KnownForward, backward_known};
 use crate::kernels::matmul::matmul;
 use crate::kernels::norm;
 use crate::kernels::slices::room;
-use crate::{Error, Result};
 
 /// What the head says about a list of targets.
 #[derive(Clone, Debug, Default)]
@@ -26,18 +26,27 @@ pub struct Logps {
     pub entropy: Vec<f32>,
     /// The most likely token of each row.
     pub argmax: Vec<u32>,
+    /// The sum of each row's probabilities under the statistics that were given, 1 but for rounding if they are
+    /// its own; empty where none were.
+    pub mass: Vec<f32>,
 }
 
 impl Logps {
     fn new(forward: LogpForward) -> Self {
         let entropy = forward.entropy.unwrap_or_default();
-        Logps { logps: forward.logp, entropy, argmax: forward.argmax }
+        Logps { logps: forward.logp, entropy, argmax: forward.argmax, mass: Vec::new() }
+    }
+
+    fn known(stats: &[RowStats], KnownForward { logp, mass }: KnownForward) -> Self {
+        let entropy = stats.iter().map(|stats| stats.entropy as f32).collect();
+        Logps { logps: logp, entropy, argmax: stats.iter().map(|s| s.argmax).collect(), mass }
     }
 
     fn extend(&mut self, other: Logps) {
         self.logps.extend(other.logps);
         self.entropy.extend(other.entropy);
         self.argmax.extend(other.argmax);
+        self.mass.extend(other.mass);
     }
 }
 
@@ -124,9 +133,6 @@ impl Head<'_> {
     /// The factors are known before the pass, so that it computes the gradient of h on its way: two
     /// products with the head instead of three, and nothing is kept of norm and logits. Returns the
     /// sum and what the head said.
-    ///
-    /// # Errors
-    /// If the probabilities of a row whose statistics are said to be known do not sum up to one under them.
     pub fn weighted_logps(
         &self,
         tape: &Tape,
@@ -184,11 +190,13 @@ impl Head<'_> {
         let mut dx = room(x.len());
         let (weighted, dentropy) = ((&targets[..], pull.weights), pull.dentropy);
         let said = match distribution.stats {
-            [] => Logps::new(logp::forward_backward(&x, packed, weighted, dentropy, options, &mut dx)),
-            stats => known(
-                stats,
-                backward_known(&x, packed, weighted, (stats, dentropy), options, &mut dx),
-            )?,
+            [] => {
+                Logps::new(logp::forward_backward(&x, packed, weighted, dentropy, options, &mut dx))
+            }
+            stats => {
+                let given = (stats, dentropy);
+                Logps::known(stats, backward_known(&x, packed, weighted, given, options, &mut dx))
+            }
         };
         let mut dpicked = x;
         norm::rms_norm_backward(&picked, &w, eps, plus_one, &dx, &mut dpicked);
@@ -250,19 +258,6 @@ impl Head<'_> {
             precision: tape.engine().precision(),
         }
     }
-}
-
-/// What rows of known statistics said, if they are their own.
-fn known(stats: &[RowStats], KnownForward { logp, mass }: KnownForward) -> Result<Logps> {
-    const ROUNDING: f32 = 1e-3;
-    if let Some(mass) = mass.iter().find(|mass| mass.is_nan() || (**mass - 1.0).abs() > ROUNDING) {
-        return Err(Error::failure(format!(
-            "the probabilities of a token that was sampled sum up to {mass} in training, by the same adapters; \
-             this is a bug"
-        )));
-    }
-    let entropy = stats.iter().map(|stats| stats.entropy as f32).collect();
-    Ok(Logps { logps: logp, entropy, argmax: stats.iter().map(|stats| stats.argmax).collect() })
 }
 
 /// The part of a loss and of its distributions that belongs to `rows`, which come next.

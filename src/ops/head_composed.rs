@@ -62,6 +62,7 @@ impl Head<'_> {
             logps: logps.tensor().to_vec1()?,
             entropy: entropies(&all)?.to_vec1()?,
             argmax: all.argmax(D::Minus1)?.to_dtype(DType::U32)?.to_vec1()?,
+            mass: Vec::new(),
         };
         Ok((logps, said))
     }

@@ -64,8 +64,8 @@ pub struct Completion {
     pub kept: Vec<Vec<u32>>,
     /// Why it ended.
     pub stop: StopReason,
-    /// Statistics of the distribution that each was drawn from; empty where sampling changes more than the
-    /// temperature, and in completions from a file.
+    /// Statistics of the distribution that each was drawn from; empty when greedy, where sampling changes more
+    /// than the temperature, in completions from a file, and once adapters have changed.
     #[serde(skip)]
     pub stats: Vec<RowStats>,
     /// What was computed of its tokens, the last one excepted, if that was kept.
@@ -95,7 +95,7 @@ pub struct GenerateOptions {
     pub max_batch: usize,
     /// Prompt tokens that are taken up in one pass.
     pub prefill_tokens: usize,
-    /// Whether the policy's matrices may stay rounded meanwhile ([`Policy::keep_rounded`]).
+    /// Whether the policy's matrices stay rounded meanwhile ([`Policy::keep_rounded`]).
     pub keep_rounded: bool,
     /// Seed of the run.
     pub seed: u64,

@@ -22,7 +22,9 @@ impl GrpoTrainer<'_> {
     /// If no completion gets a reward because a reward fails.
     pub fn rehearse(&self, rewards: &mut RewardSet) -> Result<Vec<String>> {
         let rows = self.prompts.len().min(REHEARSED);
-        let options = GenerateOptions { max_batch: REHEARSED, ..self.options.clone() };
+        let options = self.options.clone();
+        // nothing has been planned yet
+        let options = GenerateOptions { max_batch: REHEARSED, keep_rounded: false, ..options };
         let (policy, adapters) = (self.learner.policy(), self.learner.adapters());
         let generator = Generator::new(policy, adapters, &options, None);
         let prompts = (0..rows).map(|row| (row as u64, row, self.prompts[row].input_ids.clone()));

@@ -4,11 +4,12 @@
 //! the backward pass, and what the block at work needs besides.
 
 use crate::adapter::Adapter;
+use crate::heap;
 use crate::model::{Matrix, ModelConfig, part_tokens};
 use crate::ops::head_scratch;
 
-/// The program, its libraries and its threads.
-const PROGRAM: usize = 22 << 20;
+/// The program, its libraries and its threads, and what the heap keeps for the next who asks.
+const PROGRAM: usize = (22 << 20) + heap::MOST_BYTES;
 /// Bytes for each trained parameter: its value, its gradient's sums, and the optimizer's two means.
 const PARAMETER_BYTES: usize = 20;
 /// Positions of a page of the cache.

@@ -5,7 +5,6 @@ pub mod claim;
 pub mod collection;
 pub mod data;
 pub mod example;
-mod free_memory;
 pub mod group_batch;
 pub mod grpo;
 mod grpo_advice;

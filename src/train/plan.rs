@@ -6,7 +6,7 @@ use std::fmt;
 use super::memory::{MemoryModel, PassSize, Sampling};
 use crate::config::{MemoryBudget, OptimArgs};
 use crate::model::part_tokens;
-use crate::{Error, Result};
+use crate::{Error, Result, free_memory};
 
 /// A plan before anything is chosen.
 const NONE: Plan = Plan {
@@ -49,7 +49,7 @@ impl Budget {
     /// The budget that a key asks for.
     pub fn new(key: MemoryBudget) -> Self {
         match key {
-            MemoryBudget::Auto => Budget { bytes: super::free_memory::usable(), auto: true },
+            MemoryBudget::Auto => Budget { bytes: free_memory::usable(), auto: true },
             MemoryBudget::Bytes(bytes) => Budget { bytes: Some(bytes), auto: false },
         }
     }

@@ -11,7 +11,7 @@ use super::group_batch::{Chosen, GroupBatch, micro_batches};
 use super::loss::policy::{Completion, CompletionLoss, Normaliser, PolicyLoss};
 use crate::adapter::Adapter;
 use crate::model::Policy;
-use crate::ops::{Distribution, GradientSums, Gradients, Pull, Tape, Value, add};
+use crate::ops::{Distribution, GradientSums, Gradients, Pull, RowStats, Tape, Value, add};
 use crate::random::Stream;
 use crate::rollout::{self, Group, SamplingParams};
 use crate::{Error, Result};
@@ -145,7 +145,7 @@ impl Sums {
 ///
 /// # Errors
 /// If the loss is not finite, or on the CPU an on-policy log-prob, or the output of the block that is
-/// compared, is not that of sampling.
+/// compared, is not that of sampling, or probabilities do not sum to one under sampling's statistics.
 pub fn gradients(
     policy: &Policy,
     adapters: &[Box<dyn Adapter>],
@@ -361,6 +361,7 @@ impl Part<'_> {
         let (mut loss, said) = policy.weighted_logps_under(&tape, &h, pull, of.sampled)?;
         if self.is_known() {
             self.check_ratio(packed, &said.logps)?;
+            check_mass(of.sampled.stats, &said.mass)?;
         }
         sums.add_entropies(&packed.of_rows(&said.entropy));
         if let Some(bonus) = &bonus {
@@ -420,5 +421,38 @@ impl Part<'_> {
             )));
         }
         Ok(())
+    }
+}
+
+/// Refuses to go on where the trainer's logits do not have the sampler's statistics.
+fn check_mass(stats: &[RowStats], mass: &[f32]) -> Result<()> {
+    const ROUNDING: f32 = 1e-3;
+    let off = |(stats, mass): &(&RowStats, &f32)| {
+        let lse = stats.lse().abs();
+        mass.is_nan() || mass.ln().abs() > ROUNDING + 2.0 * f32::EPSILON * lse
+    };
+    match stats.iter().zip(mass).find(off) {
+        None => Ok(()),
+        Some((_, mass)) => Err(Error::failure(format!(
+            "the probabilities of a token's alternatives sum to {mass} in training under the statistics of \
+             sampling, by the same adapters; this is a bug"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probabilities_that_do_not_sum_to_one_stop_the_step() {
+        let stats = |max| RowStats { max, argmax: 0, log_sum: 2.0, entropy: 1.0 };
+        assert!(check_mass(&[], &[]).is_ok());
+        assert!(check_mass(&[stats(3.0); 2], &[1.0, 0.9995]).is_ok());
+        // logits that a temperature of 1e-5 has made large are rounded coarsely
+        assert!(check_mass(&[stats(3e6)], &[1.2]).is_ok());
+        for mass in [0.99, 1.01, 0.0, f32::NAN, f32::INFINITY] {
+            assert!(check_mass(&[stats(3.0); 2], &[1.0, mass]).is_err(), "{mass}");
+        }
     }
 }

@@ -130,6 +130,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         seed: args.seed,
         ..Default::default()
     };
+    let _rounded = args.prompt.is_none().then(|| model.policy.keep_rounded());
     let session = Session { args, model, text, adapters, options };
     match &args.prompt {
         Some(prompt) if args.raw => session.answer(&session.encode(prompt, true)?, 0).map(drop),

@@ -15,6 +15,13 @@ pub fn usable() -> Option<usize> {
     Some((resident + groups.map_or(machine, |free| free.min(machine))) / 10 * 9)
 }
 
+/// Whether this process may take so many bytes more; yes where the system does not say.
+pub fn has_room(bytes: usize) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let resident = kib(&status, "VmRSS:").unwrap_or(0);
+    usable().is_none_or(|usable| resident + bytes <= usable)
+}
+
 /// A line's number of KiB, in bytes.
 fn kib(text: &str, key: &str) -> Option<usize> {
     let line = text.lines().find_map(|line| line.strip_prefix(key))?;
@@ -58,6 +65,12 @@ fn free_in_group(group: &Path, [limit, usage, reclaimable]: [&str; 3]) -> Option
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn there_is_room_for_little_and_none_for_more_than_there_is() {
+        assert!(has_room(1 << 10));
+        assert!(usable().is_none() || !has_room(usize::MAX / 2));
+    }
 
     #[test]
     fn the_tightest_group_counts_and_cached_files_are_free() {
