@@ -2,7 +2,7 @@
 //! every product.
 //!
 //! Panels of sixteen outputs, each its blocks of links one after the other, behind the links of a block
-//! their units, as [`matmul_block_float`](super::matmul_block_float) reads them.
+//! their units, as `matmul_block_float` reads them.
 
 use std::sync::Arc;
 

@@ -88,10 +88,11 @@ macro_rules! link {
     };
 }
 
-/// Four such links, with code between them.
+/// Four such links, with code before and between them.
 macro_rules! links {
-    ($height:ident, $add:literal, $between:literal) => {
+    ($height:ident, $add:literal, $before:literal, $between:literal) => {
         concat!(
+            $before,
             link!($height, $add, 0, 0),
             link!($height, $add, 4, 64),
             $between,
@@ -179,9 +180,9 @@ unsafe fn add_scaled(strip: &Strip<Integers, PairRow>, row: usize, panel: usize,
     unsafe { strip.add_scaled(row, panel, _mm512_castps_si512(sum)) }
 }
 
-/// A tile of either height: `$links` is the code of four links, `$fetches` that which fetches the next strip's,
+/// A tile of a height: `$links` is the code of four links, `$fetches` that which fetches the next strip's,
 /// `$bytes` the length of a panel's part of them, and `$finish` takes its sums; further operands follow.
-macro_rules! tile {
+macro_rules! tile_of_height {
     ($height:ident, $finish:ident, $strip:ident, $fetches:expr, $links:expr, $bytes:literal, $($operands:tt)*) => {{
         let mut sum = [_mm512_setzero_ps(); ROWS * PANELS];
         let row = |i: usize| $strip.a.wrapping_add(i * $strip.lda);
@@ -228,6 +229,19 @@ macro_rules! tile {
     }};
 }
 
+/// [`tile_of_height`] of [`tile_rows`], the code of four links being a macro that takes the height first.
+macro_rules! tile {
+    ($finish:ident, $strip:ident, $fetches:expr, $links:ident ! ($($text:literal),*), $($more:tt)*) => {{
+        debug_assert!(tile_rows($strip.rows) > 0);
+        match tile_rows($strip.rows) {
+            LOW_ROWS => {
+                tile_of_height!(low, $finish, $strip, $fetches, $links!(low $(, $text)*), $($more)*)
+            }
+            _ => tile_of_height!(high, $finish, $strip, $fetches, $links!(high $(, $text)*), $($more)*),
+        }
+    }};
+}
+
 /// The bytes of so many elements.
 fn bytes<T>(_: *const T, elements: usize) -> usize {
     elements * size_of::<T>()
@@ -251,25 +265,15 @@ pub(crate) fn tile_rows(rows: usize) -> usize {
 /// AVX-512 F.
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
-    debug_assert!(tile_rows(strip.rows) > 0);
-    macro_rules! multiply {
-        ($height:ident) => {
-            tile!(
-                $height,
-                add,
-                strip,
-                concat!(fetch!(0), fetch!(64), fetch!(128), fetch!(192)),
-                links!($height, "vfmadd231ps", ""),
-                256,
-            )
-        };
-    }
     // SAFETY: the caller's promise; all offsets are inside the shapes stated by the fields.
     unsafe {
-        match tile_rows(strip.rows) {
-            LOW_ROWS => multiply!(low),
-            _ => multiply!(high),
-        }
+        tile!(
+            add,
+            strip,
+            concat!(fetch!(0), fetch!(64), fetch!(128), fetch!(192)),
+            links!("vfmadd231ps", "", ""),
+            256,
+        );
     }
 }
 
@@ -280,29 +284,16 @@ pub(crate) unsafe fn multiply_f32(strip: &Strip<f32, f32>) {
 /// As [`multiply_f32`].
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn multiply_f32_fetching(strip: &Strip<f32, f32>, fetch: *const u16) {
-    debug_assert!(tile_rows(strip.rows) > 0);
-    macro_rules! multiply {
-        ($height:ident) => {
-            tile!(
-                $height,
-                add,
-                strip,
-                "",
-                concat!(
-                    "prefetcht0 byte ptr [{fetch}]\n",
-                    links!($height, "vfmadd231ps", "add {fetch}, 64\n")
-                ),
-                256,
-                fetch = inout(reg) fetch => _,
-            )
-        };
-    }
     // SAFETY: as above.
     unsafe {
-        match tile_rows(strip.rows) {
-            LOW_ROWS => multiply!(low),
-            _ => multiply!(high),
-        }
+        tile!(
+            add,
+            strip,
+            "",
+            links!("vfmadd231ps", "prefetcht0 byte ptr [{fetch}]\n", "add {fetch}, 64\n"),
+            256,
+            fetch = inout(reg) fetch => _,
+        );
     }
 }
 
@@ -312,27 +303,17 @@ pub(crate) unsafe fn multiply_f32_fetching(strip: &Strip<f32, f32>, fetch: *cons
 /// As [`multiply_f32`]; `kept` has room for both panels.
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
-    debug_assert!(tile_rows(strip.rows) > 0);
-    macro_rules! multiply {
-        ($height:ident) => {
-            tile!(
-                $height,
-                add,
-                strip,
-                concat!(fetch!(0), fetch!(64)),
-                widened_links!($height),
-                128,
-                kept = inout(reg) kept => _,
-                kept_stride = in(reg) bytes(strip.a, strip.k * LANES),
-            )
-        };
-    }
     // SAFETY: as above.
     unsafe {
-        match tile_rows(strip.rows) {
-            LOW_ROWS => multiply!(low),
-            _ => multiply!(high),
-        }
+        tile!(
+            add,
+            strip,
+            concat!(fetch!(0), fetch!(64)),
+            widened_links!(),
+            128,
+            kept = inout(reg) kept => _,
+            kept_stride = in(reg) bytes(strip.a, strip.k * LANES),
+        );
     }
 }
 
@@ -344,30 +325,21 @@ pub(crate) unsafe fn multiply_bf16(strip: &Strip<f32, u16>, kept: *mut f32) {
 /// As [`multiply`](super::matmul_vnni::multiply), with so many rows, panels and links.
 #[target_feature(enable = "avx512f,avx512vnni")]
 pub(crate) unsafe fn multiply_integers(strip: &Strip<Integers, PairRow>, fetch: [*const u8; 2]) {
-    debug_assert!(tile_rows(strip.rows) > 0);
-    macro_rules! multiply {
-        ($height:ident) => {
-            tile!(
-                $height,
-                add_scaled,
-                strip,
-                "",
-                concat!(
-                    "prefetcht1 byte ptr [{fetch0}]\nprefetcht1 byte ptr [{fetch1}]\n",
-                    links!($height, "vpdpwssd", "add {fetch0}, 64\nadd {fetch1}, 64\n")
-                ),
-                256,
-                fetch0 = inout(reg) fetch[0] => _,
-                fetch1 = inout(reg) fetch[1] => _,
-            )
-        };
-    }
     // SAFETY: the caller's promise; all offsets are inside the shapes stated by the fields.
     unsafe {
-        match tile_rows(strip.rows) {
-            LOW_ROWS => multiply!(low),
-            _ => multiply!(high),
-        }
+        tile!(
+            add_scaled,
+            strip,
+            "",
+            links!(
+                "vpdpwssd",
+                "prefetcht1 byte ptr [{fetch0}]\nprefetcht1 byte ptr [{fetch1}]\n",
+                "add {fetch0}, 64\nadd {fetch1}, 64\n"
+            ),
+            256,
+            fetch0 = inout(reg) fetch[0] => _,
+            fetch1 = inout(reg) fetch[1] => _,
+        );
     }
 }
 
