@@ -365,6 +365,25 @@ fn reusing_what_sampling_computed_changes_nothing_but_memory_and_time() {
 }
 
 #[test]
+fn gradients_at_the_head_are_taken_while_sampling_only_as_long_as_most_are_learnt_from() {
+    let Some(place) = place() else { return };
+    let taken = |name: &str, rewards: &str, more: &str| {
+        let trace = place.dir(&format!("{name}.json"));
+        let keys = format!("{rewards} {more} --max_steps 3 --profile {}", text(&trace));
+        place.run(name, &keys).ok();
+        std::fs::read_to_string(trace).unwrap().matches("drawn gradients").count()
+    };
+    let reuse = "--reuse_activations true";
+    let always = taken("spread", REWARDS, reuse);
+    // no group has spread
+    let flat = taken("flat", "--reward_funcs regex_reward(pattern=.*)", reuse);
+    assert!(always >= 3 * 12 && (1..=13).contains(&flat), "{always} {flat}");
+    assert_eq!(taken("off", REWARDS, ""), 0);
+    assert_eq!(taken("entropy", REWARDS, &format!("{reuse} --entropy_coef 0.01")), 0);
+    assert_eq!(taken("filter", REWARDS, &format!("{reuse} --top_k 5")), 0);
+}
+
+#[test]
 fn an_adapter_can_be_the_start_and_the_reference() {
     let Some(place) = place() else { return };
     place.run("first", &format!("{REWARDS} --max_steps 2")).ok();

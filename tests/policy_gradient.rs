@@ -11,7 +11,9 @@ use steersman::adapter::{Lora, LoraConfig, Site, Steering, SteeringConfig};
 use steersman::config::{KlEstimator, LossType};
 use steersman::model::{Policy, Recorded};
 use steersman::ops::{Engine, Gradients, WeightDtype};
-use steersman::rollout::{GenerateOptions, Generator, Group, SamplingParams, sample_groups};
+use steersman::rollout::{
+    GenerateOptions, Generator, Group, Record, SamplingParams, sample_groups,
+};
 use steersman::train::loss::policy::{Normaliser, PolicyLoss};
 use steersman::train::policy_gradient::{
     Cut, Objective, OffPolicy, Step, Sums, gradients, plain_logps,
@@ -27,24 +29,29 @@ fn policy(family: &str) -> Option<Policy> {
 /// Three groups of completions of up to nine tokens.
 fn sampled(policy: &Policy, adapters: &Adapters, sampling: SamplingParams) -> Vec<Group> {
     let options = GenerateOptions { sampling, ..Default::default() };
-    groups((policy, adapters), &options, (5, false))
+    groups((policy, adapters), &options, (5, Record::Nothing))
 }
 
-/// The same, with what was computed; the first prompt has `prompt` tokens.
-fn recorded(
-    policy: &Policy,
-    adapters: &Adapters,
+/// The same, with what the blocks computed; the first prompt has `prompt` tokens.
+fn recorded(policy: &Policy, adapters: &Adapters, how: (usize, usize)) -> Vec<Group> {
+    recorded_at((policy, adapters), how, (1.0, Record::Blocks))
+}
+
+/// The same, at a temperature, with what is wanted.
+fn recorded_at(
+    of: (&Policy, &Adapters),
     (prompt, max_batch): (usize, usize),
+    (temperature, record): (f64, Record),
 ) -> Vec<Group> {
-    let sampling = SamplingParams::default();
+    let sampling = SamplingParams { temperature, ..Default::default() };
     let options = GenerateOptions { sampling, max_batch, ..Default::default() };
-    groups((policy, adapters), &options, (prompt, true))
+    groups(of, &options, (prompt, record))
 }
 
 fn groups(
     (policy, adapters): (&Policy, &Adapters),
     options: &GenerateOptions,
-    (prompt, record): (usize, bool),
+    (prompt, record): (usize, Record),
 ) -> Vec<Group> {
     let prompt = |i: usize| (i as u64, i, text(policy, i, prompt + 3 * i));
     // some completions end early
@@ -55,13 +62,26 @@ fn groups(
     sample_groups(&generator, prompts, (G, 0), record, &mut |_| {}).unwrap()
 }
 
-/// Every token that a pass took up is recorded.
-fn assert_recorded(groups: &[Group]) {
+/// The same completions without what was computed of them.
+fn without_recordings(groups: &[Group]) -> Vec<Group> {
+    let mut groups = groups.to_vec();
+    for group in &mut groups {
+        group.recorded = None;
+        group.completions.iter_mut().for_each(|completion| completion.recorded = None);
+    }
+    groups
+}
+
+/// Every token that a pass took up is recorded, and the gradient of every one that was drawn if wanted.
+fn assert_recorded(groups: &[Group], record: Record) {
     for group in groups {
         let rows = |recorded: &Option<Recorded>| recorded.as_ref().map(|r| r.rows.len());
         assert_eq!(rows(&group.recorded), Some(group.prompt.len()));
         for completion in &group.completions {
             assert_eq!(rows(&completion.recorded), Some(completion.tokens.len() - 1));
+            let gradients = completion.recorded.as_ref().map(|recorded| recorded.gradients.len());
+            let of_tokens = gradients.map(|numbers| numbers / completion.tokens.len());
+            assert_eq!(of_tokens > Some(0), record == Record::BlocksAndHead);
         }
     }
 }
@@ -176,21 +196,23 @@ fn updates_from_what_sampling_computed_have_the_bits_of_updates_from_a_forward_p
         }
         for (name, adapters) in sets {
             for how in [(5, 64), (5, 3), (1, 1)] {
-                let groups = recorded(&policy, &adapters, how);
-                assert_recorded(&groups);
-                let mut without = groups.clone();
-                without.iter_mut().for_each(Group::forget);
-                let of = |groups: &[Group], tokens| {
-                    let plain = SamplingParams::default();
-                    let objective = objective(PolicyLoss::default(), 0.0, plain);
-                    let way = (tokens, false, true);
-                    step((&policy, &adapters), (groups, &advantages()), &objective, way)
-                };
-                for tokens in [0, 30] {
-                    let (sums, gradients) = of(&groups, tokens);
-                    let (want, wanted) = of(&without, tokens);
-                    assert_eq!(sums, want, "{family} {name}");
-                    assert_same_bits(&gradients, &wanted, &format!("{family} {name} {how:?}"));
+                for (record, temperature) in [(Record::Blocks, 1.0), (Record::BlocksAndHead, 0.7)] {
+                    let what = format!("{family} {name} {how:?} {record:?}");
+                    let groups = recorded_at((&policy, &adapters), how, (temperature, record));
+                    assert_recorded(&groups, record);
+                    let without = without_recordings(&groups);
+                    let of = |groups: &[Group], tokens| {
+                        let sampling = SamplingParams { temperature, ..Default::default() };
+                        let objective = objective(PolicyLoss::default(), 0.0, sampling);
+                        let way = (tokens, false, true);
+                        step((&policy, &adapters), (groups, &advantages()), &objective, way)
+                    };
+                    for tokens in [0, 30] {
+                        let (sums, gradients) = of(&groups, tokens);
+                        let (want, wanted) = of(&without, tokens);
+                        assert_eq!(sums, want, "{what}");
+                        assert_same_bits(&gradients, &wanted, &what);
+                    }
                 }
             }
         }
@@ -212,6 +234,19 @@ fn prompts_that_other_adapters_passed_stop_the_step() {
             assert!(told.iter().any(|told| error.contains(told)), "{family} {name}: {error}");
         }
     }
+}
+
+#[test]
+fn gradients_that_are_not_those_of_training_stop_the_step() {
+    let Some(policy) = policy("qwen2") else { return };
+    let adapters: Adapters = vec![lora(&policy)];
+    let mut groups = recorded_at((&policy, &adapters), (5, 64), (1.0, Record::BlocksAndHead));
+    assert_eq!(refusal((&policy, &adapters), (&groups, &advantages())), "none");
+    for recorded in groups[0].completions.iter_mut().flat_map(|c| &mut c.recorded) {
+        recorded.gradients[7] += 1e-3;
+    }
+    let error = refusal((&policy, &adapters), (&groups, &advantages()));
+    assert!(error.contains("the gradient at the head that sampling took is not"), "{error}");
 }
 
 #[test]

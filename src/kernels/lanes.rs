@@ -66,12 +66,6 @@ pub(crate) trait Simd: Copy {
     /// x_stride + i]` for `i, j < 8`.
     fn transpose8(self, x: &[f32], x_stride: usize, y: &mut [f32], y_stride: usize);
 
-    /// Writes the lanes rounded to the nearest bf16 (ties to even); what is not a number stays so.
-    #[inline(always)]
-    fn store_bf16(self, y: &mut [u16; LANES], v: Self::V) {
-        self.store_upper(y, self.round_bf16(v));
-    }
-
     /// The first `x.len()` lanes, the others 0; at most sixteen.
     #[inline(always)]
     fn load_part(self, x: &[f32]) -> Self::V {
@@ -256,7 +250,7 @@ mod tests {
             assert!((0..256).all(|i| turned[i] == at(i / 32 * 2 + i % 2, i % 32 / 2)));
             let mut rounded = [0; LANES];
             for v in [a, b] {
-                s.store_bf16(&mut rounded, v);
+                s.store_upper(&mut rounded, s.round_bf16(v));
                 self.2.extend(rounded.map(|x| f32::from_bits(u32::from(x) << 16)));
                 s.store_upper(&mut rounded, v);
                 self.2.extend(rounded.map(|x| f32::from_bits(u32::from(x) << 16)));

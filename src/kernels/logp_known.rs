@@ -5,9 +5,9 @@ use super::dispatch::CpuLevel;
 use super::logp::{Job, LogpOptions, RowStats, Target};
 use super::logp_row::{Pull, gradient_slice, squash};
 use super::logp_rule::RowRule;
-use super::matmul::{K_SPAN, matmul_input_grad_of_outputs, matmul_of_outputs};
+use super::matmul::{K_SPAN, matmul, matmul_input_grad_of_outputs, matmul_of_outputs};
 use super::pack::PackedMatrix;
-use super::parallel::map;
+use super::parallel::{for_each, map};
 use super::slices::room;
 
 /// Rows whose logits are held at a time, of [`K_SPAN`] tokens.
@@ -73,4 +73,24 @@ pub fn backward_known(
         }
     }
     result
+}
+
+/// The gradient `dh [N, D]` (overwritten) of the log-prob of each row's `drawn` token, with the bits of
+/// [`backward_known`] for a target of weight 1 a row, given the head's transpose, the logits `l [N, V]` as the
+/// options have made them (overwritten), and their statistics. Panics if lengths disagree.
+pub fn backward_drawn(
+    l: &mut [f32],
+    transposed: &PackedMatrix,
+    drawn: &[(u32, RowStats)],
+    options: LogpOptions,
+    dh: &mut [f32],
+) {
+    assert!(l.len() == drawn.len() * transposed.in_features(), "logits are not [N, V]");
+    let level = CpuLevel::detect();
+    for_each(l.chunks_mut(transposed.in_features()).zip(drawn), |(row, (token, stats))| {
+        let (lse, entropy) = (stats.lse(), stats.entropy as f32);
+        let pull = Pull { lse, weight: 1.0, dentropy: 0.0, entropy };
+        gradient_slice(level, row, &options, pull, std::iter::once((*token as usize, 1.0)));
+    });
+    matmul(l, transposed, None, options.precision, dh);
 }

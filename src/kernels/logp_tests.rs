@@ -4,7 +4,7 @@
 use super::logp::{
     LogpForward, LogpOptions, RowRule, RowStats, Target, backward, forward, forward_backward,
 };
-use super::logp_known::backward_known;
+use super::logp_known::{backward_drawn, backward_known};
 use super::matmul::{MatmulPrecision, matmul};
 use super::pack::PackedMatrix;
 use super::testing::{noise, relative_error, with_threads};
@@ -262,6 +262,36 @@ fn known_statistics_give_the_same_bits_at_every_precision_and_others_show() {
                 let mut dh = vec![0.0; h.len()];
                 let known = backward_known(&h, head, of, (&stats, None), options, &mut dh);
                 assert!((known.mass[rows as usize - 1] - 1.0).abs() > 5e-3);
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_drawn_tokens_have_the_bits_of_targets_of_weight_one() {
+    const MANY: usize = 4100;
+    let f32_head = PackedMatrix::from_f32(&noise(1, MANY * D), MANY, D);
+    let heads = [head(), f32_head, PackedMatrix::from_f32_as_bf16(&noise(1, MANY * D), MANY, D)];
+    for (head, rows) in heads.iter().flat_map(|head| [1, 8, 20, 70].map(|rows| (head, rows))) {
+        let (v, turned) = (head.out_features(), head.transposed());
+        let token = |row: usize| ((row * 977 + 2047) % v) as u32;
+        let target = |row: usize| Target { row: row as u32, token: token(row) };
+        let targets: Vec<Target> = (0..rows).map(target).collect();
+        let (h, ones) = (noise(2, rows * D), vec![1.0; rows]);
+        for precision in [MatmulPrecision::Highest, MatmulPrecision::High, MatmulPrecision::Medium]
+        {
+            for plain in all_options(&[]).into_iter().step_by(2) {
+                let options = LogpOptions { precision, ..plain };
+                let mut l = vec![0.0; rows * v];
+                matmul(&h, head, None, precision, &mut l);
+                let of_row = |row: &mut [f32]| RowStats::of(row, &options, &RowRule::default());
+                let stats: Vec<RowStats> = l.chunks_mut(v).map(of_row).collect();
+                let drawn: Vec<_> = (0..rows).map(|row| (token(row), stats[row])).collect();
+                let (mut dh, mut known) = (vec![f32::NAN; h.len()], vec![f32::NAN; h.len()]);
+                backward_drawn(&mut l, &turned, &drawn, options, &mut dh);
+                let of = (&targets[..], &ones[..]);
+                backward_known(&h, head, of, (&stats, None), options, &mut known);
+                assert!(dh == known, "{rows} rows, {options:?}");
             }
         }
     }

@@ -1,6 +1,8 @@
 //! Brings operands into the form that the inner loops read: rows, as they are or rounded to pairs
 //! of bf16, and panels widened, rounded or transposed into scratch.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::dispatch::CpuLevel;
@@ -9,6 +11,8 @@ use super::matmul::Axis;
 #[cfg(target_arch = "x86_64")]
 use super::matmul_tile::Pair;
 use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
+#[cfg(target_arch = "x86_64")]
+use super::prefetch;
 
 /// Copies the first `width` columns of rows of `x`, `stride` apart, densely into `into`.
 pub(crate) fn copy_rows(x: &[f32], stride: usize, width: usize, into: &mut [f32]) {
@@ -17,41 +21,29 @@ pub(crate) fn copy_rows(x: &[f32], stride: usize, width: usize, into: &mut [f32]
     }
 }
 
-/// As [`copy_rows`], rounded to pairs of bf16; an odd width is padded with zero.
+/// As [`copy_rows`], rounded to pairs of bf16; an odd width is padded with zero, and subnormal numbers, which
+/// products of pairs take for zero, become zero.
+///
+/// # Safety
+/// The machine has AVX-512 F and BF16.
 #[cfg(target_arch = "x86_64")]
-pub(crate) fn round_rows(
-    level: CpuLevel,
-    x: &[f32],
-    stride: usize,
-    width: usize,
-    into: &mut [Pair],
-) {
-    level.run(RoundRows { x, stride, width, into });
-}
-
-#[cfg(target_arch = "x86_64")]
-struct RoundRows<'a> {
-    x: &'a [f32],
-    stride: usize,
-    width: usize,
-    into: &'a mut [Pair],
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Kernel for RoundRows<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let pairs = self.width.div_ceil(2);
-        for (to, from) in self.into.chunks_mut(pairs).zip(self.x.chunks(self.stride)) {
-            let to = Pair::elements_mut(to);
-            for (to, x) in to.chunks_mut(LANES).zip(from[..self.width].chunks(LANES)) {
-                if let Some(to) = to.first_chunk_mut() {
-                    s.store_bf16(to, s.load_part(x));
-                    continue;
-                }
-                let mut lanes = [0; LANES];
-                s.store_bf16(&mut lanes, s.load_part(x));
-                to.copy_from_slice(&lanes[..to.len()]);
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(crate) unsafe fn round_rows(x: &[f32], stride: usize, width: usize, into: &mut [Pair]) {
+    for (to, from) in into.chunks_mut(width.div_ceil(2)).zip(x.chunks(stride)) {
+        // the row after the next one comes closer meanwhile, its address valid or not
+        let ahead = from.as_ptr().wrapping_add(2 * stride);
+        (0..width).step_by(LANES).for_each(|at| prefetch::to_first(ahead.wrapping_add(at).cast()));
+        let (whole, rest) = from[..width].as_chunks();
+        let mut last = [0.0; 2 * LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        for (to, part) in to.chunks_mut(LANES).zip(whole.iter().chain([&last])) {
+            let mask = ((1u32 << to.len()) - 1) as u16;
+            // SAFETY: there are so many links, and only pairs that the row has are written.
+            unsafe {
+                let (first, second) = (part.as_ptr(), part[LANES..].as_ptr());
+                let pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(second), _mm512_loadu_ps(first));
+                let pairs = std::mem::transmute::<__m512bh, __m512i>(pairs);
+                _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), mask, pairs);
             }
         }
     }
@@ -173,8 +165,13 @@ impl Kernel for TransposePairs<'_> {
     fn run<S: Simd>(self, s: S) {
         let mut tile = [[0; 2 * LANES]; 8];
         for (k0, to) in self.k.step_by(LANES).zip(self.into.as_chunks_mut().0) {
-            read_pairs(s, self.w, self.panel, k0, &mut tile);
-            s.transpose_pairs(&tile, PairRow::elements_mut(to));
+            match whole_tile(self.w, self.panel, k0) {
+                Some(tile) => s.transpose_pairs(tile, PairRow::elements_mut(to)),
+                None => {
+                    read_pairs(s, self.w, self.panel, k0, &mut tile);
+                    s.transpose_pairs(&tile, PairRow::elements_mut(to));
+                }
+            }
         }
     }
 }
@@ -206,6 +203,15 @@ fn read_tile<S: Simd>(
             }
         }
     }
+}
+
+/// Where the tile of [`read_pairs`] lies in a storage that has it as it is.
+#[inline(always)]
+fn whole_tile(w: &PackedMatrix, panel: usize, k0: usize) -> Option<&[[u16; 2 * LANES]; 8]> {
+    let Storage::Bf16(rows) = &w.storage else { return None };
+    let start = k0 / LANES * w.in_features().div_ceil(2) + panel * LANES / 2;
+    let whole = (panel + 1) * LANES <= w.in_features();
+    rows[start..].first_chunk().filter(|_| whole).map(PairRow::elements)
 }
 
 /// As [`read_tile`], rounded to bf16, a row two features.

@@ -120,8 +120,9 @@ impl Form for Pair {
         None
     }
 
-    fn copy(level: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [Pair]) {
-        round_rows(level, x, stride, width, into);
+    fn copy(_: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [Pair]) {
+        // SAFETY: the level has been checked to multiply pairs.
+        unsafe { round_rows(x, stride, width, into) }
     }
 
     fn step(job: &Product, mut step: Step<Pair>) {

@@ -286,3 +286,26 @@ fn no_rows_give_no_rows() {
     matmul(&[], &w, None, Highest, &mut []);
     matmul_input_grad(&[], &w, Highest, &mut []);
 }
+
+#[test]
+fn products_with_the_transpose_have_the_bits_of_input_gradients_in_every_way() {
+    for (m, out, in_) in [(1, 40, 300), (7, 33, 17), (64, 4100, 48), (70, 2090, 21), (300, 96, 64)]
+    {
+        for w in storages(out, in_) {
+            let (x, turned) = (noise(3, m * out), w.transposed());
+            assert_eq!((turned.out_features(), turned.is_bf16()), (in_, w.is_bf16()));
+            for level in [CpuLevel::Portable, CpuLevel::detect(), CpuLevel::Emulated] {
+                for precision in [Highest, High, Medium] {
+                    let at =
+                        |axis, w| product_at((level, axis), &x, w, Terms::default(), precision);
+                    let same = at(Axis::Output, &turned) == at(Axis::Input, &w);
+                    assert!(same, "{m} x {out} x {in_}, {precision:?}, {level:?}");
+                }
+            }
+            for way in [Way::Pairs, Way::BlockFloat] {
+                let at = |axis, w| product_where_there(way, axis, &x, w);
+                assert!(at(Axis::Output, &turned) == at(Axis::Input, &w), "{way:?}");
+            }
+        }
+    }
+}

@@ -17,15 +17,6 @@ use super::{matmul_dot, matmul_tall};
 #[repr(transparent)]
 pub(crate) struct Pair(pub u32);
 
-#[cfg(target_arch = "x86_64")]
-impl Pair {
-    /// The links of all `pairs` in bf16 bits, one after the other: x86 puts lower halves first.
-    pub(crate) fn elements_mut(pairs: &mut [Self]) -> &mut [u16] {
-        // SAFETY: a pair is two numbers without padding, of a smaller alignment.
-        unsafe { std::slice::from_raw_parts_mut(pairs.as_mut_ptr().cast(), 2 * pairs.len()) }
-    }
-}
-
 /// An element of a panel, widened to `f32` when loaded: `f32` in panels `[k][16]`, or bf16 bits in
 /// panels `[k / 2][16][2]`.
 pub(crate) trait Element: Copy {

@@ -42,6 +42,12 @@ impl PairRow {
     pub(crate) const ZERO: Self = Self([0; 2 * LANES]);
 
     /// The weights of some rows.
+    pub(crate) fn elements<const ROWS: usize>(rows: &[Self; ROWS]) -> &[[u16; 2 * LANES]; ROWS] {
+        // SAFETY: a row is its array, without padding.
+        unsafe { &*rows.as_ptr().cast() }
+    }
+
+    /// As [`PairRow::elements`], to write.
     pub(crate) fn elements_mut<const ROWS: usize>(
         rows: &mut [Self; ROWS],
     ) -> &mut [[u16; 2 * LANES]; ROWS] {
@@ -196,6 +202,27 @@ impl PackedMatrix {
                     let pair = row.0[2 * lane..].iter();
                     to.iter_mut().zip(pair).for_each(|(to, x)| *to = bf16::from_bits(*x).to_f32());
                 });
+            }
+        }
+    }
+
+    /// The transpose `[in, out]`, stored alike. Its product with a row has the bits of
+    /// [`matmul_input_grad`](super::matmul::matmul_input_grad), and spares it the transposing of panels.
+    pub fn transposed(&self) -> Self {
+        match &self.storage {
+            Storage::F32(rows) => Self::f32_rows(self.in_features, self.out_features, |i, into| {
+                for (to, panel) in into.chunks_mut(LANES).zip(rows.chunks(self.in_features)) {
+                    to.copy_from_slice(&panel[i].0[..to.len()]);
+                }
+            }),
+            Storage::Bf16(rows) => {
+                Self::bf16_rows(self.in_features, self.out_features, |i, into| {
+                    let panels = rows.chunks(self.in_features.div_ceil(2));
+                    for (to, panel) in into.chunks_mut(LANES).zip(panels) {
+                        let links = panel[i / 2].0[i % 2..].iter().step_by(2);
+                        to.iter_mut().zip(links).for_each(|(to, x)| *to = bf16::from_bits(*x));
+                    }
+                })
             }
         }
     }

@@ -15,7 +15,7 @@ use crate::adapter::Adapter;
 use crate::ops::{
     self, Distribution, Engine, Head, KvCache, MatmulPrecision, Pull, Rotary, SlotId, Tape, Target,
 };
-use crate::ops::{Rounded, Value, Weight, WeightDtype};
+use crate::ops::{Rounded, RowStats, TransposedHead, Value, Weight, WeightDtype};
 use crate::{Result, free_memory};
 
 /// Tokens that go through the blocks at once: enough for products at full speed on the threads that
@@ -249,6 +249,35 @@ impl Policy {
     pub fn logits_into(&self, h: &Tensor, rows: &[u32], into: &mut Vec<f32>) -> Result<()> {
         let _phase = debug_span!("head").entered();
         self.head().logits_into(&self.engine, h, rows, into)
+    }
+
+    /// The head's transpose for [`Policy::drawn_gradients`]: its bytes once more, and those of its integers if
+    /// they are to stay rounded as those of [`Policy::keep_rounded`]. On the CPU.
+    ///
+    /// # Errors
+    /// Elsewhere.
+    pub fn transposed_head(&self, keep_rounded: bool) -> Result<TransposedHead> {
+        self.head().transposed(&self.engine, keep_rounded)
+    }
+
+    /// Bytes of [`Policy::transposed_head`], and of its integers where it has some.
+    pub fn transposed_head_bytes(&self) -> [usize; 2] {
+        let head = self.head().weight;
+        [head.bytes(), head.rounded_bytes(&self.engine)]
+    }
+
+    /// The gradient of the log-prob of each row's drawn token in what the head reads, the normed row of the last
+    /// block's output, [rows, D], given the logits [rows, V] divided by the temperature (overwritten), and their
+    /// statistics.
+    pub fn drawn_gradients(
+        &self,
+        head: &TransposedHead,
+        logits: &mut [f32],
+        drawn: &[(u32, RowStats)],
+        temperature: f64,
+    ) -> Vec<f32> {
+        let _phase = debug_span!("head").entered();
+        self.head().drawn_gradients(&self.engine, head, logits, drawn, temperature)
     }
 
     /// sum over t of `weights[t]` * log p(target t), where a target's row is a row of h [N, D], the

@@ -25,6 +25,9 @@ pub struct Recorded {
     pub recording: Arc<Recording>,
     /// The tokens, one after the other.
     pub rows: Vec<RecordedRow>,
+    /// Of each token of a completion, the last one too, what [`Policy::drawn_gradients`](super::Policy::drawn_gradients)
+    /// gave, [T, D]; empty where it was not taken.
+    pub gradients: Vec<f32>,
 }
 
 /// Recordings are equal if they name the same rows: what they hold follows from tokens and adapters.
@@ -70,7 +73,7 @@ impl Recording {
 /// The output of a layer's block at the tokens of these segments, one after the other, [N, D].
 pub(super) fn outputs(engine: &Engine, segments: &[&Recorded], layer: usize) -> Result<Tensor> {
     let mut rows = Vec::new();
-    for Recorded { recording, rows: of_segment } in segments {
+    for Recorded { recording, rows: of_segment, .. } in segments {
         for (pass, row) in of_segment {
             rows.push((recording.output(*pass, layer)?, *row as usize));
         }

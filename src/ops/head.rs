@@ -1,5 +1,7 @@
 //! The output head: logits where they are asked for, and log-probs that never materialise [N, V].
 
+use std::borrow::Cow;
+
 use candle_core::Tensor;
 use tracing::trace_span;
 
@@ -10,12 +12,14 @@ use super::rows::gather_rows;
 use super::tape::{Sink, Tape};
 use super::value::Value;
 use super::weight::Weight;
-use crate::Result;
 use crate::kernels::logp::{self, LogpForward, LogpOptions, RowRule, RowStats, Target};
-use crate::kernels::logp_known::{KnownForward, backward_known};
+use crate::kernels::logp_known::{backward_drawn, backward_known};
 use crate::kernels::matmul::matmul;
+use crate::kernels::matmul_rounded::{self, Rounded};
 use crate::kernels::norm;
+use crate::kernels::pack::PackedMatrix;
 use crate::kernels::slices::room;
+use crate::{Error, Result};
 
 /// What the head says about a list of targets.
 #[derive(Clone, Debug, Default)]
@@ -37,9 +41,9 @@ impl Logps {
         Logps { logps: forward.logp, entropy, argmax: forward.argmax, mass: Vec::new() }
     }
 
-    fn known(stats: &[RowStats], KnownForward { logp, mass }: KnownForward) -> Self {
+    fn known(stats: &[RowStats], (logps, mass): (Vec<f32>, Vec<f32>)) -> Self {
         let entropy = stats.iter().map(|stats| stats.entropy as f32).collect();
-        Logps { logps: logp, entropy, argmax: stats.iter().map(|s| s.argmax).collect(), mass }
+        Logps { logps, entropy, argmax: stats.iter().map(|s| s.argmax).collect(), mass }
     }
 
     fn extend(&mut self, other: Logps) {
@@ -62,11 +66,24 @@ pub struct Distribution<'a> {
     /// The statistics of each distinct row, where they are known beforehand, as those of sampling are; no row
     /// then has a rule. Empty = unknown.
     pub stats: &'a [RowStats],
+    /// What [`Head::drawn_gradients`] gave when the targets were drawn, for losses without entropies: the head
+    /// is then not computed. Ignored where the statistics are unknown.
+    pub taken: Option<Taken<'a>>,
+}
+
+/// What is known of targets since they were drawn.
+#[derive(Clone, Copy, Debug)]
+pub struct Taken<'a> {
+    /// The gradient of each target's log-prob in its row, normed, [targets, D].
+    pub gradients: &'a [f32],
+    /// The log-probs.
+    pub logps: &'a [f32],
 }
 
 impl Default for Distribution<'_> {
     fn default() -> Self {
-        Distribution { temperature: 1.0, repetition_penalty: 1.0, rules: &[], stats: &[] }
+        let (temperature, repetition_penalty) = (1.0, 1.0);
+        Distribution { temperature, repetition_penalty, rules: &[], stats: &[], taken: None }
     }
 }
 
@@ -96,7 +113,28 @@ pub struct Head<'a> {
     pub softcap: Option<f64>,
 }
 
+/// The head as [`Head::drawn_gradients`] reads it.
+pub struct TransposedHead {
+    weight: PackedMatrix,
+    _rounded: Option<Rounded>,
+}
+
 impl Head<'_> {
+    /// The head's transpose, with the bytes of the head once more, and of its integers if they are to stay
+    /// rounded. On the CPU.
+    ///
+    /// # Errors
+    /// Elsewhere.
+    pub fn transposed(&self, engine: &Engine, keep_rounded: bool) -> Result<TransposedHead> {
+        let Some(packed) = self.weight.packed().filter(|_| engine.fused()) else {
+            return Err(Error::failure("gradients of drawn tokens want the kernels of the cpu"));
+        };
+        let weight = packed.transposed();
+        let rounded =
+            keep_rounded.then(|| matmul_rounded::keep_rounded(&weight, engine.precision()));
+        Ok(TransposedHead { weight, _rounded: rounded.flatten() })
+    }
+
     /// Logits [rows, V] = softcap(norm(h) Wᵀ) of some rows of h [N, D]; not recorded.
     pub fn logits(&self, engine: &Engine, h: &Tensor, rows: &[u32]) -> Result<Tensor> {
         let normed = self.normed(&Tape::off(engine), &Value::constant(h.clone()), rows)?;
@@ -127,6 +165,26 @@ impl Head<'_> {
         Ok(())
     }
 
+    /// The gradient of the log-prob of each row's drawn token in the row that the head reads, normed,
+    /// [rows, D], given the logits as capped and divided by the temperature (overwritten), and their
+    /// statistics: what [`Distribution::taken`] wants.
+    pub fn drawn_gradients(
+        &self,
+        engine: &Engine,
+        transposed: &TransposedHead,
+        logits: &mut [f32],
+        drawn: &[(u32, RowStats)],
+        temperature: f64,
+    ) -> Vec<f32> {
+        let flops = self.weight.flops(drawn.len());
+        let _span = trace_span!("drawn gradients", flops = flops).entered();
+        let distribution = Distribution { temperature, ..Distribution::default() };
+        let mut gradients = room(drawn.len() * transposed.weight.out_features());
+        let options = self.options(engine, distribution);
+        backward_drawn(logits, &transposed.weight, drawn, options, &mut gradients);
+        gradients
+    }
+
     /// sum over t of `weights[t]` * log p(targets`[t]`), and over rows of dentropy * entropy, as one
     /// number `[1]`, differentiable in h [N, D], a target's row being a row of h.
     ///
@@ -144,7 +202,11 @@ impl Head<'_> {
             return self.composed_weighted(tape, h, pull, distribution);
         };
         let tracked = tape.is_recording() && h.is_tracked();
-        let flops = || (1 + usize::from(tracked)) * self.weight.flops(pull.targets.len());
+        let products = match distribution.taken {
+            Some(_) => 0,
+            None => 1 + usize::from(tracked),
+        };
+        let flops = || products * self.weight.flops(pull.targets.len());
         let _span = trace_span!("weighted log-probs", flops = flops()).entered();
         let mut dh = vec![0f32; if tracked { h.tensor().elem_count() } else { 0 }];
         let (mut said, mut rest) = (Logps::default(), (pull, distribution));
@@ -178,7 +240,7 @@ impl Head<'_> {
     ) -> Result<Logps> {
         let Some(packed) = self.weight.packed() else { return Ok(Logps::default()) };
         let (h, w, d) = (host(h)?, host(self.norm)?, packed.in_features());
-        let options = self.options(tape, distribution);
+        let options = self.options(tape.engine(), distribution);
         let (eps, plus_one) = (self.eps as f32, self.plus_one);
         let picked: Vec<f32> =
             rows.iter().flat_map(|r| &h[*r as usize * d..][..d]).copied().collect();
@@ -189,13 +251,19 @@ impl Head<'_> {
         };
         let mut dx = room(x.len());
         let (weighted, dentropy) = ((&targets[..], pull.weights), pull.dentropy);
-        let said = match distribution.stats {
-            [] => {
+        let said = match (distribution.stats, dentropy) {
+            ([], _) => {
                 Logps::new(logp::forward_backward(&x, packed, weighted, dentropy, options, &mut dx))
             }
-            stats => {
+            (stats, None) => {
+                let own = own_gradients(&x, packed, targets, distribution, options);
+                add_weighted(weighted, &own.gradients, d, &mut dx);
+                Logps::known(stats, (own.logps, own.mass))
+            }
+            (stats, Some(_)) => {
                 let given = (stats, dentropy);
-                Logps::known(stats, backward_known(&x, packed, weighted, given, options, &mut dx))
+                let known = backward_known(&x, packed, weighted, given, options, &mut dx);
+                Logps::known(stats, (known.logp, known.mass))
             }
         };
         let mut dpicked = x;
@@ -221,7 +289,7 @@ impl Head<'_> {
             let z = linear(tape, h, self.weight)?;
             return self.composed_logps(tape, &z, &targets, Distribution::default());
         };
-        let options = self.options(tape, Distribution::default());
+        let options = self.options(tape.engine(), Distribution::default());
         let (rows, flops) = (rows.len(), self.weight.flops(rows.len()));
         let _span = trace_span!("log-probs", rows, flops).entered();
         let forward = logp::forward(&host(h.tensor())?, packed, &targets, options);
@@ -248,14 +316,14 @@ impl Head<'_> {
         rms_norm(tape, &picked, self.norm, self.eps, self.plus_one)
     }
 
-    fn options<'d>(&self, tape: &Tape, distribution: Distribution<'d>) -> LogpOptions<'d> {
+    fn options<'d>(&self, engine: &Engine, distribution: Distribution<'d>) -> LogpOptions<'d> {
         LogpOptions {
             inv_temperature: (1.0 / distribution.temperature) as f32,
             softcap: self.softcap.map(|cap| cap as f32),
             repetition_penalty: distribution.repetition_penalty as f32,
             rules: distribution.rules,
             entropy: true,
-            precision: tape.engine().precision(),
+            precision: engine.precision(),
         }
     }
 }
@@ -273,9 +341,71 @@ fn take<'a>(
     *pull =
         Pull { targets: rest, weights: other_weights, dentropy: dentropy.map(|(_, rest)| rest) };
     let stats = distribution.stats.split_at(rows.rows.len().min(distribution.stats.len()));
-    let own = Distribution { rules: rules.0, stats: stats.0, ..*distribution };
-    (distribution.rules, distribution.stats) = (rules.1, stats.1);
+    let taken = distribution.taken.map(|taken| taken.split_at(rows.targets.len()));
+    let (first, others) = (taken.map(|(first, _)| first), taken.map(|(_, others)| others));
+    let own = Distribution { rules: rules.0, stats: stats.0, taken: first, ..*distribution };
+    (distribution.rules, distribution.stats, distribution.taken) = (rules.1, stats.1, others);
     (part, own)
+}
+
+impl<'a> Taken<'a> {
+    fn split_at(self, targets: usize) -> (Self, Self) {
+        let d = self.gradients.len() / self.logps.len().max(1);
+        let (gradients, other_gradients) = self.gradients.split_at(targets * d);
+        let (logps, other_logps) = self.logps.split_at(targets);
+        (Taken { gradients, logps }, Taken { gradients: other_gradients, logps: other_logps })
+    }
+}
+
+/// What the head says of targets one by one.
+struct Own<'a> {
+    gradients: Cow<'a, [f32]>,
+    logps: Vec<f32>,
+    mass: Vec<f32>,
+}
+
+/// The gradient of each target's log-prob in its normed row of `x`, [targets, D]: as taken, or computed.
+fn own_gradients<'a>(
+    x: &[f32],
+    head: &PackedMatrix,
+    targets: &[Target],
+    Distribution { stats, taken, .. }: Distribution<'a>,
+    options: LogpOptions,
+) -> Own<'a> {
+    if let Some(Taken { gradients, logps }) = taken {
+        let (gradients, logps) = (Cow::Borrowed(gradients), logps.to_vec());
+        return Own { gradients, logps, mass: Vec::new() };
+    }
+    let d = head.in_features();
+    let row = |target: &Target| target.row as usize;
+    let rows: Vec<f32> = targets.iter().flat_map(|t| &x[row(t) * d..][..d]).copied().collect();
+    let stats: Vec<RowStats> = targets.iter().map(|target| stats[row(target)]).collect();
+    let alone: Vec<Target> =
+        (0..).zip(targets).map(|(row, target)| Target { row, ..*target }).collect();
+    let (ones, mut gradients) = (vec![1.0; targets.len()], room(rows.len()));
+    let known =
+        backward_known(&rows, head, (&alone, &ones), (&stats, None), options, &mut gradients);
+    let of_rows = targets.chunk_by(|a, b| a.row == b.row);
+    let mut done = 0;
+    let mass = of_rows.map(|row| {
+        done += row.len();
+        known.mass[done - 1]
+    });
+    Own { gradients: gradients.into(), logps: known.logp, mass: mass.collect() }
+}
+
+/// `dx [rows, D]` (overwritten) becomes the sum of the gradients of each row's targets, weighted.
+fn add_weighted(
+    (targets, weights): (&[Target], &[f32]),
+    gradients: &[f32],
+    d: usize,
+    dx: &mut [f32],
+) {
+    dx.fill(0.0);
+    for ((target, weight), own) in targets.iter().zip(weights).zip(gradients.chunks_exact(d)) {
+        let dx = &mut dx[target.row as usize * d..][..d];
+        dx.iter_mut().zip(own).for_each(|(dx, own)| *dx += weight * own);
+    }
 }
 
 /// The value of a loss.

@@ -37,7 +37,7 @@ pub(crate) use crate::kernels::parallel::map as parallel_map;
 pub use attention::{attention, attention_cached};
 pub use engine::{Engine, composed};
 pub use glu::glu;
-pub use head::{Distribution, Head, Logps, Pull, head_scratch};
+pub use head::{Distribution, Head, Logps, Pull, Taken, TransposedHead, head_scratch};
 pub use kv_cache::{KvCache, SlotId};
 pub use linear::{Linear, linear, linear_unread, linears};
 pub use low_rank::{LowRank, low_rank_shift};

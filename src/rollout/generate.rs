@@ -8,7 +8,7 @@ use tracing::debug_span;
 
 use crate::adapter::Adapter;
 use crate::model::{Batch, Policy, Recorded};
-use crate::ops::{KvCache, RowStats, Segment, SlotId, parallel_map};
+use crate::ops::{KvCache, RowStats, Segment, SlotId, TransposedHead, parallel_map};
 use crate::{Error, Result};
 
 use super::recorder::Recorder;
@@ -263,6 +263,14 @@ impl<'a> Generator<'a> {
         self.check(requests)?;
         let many = self.options.keep_rounded && self.options.max_new_tokens >= MANY_PASSES;
         let _rounded = many.then(|| self.policy.keep_rounded());
+        let head = match recorder.as_deref().is_some_and(|recorder| recorder.head) {
+            true if self.options.sampling.temperature > 0.0
+                && !self.options.sampling.has_rules() =>
+            {
+                Some(self.policy.transposed_head(many)?)
+            }
+            _ => None,
+        };
         let mut cache = self.policy.kv_cache();
         let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
         let mut active: Vec<Active> = Vec::new();
@@ -272,6 +280,9 @@ impl<'a> Generator<'a> {
             let followers = self.admit(requests, &mut waiting, &mut active, &mut cache)?;
             let hidden = self.hidden(&active, &mut cache, recorder.as_deref_mut())?;
             let drawn = self.advance(&mut active, followers, (&mut cache, hidden), &mut logits)?;
+            if let (Some(head), Some(recorder)) = (&head, recorder.as_deref_mut()) {
+                self.take_gradients(head, &mut logits, active.iter().zip(&drawn), recorder);
+            }
             let mut still = Vec::with_capacity(active.len());
             for (mut sequence, drawn) in active.into_iter().zip(drawn) {
                 on_event(Progress::Token(sequence.index, drawn.token));
@@ -422,6 +433,24 @@ impl<'a> Generator<'a> {
         let draw =
             |(row, sequence): (&mut [f32], &Active)| sequence.draw(row, sampling, seed, step);
         parallel_map(rows.zip(&*active), draw).into_iter().collect()
+    }
+
+    /// Keeps the gradients of the drawn tokens, whose logits are given and overwritten.
+    fn take_gradients<'s, 'r: 's>(
+        &self,
+        head: &TransposedHead,
+        logits: &mut [f32],
+        drawn: impl Iterator<Item = (&'s Active<'r>, &'s Sampled)>,
+        recorder: &mut Recorder,
+    ) {
+        let (sequences, drawn): (Vec<_>, Vec<_>) =
+            drawn.map(|(sequence, drawn)| (sequence.index, (drawn.token, drawn.stats))).unzip();
+        let temperature = self.options.sampling.temperature;
+        let gradients = self.policy.drawn_gradients(head, logits, &drawn, temperature);
+        let of_rows = gradients.chunks_exact(self.policy.config().hidden_size);
+        for (sequence, gradient) in sequences.into_iter().zip(of_rows) {
+            recorder.takes_gradient(sequence, gradient);
+        }
     }
 
     fn stopped(&self, sequence: &Active) -> Option<StopReason> {

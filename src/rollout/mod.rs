@@ -10,5 +10,6 @@ mod stop;
 
 pub use generate::{Completion, GenerateOptions, Generator, Progress, Request, StopReason};
 pub use group::{Group, sample_groups};
+pub use recorder::Record;
 pub use sampling::{RandomKey, Sampled, SamplingParams, sample};
 pub use stop::StopStrings;

@@ -6,18 +6,40 @@ use std::sync::Arc;
 use super::group::Group;
 use crate::model::{Recorded, RecordedRow, Recording};
 
+/// What of a generation's computation is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// Nothing.
+    Nothing,
+    /// The outputs of the blocks, 4 D bytes a token and block from below the lowest adapter on.
+    Blocks,
+    /// Those, and the gradient of each drawn token's log-prob in what the head reads, 4 D bytes a token and a
+    /// product with the head; not where sampling changes more than the temperature.
+    BlocksAndHead,
+}
+
 /// Takes up the passes of a generation, and where each sequence's tokens went.
 #[derive(Debug, Default)]
 pub(super) struct Recorder {
+    /// Whether gradients at the head are wanted.
+    pub head: bool,
     /// The passes.
     pub recording: Recording,
     /// The tokens of each prompt.
     prompts: BTreeMap<Vec<u32>, Vec<RecordedRow>>,
     /// The tokens of each request's completion, the last one excepted, which no pass takes up.
     completions: BTreeMap<usize, Vec<RecordedRow>>,
+    /// The gradients of each request's drawn tokens.
+    gradients: BTreeMap<usize, Vec<f32>>,
 }
 
 impl Recorder {
+    /// A recorder of what is wanted, if anything is.
+    pub fn new(record: Record) -> Option<Self> {
+        let head = record == Record::BlocksAndHead;
+        (record != Record::Nothing).then(|| Recorder { head, ..Self::default() })
+    }
+
     /// Whether the next pass takes up tokens of a prompt, `len` from its token `first` on, that are wanted:
     /// none before did. They will be its kept rows from `row` on.
     pub fn wants_prompt(
@@ -41,16 +63,23 @@ impl Recorder {
         self.completions.entry(request).or_default().push(place);
     }
 
+    /// The gradient of a request's next drawn token.
+    pub fn takes_gradient(&mut self, request: usize, gradient: &[f32]) {
+        self.gradients.entry(request).or_default().extend_from_slice(gradient);
+    }
+
     /// Hands the passes over groups' tokens to them.
     pub fn give(mut self, groups: &mut [Group]) {
         let recording = Arc::new(self.recording);
-        let recorded = |rows| Recorded { recording: recording.clone(), rows };
+        let recorded = |rows, gradients| Recorded { recording: recording.clone(), rows, gradients };
         let mut requests = 0..;
         for group in groups {
-            group.recorded = self.prompts.get(&group.prompt).cloned().map(recorded);
+            let of_prompt = self.prompts.get(&group.prompt).cloned();
+            group.recorded = of_prompt.map(|rows| recorded(rows, Vec::new()));
             for (completion, request) in group.completions.iter_mut().zip(requests.by_ref()) {
                 let rows = self.completions.remove(&request).unwrap_or_default();
-                completion.recorded = Some(recorded(rows));
+                let gradients = self.gradients.remove(&request).unwrap_or_default();
+                completion.recorded = Some(recorded(rows, gradients));
             }
         }
     }

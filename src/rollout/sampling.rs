@@ -43,7 +43,7 @@ impl SamplingParams {
     /// The distribution that tokens are drawn from, given the rule of each row.
     pub fn distribution<'a>(&self, rules: &'a [RowRule]) -> Distribution<'a> {
         let (temperature, repetition_penalty) = (self.temperature, self.repetition_penalty);
-        Distribution { temperature, repetition_penalty, rules, stats: &[] }
+        Distribution { temperature, repetition_penalty, rules, ..Distribution::default() }
     }
 
     /// Refuses values outside their range.

@@ -160,6 +160,23 @@ impl GroupBatch {
         stats.collect::<Option<_>>().unwrap_or_default()
     }
 
+    /// Gradients and log-probs of the targets, if the gradients of all were taken when they were drawn.
+    pub fn taken(&self, groups: &[Group]) -> Option<(Vec<f32>, Vec<f32>)> {
+        let (mut gradients, mut logps) = (Vec::new(), Vec::with_capacity(self.targets.len()));
+        for (completion, t) in &self.of {
+            let (g, c) = self.completions[*completion];
+            let completion = &groups[g].completions[c];
+            let of_completion = &completion.recorded.as_ref()?.gradients;
+            let d = of_completion.len() / completion.tokens.len();
+            if d == 0 {
+                return None;
+            }
+            gradients.extend_from_slice(&of_completion[t * d..(t + 1) * d]);
+            logps.push(completion.logps[*t]);
+        }
+        Some((gradients, logps))
+    }
+
     /// What sampling did to each distinct row: the tokens that it penalised, and those it kept.
     pub fn rules(&self, groups: &[Group], penalises: bool) -> Vec<RowRule> {
         let rows = self.targets.chunk_by(|a, b| a.row == b.row);

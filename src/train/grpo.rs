@@ -25,7 +25,7 @@ use crate::config::{GrpoConfig, OptimArgs, Reference};
 use crate::model::{Policy, TextModel};
 use crate::ops::Gradients;
 use crate::report::{CompletionRow, Fold, StepMetrics};
-use crate::rollout::{GenerateOptions, Generator, Group, StopStrings, sample_groups};
+use crate::rollout::{GenerateOptions, Generator, Group, Record, StopStrings, sample_groups};
 use crate::{Error, Result};
 
 /// Policy-gradient training of adapters on a frozen policy.
@@ -48,7 +48,14 @@ pub struct GrpoTrainer<'a> {
     pub(super) health: Health,
     /// Rewards that failed since the last warnings.
     pub(super) failures: Option<Failures>,
+    /// Tokens sampled for the next step, and the share of those of the last one that was learnt from.
+    sampled_tokens: usize,
+    learnt_share: f64,
 }
+
+/// The share of sampled tokens that must be learnt from for gradients at the head to be worth taking while
+/// sampling: they spare two products of three, in passes of fewer rows.
+const HEAD_SHARE: f64 = 0.6;
 
 /// A prompt of a step: its number in the run, and its row.
 pub type Drawn = (u64, usize);
@@ -115,6 +122,8 @@ impl<'a> GrpoTrainer<'a> {
             epoch: None,
             health: Health::default(),
             failures: None,
+            sampled_tokens: 0,
+            learnt_share: 1.0,
         })
     }
 
@@ -175,7 +184,18 @@ impl<'a> GrpoTrainer<'a> {
         let prompt = |(id, row): &Drawn| (*id, *row, self.prompts[*row].input_ids.clone());
         let prompts = drawn.iter().map(prompt).collect();
         let how = (self.config.grpo.num_generations, state.global_step);
-        sample_groups(&generator, prompts, how, self.plan.reuse_activations, &mut |_| {})
+        sample_groups(&generator, prompts, how, self.record(), &mut |_| {})
+    }
+
+    /// What sampling keeps for the update. It has no influence on a result.
+    fn record(&self) -> Record {
+        match self.plan.reuse_activations {
+            false => Record::Nothing,
+            true if self.objective.entropy_coef == 0.0 && self.learnt_share >= HEAD_SHARE => {
+                Record::BlocksAndHead
+            }
+            true => Record::Blocks,
+        }
     }
 
     /// Rewards of the completions of groups.
@@ -190,6 +210,7 @@ impl<'a> GrpoTrainer<'a> {
             })
             .collect();
         let scored = score(&self.text.tokenizer, rewards, &all)?;
+        self.sampled_tokens += all.iter().map(|(_, sampled)| sampled.tokens.len()).sum::<usize>();
         if let Some(failures) = Failures::of(&scored, rewards) {
             if failures.share() > self.config.reward.max_reward_failures {
                 return Err(Error::Interrupted(failures.to_string()));
@@ -257,6 +278,10 @@ impl<'a> GrpoTrainer<'a> {
         state.cursor = rollouts.cursor;
         state.epoch = rollouts.cursor.epoch as f64 + rollouts.cursor.row as f64 / rows;
         rollouts.used += 1;
+        if rollouts.used == 1 {
+            let sampled = std::mem::take(&mut self.sampled_tokens).max(1) as f64;
+            self.learnt_share = sums.tokens as f64 / sampled;
+        }
         if rollouts.used == 1 && !sums.old.is_empty() {
             rollouts.old = vec![Vec::new(); rollouts.advantages.len()];
             let of_places = sums.old.iter().cloned();
@@ -340,12 +365,12 @@ impl<'a> Trainer<'a> for GrpoTrainer<'a> {
         let wanted = self.options.max_batch.min(grpo.prompts_per_step * grpo.num_generations);
         let rounds = if grpo.dynamic_sampling { 1 + grpo.dynamic_sampling_rounds } else { 1 };
         let (learner, sampler) = (&self.learner, self.sampler());
-        let sampling = Sampling {
-            sequences: wanted,
-            kv_bytes: sampler.engine().kv_bytes(),
-            rounded: sampler.rounded_bytes(),
-            kept: if grpo.reuse_activations { rounds * case.step } else { 0 },
+        let (kept, [head, rounded]) = match grpo.reuse_activations {
+            true => (rounds * case.step, sampler.transposed_head_bytes()),
+            false => (0, [0; 2]),
         };
+        let (kv_bytes, rounded) = (sampler.engine().kv_bytes(), sampler.rounded_bytes() + rounded);
+        let sampling = Sampling { sequences: wanted, kv_bytes, rounded, kept, head };
         let sampling = learner.plan_sampling(&self.plan, case.sequence, sampling);
         if grpo.reuse_activations {
             self.plan = learner.plan_reuse(self.plan, case, sampling)?;

@@ -39,6 +39,9 @@ pub struct Sampling {
     pub rounded: usize,
     /// Tokens of which what is computed is kept for the updates.
     pub kept: usize,
+    /// Bytes of the head's transpose ([`Policy::transposed_head`](crate::model::Policy::transposed_head)), integers
+    /// left out.
+    pub head: usize,
 }
 
 /// What is trained on what, as far as memory goes.
@@ -69,10 +72,10 @@ impl<'a> MemoryModel<'a> {
     }
 
     /// Bytes of what sampling keeps of `tokens` tokens for updates: the outputs of the blocks from below the
-    /// lowest adapter on.
+    /// lowest adapter on, and gradients at the head.
     pub fn recorded(&self, tokens: usize) -> usize {
         let layers = self.config.layers.len() - self.lowest().saturating_sub(1);
-        4 * layers * self.config.hidden_size * tokens
+        4 * (layers + 1) * self.config.hidden_size * tokens
     }
 
     /// The lowest layer that has an adapter.
@@ -86,7 +89,7 @@ impl<'a> MemoryModel<'a> {
         let parameters: usize = self.adapters.iter().map(|a| a.parameter_count()).sum();
         let model = PROGRAM + self.weights + PARAMETER_BYTES * parameters + sampling.rounded;
         let cache = sampling.sequences * self.cached_sequence(tokens, sampling.kv_bytes);
-        model + cache + self.recorded(sampling.kept)
+        model + cache + sampling.head + self.recorded(sampling.kept)
     }
 
     /// Bytes of a pass and its way back at their largest: while the head works, or while the topmost

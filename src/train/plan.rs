@@ -275,7 +275,7 @@ mod tests {
         let config = tiny_model();
         let memory = MemoryModel::new(&config, &[], 0);
         let plan = choose(&OptimArgs::default(), CASE, None).unwrap();
-        let kept = |kept| Sampling { sequences: 4, kv_bytes: 4, rounded: 0, kept };
+        let kept = |kept| Sampling { sequences: 4, kv_bytes: 4, rounded: 0, kept, head: 0 };
         let reusing = plan.reusing(CASE, &memory, kept(CASE.step)).unwrap();
         assert!(reusing.reuse_activations && reusing.bytes > memory.recorded(CASE.step));
         let of = |bytes| Plan { budget: Budget { bytes: Some(bytes), auto: false }, ..plan };
@@ -284,13 +284,15 @@ mod tests {
         assert!(of(reusing.bytes).reusing(CASE, &memory, kept(2 * CASE.step)).is_none());
         let rounded = Sampling { rounded: reusing.bytes, ..kept(CASE.step) };
         assert!(of(reusing.bytes).reusing(CASE, &memory, rounded).is_none());
+        let head = Sampling { head: reusing.bytes, ..kept(CASE.step) };
+        assert!(of(reusing.bytes).reusing(CASE, &memory, head).is_none());
     }
 
     #[test]
     fn sequences_have_room_first_and_matrices_that_stay_rounded_next() {
         let memory = tiny_model();
         let memory = MemoryModel::new(&memory, &[], 0);
-        let wanted = Sampling { sequences: 4, kv_bytes: 4, rounded: 1000, kept: 10 };
+        let wanted = Sampling { sequences: 4, kv_bytes: 4, rounded: 1000, kept: 10, head: 7 };
         let of = |bytes| {
             let budget = Budget { bytes, auto: false };
             Plan { budget, ..NONE }.sampling(100, &memory, wanted)

@@ -11,7 +11,9 @@ use super::group_batch::{Chosen, GroupBatch, micro_batches};
 use super::loss::policy::{Completion, CompletionLoss, Normaliser, PolicyLoss};
 use crate::adapter::Adapter;
 use crate::model::Policy;
-use crate::ops::{Distribution, GradientSums, Gradients, Pull, RowStats, Tape, Value, add};
+use crate::ops::{
+    Distribution, GradientSums, Gradients, Pull, RowStats, Taken, Tape, Value, add, equal_bits,
+};
 use crate::random::Stream;
 use crate::rollout::{self, Group, SamplingParams};
 use crate::{Error, Result};
@@ -159,9 +161,12 @@ pub fn gradients(
         step.advantages[starts[g] + c].is_some_and(|advantage| others || advantage != 0.0)
     };
     let (mut sums, mut gradients) = (Sums::default(), GradientSums::new());
-    for chosen in micro_batches(step.groups, &moves, cut.micro_batch_tokens) {
-        let part = Part { policy, adapters, step, objective, starts: &starts };
-        part.accumulate(&chosen, cut.gradient_checkpointing, &mut sums, &mut gradients)?;
+    let batches = micro_batches(step.groups, &moves, cut.micro_batch_tokens);
+    let lot = step.groups.first().map_or(0, |group| Stream::new(&[group.version]).bits() as usize);
+    for (i, chosen) in batches.iter().enumerate() {
+        let checks_head = i == lot % batches.len();
+        let part = Part { policy, adapters, step, objective, starts: &starts, lot, checks_head };
+        part.accumulate(chosen, cut.gradient_checkpointing, &mut sums, &mut gradients)?;
     }
     if !sums.loss.is_finite() {
         return Err(Error::failure(format!("the loss became {}", sums.loss)));
@@ -228,6 +233,10 @@ struct Part<'a> {
     step: &'a Step<'a>,
     objective: &'a Objective,
     starts: &'a [usize],
+    /// The step's random number, by which it is drawn what is compared with sampling.
+    lot: usize,
+    /// Whether gradients that sampling took at the head are compared with those of training.
+    checks_head: bool,
 }
 
 impl Part<'_> {
@@ -249,25 +258,34 @@ impl Part<'_> {
             true => packed.stats(self.step.groups),
             false => Vec::new(),
         };
-        let sampled = Distribution { stats: &stats, ..sampling.distribution(&rules) };
+        let taken = match stats.is_empty() || self.objective.entropy_coef != 0.0 {
+            true => None,
+            false => packed.taken(self.step.groups),
+        };
+        let taken = taken.as_ref().map(|(gradients, logps)| Taken { gradients, logps });
+        let sampled = Distribution { stats: &stats, taken, ..sampling.distribution(&rules) };
         let of = Distributions { sampled, plain };
         let recorded = match self.is_known() {
             true => packed.recorded(self.step.groups)?,
             false => None,
         };
         let trace = match recorded {
-            Some(recorded) => {
-                let version = self.step.groups[chosen[0].0].version;
-                let checked = Stream::new(&[version]).bits() as usize;
-                policy.retrace(&packed.batch, self.adapters, &recorded, checked)?
-            }
+            Some(recorded) => policy.retrace(&packed.batch, self.adapters, &recorded, self.lot)?,
             None => {
                 let embedded = policy.embed(&packed.batch.input_ids)?;
                 policy.trace(&packed.batch, embedded, self.adapters, checkpointing)?
             }
         };
         let losses = self.losses(&packed, trace.output(), &of, sums)?;
-        match self.head_gradient(&packed, trace.output(), &losses, &of, sums)? {
+        let dh = self.head_gradient(&packed, trace.output(), &losses, &of, sums)?;
+        if taken.is_some() && self.checks_head {
+            let again = Distribution { taken: None, ..of.sampled };
+            let of = Distributions { sampled: again, plain };
+            let unused = &mut Sums::default();
+            let again = self.head_gradient(&packed, trace.output(), &losses, &of, unused)?;
+            check_taken(dh.as_ref(), again.as_ref())?;
+        }
+        match dh {
             Some(dh) => trace.backward_into(dh, gradients),
             None => Ok(()),
         }
@@ -421,6 +439,21 @@ impl Part<'_> {
             )));
         }
         Ok(())
+    }
+}
+
+/// Refuses to go on where the gradient that sampling took at the head is not the trainer's.
+fn check_taken(taken: Option<&Tensor>, own: Option<&Tensor>) -> Result<()> {
+    let same = match (taken, own) {
+        (Some(taken), Some(own)) => equal_bits(taken, own)?,
+        (taken, own) => taken.is_none() && own.is_none(),
+    };
+    match same {
+        true => Ok(()),
+        false => Err(Error::failure(
+            "the gradient at the head that sampling took is not that of training, by the same adapters; this \
+             is a bug",
+        )),
     }
 }
 
