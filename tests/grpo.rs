@@ -348,14 +348,17 @@ fn reusing_what_sampling_computed_changes_nothing_but_memory_and_time() {
         .into_iter()
         .enumerate()
     {
-        let run = |reuse: bool| {
-            let name = format!("run-{i}-{reuse}");
-            let more = format!("--micro_batch_tokens 0 --reuse_activations {reuse}");
+        let run = |reuse: bool, micro_batch_tokens: usize| {
+            let name = format!("run-{i}-{reuse}-{micro_batch_tokens}");
+            let more =
+                format!("--micro_batch_tokens {micro_batch_tokens} --reuse_activations {reuse}");
             let said = place.run(&name, &format!("{REWARDS} {keys} {step} {more}")).ok().stderr;
             assert_eq!(said.contains("reuse_activations on, about"), reuse, "{said}");
             place.dir(&name)
         };
-        assert_same_run(&run(true), &run(false), keys);
+        for micro_batch_tokens in [0, 400] {
+            assert_same_run(&run(true, micro_batch_tokens), &run(false, micro_batch_tokens), keys);
+        }
     }
     let much = "--num_generations 64 --max_completion_length 400 --memory_budget 60MiB";
     let keys = format!("{REWARDS} {much} --reuse_activations true");

@@ -260,15 +260,15 @@ impl Policy {
         self.head().transposed(&self.engine, keep_rounded)
     }
 
-    /// Bytes of [`Policy::transposed_head`], and of its integers where it has some.
-    pub fn transposed_head_bytes(&self) -> [usize; 2] {
+    /// Bytes of [`Policy::transposed_head`], of its integers too where it has some.
+    pub fn transposed_head_bytes(&self) -> usize {
         let head = self.head().weight;
-        [head.bytes(), head.rounded_bytes(&self.engine)]
+        head.bytes() + head.rounded_bytes(&self.engine)
     }
 
     /// The gradient of the log-prob of each row's drawn token in what the head reads, the normed row of the last
-    /// block's output, [rows, D], given the logits [rows, V] divided by the temperature (overwritten), and their
-    /// statistics.
+    /// block's output, [rows, D], given the logits [rows, V], capped and divided by the temperature
+    /// (overwritten), and their statistics.
     pub fn drawn_gradients(
         &self,
         head: &TransposedHead,

@@ -13,6 +13,8 @@ use crate::{Error, Result};
 pub struct Recording {
     /// Of each pass and layer, [N, D].
     passes: Vec<Vec<(usize, Tensor)>>,
+    /// What [`Policy::drawn_gradients`](super::Policy::drawn_gradients) gave each time, [rows, D], and D.
+    drawn: Vec<(Vec<f32>, usize)>,
 }
 
 /// A token in a [`Recording`]: its pass, and its row there.
@@ -25,12 +27,21 @@ pub struct Recorded {
     pub recording: Arc<Recording>,
     /// The tokens, one after the other.
     pub rows: Vec<RecordedRow>,
-    /// Of each token of a completion, the last one too, what [`Policy::drawn_gradients`](super::Policy::drawn_gradients)
-    /// gave, [T, D]; empty where it was not taken.
-    pub gradients: Vec<f32>,
+    /// The gradients of a completion's drawn tokens, the last one too; empty where they were not taken.
+    pub drawn: Vec<RecordedRow>,
 }
 
-/// Recordings are equal if they name the same rows: what they hold follows from tokens and adapters.
+impl Recorded {
+    /// The gradient of the log-prob of the completion's token `t` in what the head read, [D], if it was taken.
+    pub fn gradient(&self, t: usize) -> Option<&[f32]> {
+        let (time, row) = *self.drawn.get(t)?;
+        let (gradients, d) = self.recording.drawn.get(time as usize)?;
+        gradients.get(row as usize * d..(row as usize + 1) * d)
+    }
+}
+
+/// Recordings are equal if they name the same rows of passes: what they hold follows from tokens and adapters, and
+/// whether gradients were taken changes no result.
 impl PartialEq for Recorded {
     fn eq(&self, other: &Self) -> bool {
         self.rows == other.rows
@@ -41,6 +52,12 @@ impl Recording {
     /// Passes that were taken in: the number of the next one.
     pub fn passes(&self) -> u32 {
         self.passes.len() as u32
+    }
+
+    /// Takes in gradients of drawn tokens, [rows, D]: the number of what names them.
+    pub fn push_drawn(&mut self, gradients: Vec<f32>, d: usize) -> u32 {
+        self.drawn.push((gradients, d));
+        self.drawn.len() as u32 - 1
     }
 
     /// Takes in `rows` of the outputs of a pass's blocks, each with its layer and [N, D], the lowest first.

@@ -1,7 +1,5 @@
 //! The output head: logits where they are asked for, and log-probs that never materialise [N, V].
 
-use std::borrow::Cow;
-
 use candle_core::Tensor;
 use tracing::trace_span;
 
@@ -13,7 +11,7 @@ use super::tape::{Sink, Tape};
 use super::value::Value;
 use super::weight::Weight;
 use crate::kernels::logp::{self, LogpForward, LogpOptions, RowRule, RowStats, Target};
-use crate::kernels::logp_known::{backward_drawn, backward_known};
+use crate::kernels::logp_known::{KnownForward, backward_drawn, backward_known};
 use crate::kernels::matmul::matmul;
 use crate::kernels::matmul_rounded::{self, Rounded};
 use crate::kernels::norm;
@@ -41,9 +39,9 @@ impl Logps {
         Logps { logps: forward.logp, entropy, argmax: forward.argmax, mass: Vec::new() }
     }
 
-    fn known(stats: &[RowStats], (logps, mass): (Vec<f32>, Vec<f32>)) -> Self {
+    fn known(stats: &[RowStats], KnownForward { logp, mass }: KnownForward) -> Self {
         let entropy = stats.iter().map(|stats| stats.entropy as f32).collect();
-        Logps { logps, entropy, argmax: stats.iter().map(|s| s.argmax).collect(), mass }
+        Logps { logps: logp, entropy, argmax: stats.iter().map(|s| s.argmax).collect(), mass }
     }
 
     fn extend(&mut self, other: Logps) {
@@ -66,16 +64,16 @@ pub struct Distribution<'a> {
     /// The statistics of each distinct row, where they are known beforehand, as those of sampling are; no row
     /// then has a rule. Empty = unknown.
     pub stats: &'a [RowStats],
-    /// What [`Head::drawn_gradients`] gave when the targets were drawn, for losses without entropies: the head
-    /// is then not computed. Ignored where the statistics are unknown.
+    /// What [`Head::drawn_gradients`] gave when the targets were drawn, from which the gradient of a loss without
+    /// entropies follows: the head is then not computed. Ignored otherwise, and where the statistics are unknown.
     pub taken: Option<Taken<'a>>,
 }
 
 /// What is known of targets since they were drawn.
 #[derive(Clone, Copy, Debug)]
 pub struct Taken<'a> {
-    /// The gradient of each target's log-prob in its row, normed, [targets, D].
-    pub gradients: &'a [f32],
+    /// The gradient [D] of each target's log-prob in its row, normed.
+    pub gradients: &'a [&'a [f32]],
     /// The log-probs.
     pub logps: &'a [f32],
 }
@@ -202,9 +200,9 @@ impl Head<'_> {
             return self.composed_weighted(tape, h, pull, distribution);
         };
         let tracked = tape.is_recording() && h.is_tracked();
-        let products = match distribution.taken {
-            Some(_) => 0,
-            None => 1 + usize::from(tracked),
+        let products = match (distribution.taken, pull.dentropy) {
+            (Some(_), None) if !distribution.stats.is_empty() && tracked => 0,
+            _ => 1 + usize::from(tracked),
         };
         let flops = || products * self.weight.flops(pull.targets.len());
         let _span = trace_span!("weighted log-probs", flops = flops()).entered();
@@ -251,19 +249,22 @@ impl Head<'_> {
         };
         let mut dx = room(x.len());
         let (weighted, dentropy) = ((&targets[..], pull.weights), pull.dentropy);
-        let said = match (distribution.stats, dentropy) {
-            ([], _) => {
+        let said = match (distribution.stats, dentropy, distribution.taken) {
+            ([], _, _) => {
                 Logps::new(logp::forward_backward(&x, packed, weighted, dentropy, options, &mut dx))
             }
-            (stats, None) => {
-                let own = own_gradients(&x, packed, targets, distribution, options);
-                add_weighted(weighted, &own.gradients, d, &mut dx);
-                Logps::known(stats, (own.logps, own.mass))
+            (stats, None, Some(Taken { gradients, logps })) => {
+                add_weighted(weighted, gradients.iter().copied(), d, &mut dx);
+                Logps::known(stats, KnownForward { logp: logps.to_vec(), mass: Vec::new() })
             }
-            (stats, Some(_)) => {
+            (stats, None, None) => {
+                let (own, known) = own_gradients(&x, packed, targets, stats, options);
+                add_weighted(weighted, own.chunks_exact(d), d, &mut dx);
+                Logps::known(stats, known)
+            }
+            (stats, Some(_), _) => {
                 let given = (stats, dentropy);
-                let known = backward_known(&x, packed, weighted, given, options, &mut dx);
-                Logps::known(stats, (known.logp, known.mass))
+                Logps::known(stats, backward_known(&x, packed, weighted, given, options, &mut dx))
             }
         };
         let mut dpicked = x;
@@ -350,32 +351,20 @@ fn take<'a>(
 
 impl<'a> Taken<'a> {
     fn split_at(self, targets: usize) -> (Self, Self) {
-        let d = self.gradients.len() / self.logps.len().max(1);
-        let (gradients, other_gradients) = self.gradients.split_at(targets * d);
+        let (gradients, other_gradients) = self.gradients.split_at(targets);
         let (logps, other_logps) = self.logps.split_at(targets);
         (Taken { gradients, logps }, Taken { gradients: other_gradients, logps: other_logps })
     }
 }
 
-/// What the head says of targets one by one.
-struct Own<'a> {
-    gradients: Cow<'a, [f32]>,
-    logps: Vec<f32>,
-    mass: Vec<f32>,
-}
-
-/// The gradient of each target's log-prob in its normed row of `x`, [targets, D]: as taken, or computed.
-fn own_gradients<'a>(
+/// The gradient of each target's log-prob in its row of `x`, normed, [targets, D], and what the rows turn out to be.
+fn own_gradients(
     x: &[f32],
     head: &PackedMatrix,
     targets: &[Target],
-    Distribution { stats, taken, .. }: Distribution<'a>,
+    stats: &[RowStats],
     options: LogpOptions,
-) -> Own<'a> {
-    if let Some(Taken { gradients, logps }) = taken {
-        let (gradients, logps) = (Cow::Borrowed(gradients), logps.to_vec());
-        return Own { gradients, logps, mass: Vec::new() };
-    }
+) -> (Vec<f32>, KnownForward) {
     let d = head.in_features();
     let row = |target: &Target| target.row as usize;
     let rows: Vec<f32> = targets.iter().flat_map(|t| &x[row(t) * d..][..d]).copied().collect();
@@ -383,7 +372,7 @@ fn own_gradients<'a>(
     let alone: Vec<Target> =
         (0..).zip(targets).map(|(row, target)| Target { row, ..*target }).collect();
     let (ones, mut gradients) = (vec![1.0; targets.len()], room(rows.len()));
-    let known =
+    let mut known =
         backward_known(&rows, head, (&alone, &ones), (&stats, None), options, &mut gradients);
     let of_rows = targets.chunk_by(|a, b| a.row == b.row);
     let mut done = 0;
@@ -391,18 +380,19 @@ fn own_gradients<'a>(
         done += row.len();
         known.mass[done - 1]
     });
-    Own { gradients: gradients.into(), logps: known.logp, mass: mass.collect() }
+    known.mass = mass.collect();
+    (gradients, known)
 }
 
 /// `dx [rows, D]` (overwritten) becomes the sum of the gradients of each row's targets, weighted.
-fn add_weighted(
+fn add_weighted<'a>(
     (targets, weights): (&[Target], &[f32]),
-    gradients: &[f32],
+    gradients: impl Iterator<Item = &'a [f32]>,
     d: usize,
     dx: &mut [f32],
 ) {
     dx.fill(0.0);
-    for ((target, weight), own) in targets.iter().zip(weights).zip(gradients.chunks_exact(d)) {
+    for ((target, weight), own) in targets.iter().zip(weights).zip(gradients) {
         let dx = &mut dx[target.row as usize * d..][..d];
         dx.iter_mut().zip(own).for_each(|(dx, own)| *dx += weight * own);
     }

@@ -68,7 +68,7 @@ pub struct Completion {
     /// than the temperature, in completions from a file, and once adapters have changed.
     #[serde(skip)]
     pub stats: Vec<RowStats>,
-    /// What was computed of its tokens, the last one excepted, if that was kept.
+    /// What was computed of its tokens, by blocks of all but the last one, if that was kept.
     #[serde(skip)]
     pub recorded: Option<Recorded>,
 }
@@ -118,7 +118,7 @@ impl Default for GenerateOptions {
     }
 }
 
-/// Passes from which on rounding all matrices beforehand is worth it.
+/// Passes from which on it is worth it to round all matrices, and transpose the head, beforehand.
 const MANY_PASSES: usize = 8;
 
 /// Tells from the new tokens whether their text holds a stop string.
@@ -158,7 +158,7 @@ impl Drawn {
         if sampling.filters() {
             self.kept.push(sampled.kept);
         }
-        if sampling.temperature > 0.0 && !sampling.has_rules() {
+        if sampling.is_plain() {
             self.stats.push(sampled.stats);
         }
     }
@@ -261,16 +261,13 @@ impl<'a> Generator<'a> {
     ) -> Result<Vec<Completion>> {
         self.options.sampling.validate()?;
         self.check(requests)?;
-        let many = self.options.keep_rounded && self.options.max_new_tokens >= MANY_PASSES;
-        let _rounded = many.then(|| self.policy.keep_rounded());
-        let head = match recorder.as_deref().is_some_and(|recorder| recorder.head) {
-            true if self.options.sampling.temperature > 0.0
-                && !self.options.sampling.has_rules() =>
-            {
-                Some(self.policy.transposed_head(many)?)
-            }
-            _ => None,
-        };
+        let many = self.options.max_new_tokens >= MANY_PASSES;
+        let rounds = many && self.options.keep_rounded;
+        let _rounded = rounds.then(|| self.policy.keep_rounded());
+        let takes = recorder.as_deref().is_some_and(|recorder| recorder.head);
+        let takes = takes && many && self.options.sampling.is_plain();
+        let head = takes.then(|| self.policy.transposed_head(self.options.keep_rounded));
+        let head = head.transpose()?;
         let mut cache = self.policy.kv_cache();
         let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
         let mut active: Vec<Active> = Vec::new();
@@ -281,7 +278,7 @@ impl<'a> Generator<'a> {
             let hidden = self.hidden(&active, &mut cache, recorder.as_deref_mut())?;
             let drawn = self.advance(&mut active, followers, (&mut cache, hidden), &mut logits)?;
             if let (Some(head), Some(recorder)) = (&head, recorder.as_deref_mut()) {
-                self.take_gradients(head, &mut logits, active.iter().zip(&drawn), recorder);
+                self.take_gradients(head, &mut logits, (&active, &drawn), recorder);
             }
             let mut still = Vec::with_capacity(active.len());
             for (mut sequence, drawn) in active.into_iter().zip(drawn) {
@@ -436,21 +433,18 @@ impl<'a> Generator<'a> {
     }
 
     /// Keeps the gradients of the drawn tokens, whose logits are given and overwritten.
-    fn take_gradients<'s, 'r: 's>(
+    fn take_gradients(
         &self,
         head: &TransposedHead,
         logits: &mut [f32],
-        drawn: impl Iterator<Item = (&'s Active<'r>, &'s Sampled)>,
+        (active, drawn): (&[Active], &[Sampled]),
         recorder: &mut Recorder,
     ) {
-        let (sequences, drawn): (Vec<_>, Vec<_>) =
-            drawn.map(|(sequence, drawn)| (sequence.index, (drawn.token, drawn.stats))).unzip();
+        let drawn: Vec<_> = drawn.iter().map(|drawn| (drawn.token, drawn.stats)).collect();
         let temperature = self.options.sampling.temperature;
         let gradients = self.policy.drawn_gradients(head, logits, &drawn, temperature);
-        let of_rows = gradients.chunks_exact(self.policy.config().hidden_size);
-        for (sequence, gradient) in sequences.into_iter().zip(of_rows) {
-            recorder.takes_gradient(sequence, gradient);
-        }
+        let requests = active.iter().map(|sequence| sequence.index);
+        recorder.take_gradients(requests, gradients, self.policy.config().hidden_size);
     }
 
     fn stopped(&self, sequence: &Active) -> Option<StopReason> {

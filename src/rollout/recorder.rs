@@ -30,7 +30,7 @@ pub(super) struct Recorder {
     /// The tokens of each request's completion, the last one excepted, which no pass takes up.
     completions: BTreeMap<usize, Vec<RecordedRow>>,
     /// The gradients of each request's drawn tokens.
-    gradients: BTreeMap<usize, Vec<f32>>,
+    drawn: BTreeMap<usize, Vec<RecordedRow>>,
 }
 
 impl Recorder {
@@ -63,23 +63,31 @@ impl Recorder {
         self.completions.entry(request).or_default().push(place);
     }
 
-    /// The gradient of a request's next drawn token.
-    pub fn takes_gradient(&mut self, request: usize, gradient: &[f32]) {
-        self.gradients.entry(request).or_default().extend_from_slice(gradient);
+    /// Takes the gradients [rows, D] of the next token of each request.
+    pub fn take_gradients(
+        &mut self,
+        requests: impl Iterator<Item = usize>,
+        gradients: Vec<f32>,
+        d: usize,
+    ) {
+        let time = self.recording.push_drawn(gradients, d);
+        for (row, request) in (0..).zip(requests) {
+            self.drawn.entry(request).or_default().push((time, row));
+        }
     }
 
     /// Hands the passes over groups' tokens to them.
     pub fn give(mut self, groups: &mut [Group]) {
         let recording = Arc::new(self.recording);
-        let recorded = |rows, gradients| Recorded { recording: recording.clone(), rows, gradients };
+        let recorded = |rows, drawn| Recorded { recording: recording.clone(), rows, drawn };
         let mut requests = 0..;
         for group in groups {
             let of_prompt = self.prompts.get(&group.prompt).cloned();
             group.recorded = of_prompt.map(|rows| recorded(rows, Vec::new()));
             for (completion, request) in group.completions.iter_mut().zip(requests.by_ref()) {
                 let rows = self.completions.remove(&request).unwrap_or_default();
-                let gradients = self.gradients.remove(&request).unwrap_or_default();
-                completion.recorded = Some(recorded(rows, gradients));
+                let drawn = self.drawn.remove(&request).unwrap_or_default();
+                completion.recorded = Some(recorded(rows, drawn));
             }
         }
     }

@@ -40,6 +40,11 @@ impl SamplingParams {
         self.filters() || self.repetition_penalty != 1.0
     }
 
+    /// Whether tokens are drawn from their logits divided by the temperature and nothing else.
+    pub fn is_plain(&self) -> bool {
+        self.temperature > 0.0 && !self.has_rules()
+    }
+
     /// The distribution that tokens are drawn from, given the rule of each row.
     pub fn distribution<'a>(&self, rules: &'a [RowRule]) -> Distribution<'a> {
         let (temperature, repetition_penalty) = (self.temperature, self.repetition_penalty);

@@ -161,20 +161,18 @@ impl GroupBatch {
     }
 
     /// Gradients and log-probs of the targets, if the gradients of all were taken when they were drawn.
-    pub fn taken(&self, groups: &[Group]) -> Option<(Vec<f32>, Vec<f32>)> {
-        let (mut gradients, mut logps) = (Vec::new(), Vec::with_capacity(self.targets.len()));
-        for (completion, t) in &self.of {
+    pub fn taken<'a>(&self, groups: &'a [Group]) -> Option<(Vec<&'a [f32]>, Vec<f32>)> {
+        let of_target = |(completion, t): &(usize, usize)| {
             let (g, c) = self.completions[*completion];
             let completion = &groups[g].completions[c];
-            let of_completion = &completion.recorded.as_ref()?.gradients;
-            let d = of_completion.len() / completion.tokens.len();
-            if d == 0 {
-                return None;
-            }
-            gradients.extend_from_slice(&of_completion[t * d..(t + 1) * d]);
-            logps.push(completion.logps[*t]);
-        }
-        Some((gradients, logps))
+            Some((completion.recorded.as_ref()?.gradient(*t)?, completion.logps[*t]))
+        };
+        self.of.iter().map(of_target).collect()
+    }
+
+    /// The places of a completion's targets, token after token.
+    pub fn targets_of(&self, completion: usize) -> Vec<usize> {
+        (0..self.of.len()).filter(|target| self.of[*target].0 == completion).collect()
     }
 
     /// What sampling did to each distinct row: the tokens that it penalised, and those it kept.
@@ -197,7 +195,10 @@ impl GroupBatch {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::model::Recording;
     use crate::rollout::{Completion, StopReason};
     use proptest::prelude::*;
 
@@ -235,6 +236,37 @@ mod tests {
         assert_eq!(packed.by_target(&by_completion), values);
         assert_eq!(packed.by_row(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), [6.0, 4.0, 5.0, 6.0]);
         assert_eq!(packed.of_rows(&[6.0, 4.0, 5.0, 7.0]), [6.0, 6.0, 6.0, 4.0, 5.0, 7.0]);
+    }
+
+    #[test]
+    fn taken_gradients_are_handed_to_the_targets_of_their_tokens() {
+        let mut recording = Recording::default();
+        // two numbers a token: the completion and the token
+        let of = |row: [usize; 2]| row.map(|x| x as f32);
+        let first = [[0, 0], [1, 0], [2, 0]].map(of).concat();
+        let second = [[2, 1], [0, 1]].map(of).concat();
+        let first = recording.push_drawn(first, 2);
+        let second = recording.push_drawn(second, 2);
+        let third = recording.push_drawn(of([2, 2]).to_vec(), 2);
+        let drawn = [
+            vec![(first, 0), (second, 1)],
+            vec![(first, 1)],
+            vec![(first, 2), (second, 0), (third, 0)],
+        ];
+        let mut groups = [group(3, &[2, 1, 3])];
+        let recording = Arc::new(recording);
+        for (completion, drawn) in groups[0].completions.iter_mut().zip(drawn) {
+            let recording = recording.clone();
+            completion.recorded = Some(Recorded { recording, rows: Vec::new(), drawn });
+            completion.logps.iter_mut().zip(1..).for_each(|(logp, t)| *logp = -(t as f32));
+        }
+        let packed = GroupBatch::new(&groups, &vec![(0, vec![0, 1, 2])]);
+        let (gradients, logps) = packed.taken(&groups).unwrap();
+        assert_eq!(gradients, [[0, 0], [1, 0], [2, 0], [0, 1], [2, 1], [2, 2]].map(of));
+        assert_eq!(logps, [-1.0, -1.0, -1.0, -2.0, -2.0, -3.0]);
+        assert_eq!([0, 1, 2].map(|c| packed.targets_of(c)), [vec![0, 3], vec![1], vec![2, 4, 5]]);
+        groups[0].completions[1].recorded = None;
+        assert!(packed.taken(&groups).is_none());
     }
 
     proptest! {

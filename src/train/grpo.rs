@@ -48,13 +48,16 @@ pub struct GrpoTrainer<'a> {
     pub(super) health: Health,
     /// Rewards that failed since the last warnings.
     pub(super) failures: Option<Failures>,
+    /// Whether sampling may take gradients at the head.
+    takes_gradients: bool,
     /// Tokens sampled for the next step, and the share of those of the last one that was learnt from.
     sampled_tokens: usize,
     learnt_share: f64,
 }
 
 /// The share of sampled tokens that must be learnt from for gradients at the head to be worth taking while
-/// sampling: they spare two products of three, in passes of fewer rows.
+/// sampling: that costs a product with the head a sampled token, in passes of few rows, and spares two a token
+/// that is learnt from.
 const HEAD_SHARE: f64 = 0.6;
 
 /// A prompt of a step: its number in the run, and its row.
@@ -122,6 +125,7 @@ impl<'a> GrpoTrainer<'a> {
             epoch: None,
             health: Health::default(),
             failures: None,
+            takes_gradients: false,
             sampled_tokens: 0,
             learnt_share: 1.0,
         })
@@ -191,14 +195,14 @@ impl<'a> GrpoTrainer<'a> {
     fn record(&self) -> Record {
         match self.plan.reuse_activations {
             false => Record::Nothing,
-            true if self.objective.entropy_coef == 0.0 && self.learnt_share >= HEAD_SHARE => {
+            true if self.takes_gradients && self.learnt_share >= HEAD_SHARE => {
                 Record::BlocksAndHead
             }
             true => Record::Blocks,
         }
     }
 
-    /// Rewards of the completions of groups.
+    /// Rewards of the completions of groups, all that were sampled for a step.
     ///
     /// # Errors
     /// [`Error::Interrupted`] if a reward fails for more than `max_reward_failures` of the completions.
@@ -365,16 +369,29 @@ impl<'a> Trainer<'a> for GrpoTrainer<'a> {
         let wanted = self.options.max_batch.min(grpo.prompts_per_step * grpo.num_generations);
         let rounds = if grpo.dynamic_sampling { 1 + grpo.dynamic_sampling_rounds } else { 1 };
         let (learner, sampler) = (&self.learner, self.sampler());
-        let (kept, [head, rounded]) = match grpo.reuse_activations {
-            true => (rounds * case.step, sampler.transposed_head_bytes()),
-            false => (0, [0; 2]),
+        let wanted = Sampling {
+            sequences: wanted,
+            kv_bytes: sampler.engine().kv_bytes(),
+            rounded: sampler.rounded_bytes(),
+            kept: if grpo.reuse_activations { rounds * case.step } else { 0 },
+            head: 0,
         };
-        let (kv_bytes, rounded) = (sampler.engine().kv_bytes(), sampler.rounded_bytes() + rounded);
-        let sampling = Sampling { sequences: wanted, kv_bytes, rounded, kept, head };
-        let sampling = learner.plan_sampling(&self.plan, case.sequence, sampling);
+        let fitting = |head| {
+            let wanted = Sampling { head, ..wanted };
+            learner.plan_sampling(&self.plan, case.sequence, wanted)
+        };
+        let mut sampling = fitting(0);
         if grpo.reuse_activations {
+            // gradients at the head are taken where that costs nothing else its room
+            let head = sampler.transposed_head_bytes();
+            let with_head =
+                Some(fitting(head)).filter(|with| *with == Sampling { head, ..sampling });
+            let plain = self.options.sampling.is_plain() && self.objective.entropy_coef == 0.0;
+            let fits = |with: &Sampling| learner.plan_reuse(self.plan, case, *with).is_ok();
+            sampling = with_head.filter(|with| plain && fits(with)).unwrap_or(sampling);
             self.plan = learner.plan_reuse(self.plan, case, sampling)?;
         }
+        self.takes_gradients = sampling.head > 0;
         self.options.max_batch = sampling.sequences;
         self.options.keep_rounded = sampling.rounded > 0;
         Ok(self.plan)

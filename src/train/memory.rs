@@ -39,8 +39,8 @@ pub struct Sampling {
     pub rounded: usize,
     /// Tokens of which what is computed is kept for the updates.
     pub kept: usize,
-    /// Bytes of the head's transpose ([`Policy::transposed_head`](crate::model::Policy::transposed_head)), integers
-    /// left out.
+    /// Bytes of the head's transpose ([`Policy::transposed_head`](crate::model::Policy::transposed_head)), if gradients
+    /// of the kept tokens are taken at the head.
     pub head: usize,
 }
 
@@ -72,10 +72,16 @@ impl<'a> MemoryModel<'a> {
     }
 
     /// Bytes of what sampling keeps of `tokens` tokens for updates: the outputs of the blocks from below the
-    /// lowest adapter on, and gradients at the head.
+    /// lowest adapter on.
     pub fn recorded(&self, tokens: usize) -> usize {
         let layers = self.config.layers.len() - self.lowest().saturating_sub(1);
-        4 * (layers + 1) * self.config.hidden_size * tokens
+        4 * layers * self.config.hidden_size * tokens
+    }
+
+    /// Bytes of all that a sampling keeps for updates: [`MemoryModel::recorded`], and gradients at the head.
+    pub fn kept_of_sampling(&self, sampling: Sampling) -> usize {
+        let gradients = if sampling.head > 0 { sampling.kept } else { 0 };
+        self.recorded(sampling.kept) + 4 * self.config.hidden_size * gradients
     }
 
     /// The lowest layer that has an adapter.
@@ -89,7 +95,7 @@ impl<'a> MemoryModel<'a> {
         let parameters: usize = self.adapters.iter().map(|a| a.parameter_count()).sum();
         let model = PROGRAM + self.weights + PARAMETER_BYTES * parameters + sampling.rounded;
         let cache = sampling.sequences * self.cached_sequence(tokens, sampling.kv_bytes);
-        model + cache + sampling.head + self.recorded(sampling.kept)
+        model + cache + sampling.head + self.kept_of_sampling(sampling)
     }
 
     /// Bytes of a pass and its way back at their largest: while the head works, or while the topmost

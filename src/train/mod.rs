@@ -11,6 +11,7 @@ mod grpo_advice;
 mod grpo_prepare;
 pub mod health;
 pub mod held_out;
+mod known;
 pub mod learner;
 pub mod loss;
 pub mod memory;

@@ -149,7 +149,7 @@ impl Plan {
         sampling: Sampling,
     ) -> Option<Self> {
         let update = memory.peak(PassSize { gradient_checkpointing: true, ..self.pass(case) });
-        let update = update + memory.recorded(sampling.kept);
+        let update = update + memory.kept_of_sampling(sampling);
         // further updates on the same completions have nothing recorded, but a forward pass
         let bytes = memory.sampling(case.sequence, sampling).max(update).max(self.bytes);
         Some(Plan { reuse_activations: true, bytes, ..self }).filter(Plan::fits)

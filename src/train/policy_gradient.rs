@@ -2,17 +2,19 @@
 //! objective, its derivatives back.
 //!
 //! Where the adapters are those that sampled, the log-probs are known beforehand, and one pass over the
-//! head gives the gradient; that they are the same to the bit is checked. Otherwise the head is
-//! computed once more, before, for the log-probs.
+//! head gives the gradient; that they are the same to the bit is checked. Where sampling took the gradients of
+//! its tokens at the head, it is computed for one completion of the step only, to check the same of that. Otherwise
+//! the head is computed once more, before, for the log-probs.
 
 use candle_core::{DType, Tensor};
 
 use super::group_batch::{Chosen, GroupBatch, micro_batches};
+use super::known::{check_mass, check_ratio};
 use super::loss::policy::{Completion, CompletionLoss, Normaliser, PolicyLoss};
 use crate::adapter::Adapter;
 use crate::model::Policy;
 use crate::ops::{
-    Distribution, GradientSums, Gradients, Pull, RowStats, Taken, Tape, Value, add, equal_bits,
+    Distribution, GradientSums, Gradients, Pull, Taken, Tape, Value, add, equal_bits,
 };
 use crate::random::Stream;
 use crate::rollout::{self, Group, SamplingParams};
@@ -146,8 +148,9 @@ impl Sums {
 /// not computed.
 ///
 /// # Errors
-/// If the loss is not finite, or on the CPU an on-policy log-prob, or the output of the block that is
-/// compared, is not that of sampling, or probabilities do not sum to one under sampling's statistics.
+/// If the loss is not finite, or on the CPU an on-policy log-prob, the output of the block that is compared, or a
+/// gradient at the head that is, is not that of sampling, or probabilities do not sum to one under sampling's
+/// statistics.
 pub fn gradients(
     policy: &Policy,
     adapters: &[Box<dyn Adapter>],
@@ -163,9 +166,14 @@ pub fn gradients(
     let (mut sums, mut gradients) = (Sums::default(), GradientSums::new());
     let batches = micro_batches(step.groups, &moves, cut.micro_batch_tokens);
     let lot = step.groups.first().map_or(0, |group| Stream::new(&[group.version]).bits() as usize);
-    for (i, chosen) in batches.iter().enumerate() {
-        let checks_head = i == lot % batches.len();
-        let part = Part { policy, adapters, step, objective, starts: &starts, lot, checks_head };
+    let completions =
+        |chosen: &Chosen| chosen.iter().map(|(_, places)| places.len()).sum::<usize>();
+    let drawn = lot % batches.iter().map(completions).sum::<usize>().max(1);
+    let mut before = 0;
+    for chosen in &batches {
+        let checked = drawn.checked_sub(before).filter(|place| *place < completions(chosen));
+        before += completions(chosen);
+        let part = Part { policy, adapters, step, objective, starts: &starts, lot, checked };
         part.accumulate(chosen, cut.gradient_checkpointing, &mut sums, &mut gradients)?;
     }
     if !sums.loss.is_finite() {
@@ -235,8 +243,9 @@ struct Part<'a> {
     starts: &'a [usize],
     /// The step's random number, by which it is drawn what is compared with sampling.
     lot: usize,
-    /// Whether gradients that sampling took at the head are compared with those of training.
-    checks_head: bool,
+    /// The completion of this batch, if it is the one of the step, for which the head is computed even if sampling
+    /// took gradients, to compare.
+    checked: Option<usize>,
 }
 
 impl Part<'_> {
@@ -278,12 +287,8 @@ impl Part<'_> {
         };
         let losses = self.losses(&packed, trace.output(), &of, sums)?;
         let dh = self.head_gradient(&packed, trace.output(), &losses, &of, sums)?;
-        if taken.is_some() && self.checks_head {
-            let again = Distribution { taken: None, ..of.sampled };
-            let of = Distributions { sampled: again, plain };
-            let unused = &mut Sums::default();
-            let again = self.head_gradient(&packed, trace.output(), &losses, &of, unused)?;
-            check_taken(dh.as_ref(), again.as_ref())?;
+        if let (Some(taken), Some(place)) = (taken, self.checked) {
+            self.check_taken(&packed, trace.output(), (place, taken), of.sampled)?;
         }
         match dh {
             Some(dh) => trace.backward_into(dh, gradients),
@@ -378,7 +383,9 @@ impl Part<'_> {
         let pull = Pull { targets: &packed.targets, weights: &sampled, dentropy: bonus.as_deref() };
         let (mut loss, said) = policy.weighted_logps_under(&tape, &h, pull, of.sampled)?;
         if self.is_known() {
-            self.check_ratio(packed, &said.logps)?;
+            let by_completion = packed.by_completion(&said.logps);
+            let mut all = self.completions(packed).zip(&by_completion);
+            all.try_for_each(|((_, completion), logps)| check_ratio(completion, logps))?;
             check_mass(of.sampled.stats, &said.mass)?;
         }
         sums.add_entropies(&packed.of_rows(&said.entropy));
@@ -425,67 +432,37 @@ impl Part<'_> {
         Some(packed.by_row(&packed.by_target(&factors)))
     }
 
-    /// Refuses to go on where the trainer's log-probs are not the sampler's.
-    fn check_ratio(&self, packed: &GroupBatch, logps: &[f32]) -> Result<()> {
-        let of_batch = self.completions(packed).zip(packed.by_completion(logps));
-        for ((_, completion), logps) in of_batch {
-            let pairs = completion.logps.iter().zip(&logps).enumerate();
-            let Some((t, (sampled, now))) = pairs.into_iter().find(|(_, (a, b))| a != b) else {
-                continue;
-            };
-            return Err(Error::failure(format!(
-                "the importance ratio is not 1 on-policy: token {t} of a completion was sampled with \
-                 log-prob {sampled} and has {now} in training, by the same adapters; this is a bug"
-            )));
-        }
-        Ok(())
-    }
-}
-
-/// Refuses to go on where the gradient that sampling took at the head is not the trainer's.
-fn check_taken(taken: Option<&Tensor>, own: Option<&Tensor>) -> Result<()> {
-    let same = match (taken, own) {
-        (Some(taken), Some(own)) => equal_bits(taken, own)?,
-        (taken, own) => taken.is_none() && own.is_none(),
-    };
-    match same {
-        true => Ok(()),
-        false => Err(Error::failure(
-            "the gradient at the head that sampling took is not that of training, by the same adapters; this \
-             is a bug",
-        )),
-    }
-}
-
-/// Refuses to go on where the trainer's logits do not have the sampler's statistics.
-fn check_mass(stats: &[RowStats], mass: &[f32]) -> Result<()> {
-    const ROUNDING: f32 = 1e-3;
-    let off = |(stats, mass): &(&RowStats, &f32)| {
-        let lse = stats.lse().abs();
-        mass.is_nan() || mass.ln().abs() > ROUNDING + 2.0 * f32::EPSILON * lse
-    };
-    match stats.iter().zip(mass).find(off) {
-        None => Ok(()),
-        Some((_, mass)) => Err(Error::failure(format!(
-            "the probabilities of a token's alternatives sum to {mass} in training under the statistics of \
-             sampling, by the same adapters; this is a bug"
-        ))),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn probabilities_that_do_not_sum_to_one_stop_the_step() {
-        let stats = |max| RowStats { max, argmax: 0, log_sum: 2.0, entropy: 1.0 };
-        assert!(check_mass(&[], &[]).is_ok());
-        assert!(check_mass(&[stats(3.0); 2], &[1.0, 0.9995]).is_ok());
-        // logits that a temperature of 1e-5 has made large are rounded coarsely
-        assert!(check_mass(&[stats(3e6)], &[1.2]).is_ok());
-        for mass in [0.99, 1.01, 0.0, f32::NAN, f32::INFINITY] {
-            assert!(check_mass(&[stats(3.0); 2], &[1.0, mass]).is_err(), "{mass}");
+    /// Refuses to go on where what sampling took of a completion at the head is not what training computes.
+    fn check_taken(
+        &self,
+        packed: &GroupBatch,
+        output: &Tensor,
+        (place, taken): (usize, Taken),
+        sampled: Distribution,
+    ) -> Result<()> {
+        let Some((_, completion)) = self.completions(packed).nth(place) else { return Ok(()) };
+        let places = packed.targets_of(place);
+        let targets: Vec<_> = places.iter().map(|target| packed.targets[*target]).collect();
+        let gradients: Vec<_> = places.iter().map(|target| taken.gradients[*target]).collect();
+        let (stats, weights) = (&completion.stats[..], vec![1.0; targets.len()]);
+        let pull = Pull { targets: &targets, weights: &weights, dentropy: None };
+        let of = |taken| -> Result<_> {
+            let tape = Tape::recording(self.policy.engine());
+            let (h, distribution) = (tape.input(output), Distribution { stats, taken, ..sampled });
+            let (sum, said) = self.policy.weighted_logps_under(&tape, &h, pull, distribution)?;
+            let one = Tensor::ones(1, DType::F32, self.policy.engine().device())?;
+            Ok((tape.backward_to_input(&sum, one, &h)?.0, said))
+        };
+        let (own, said) = of(None)?;
+        check_ratio(completion, &said.logps)?;
+        check_mass(stats, &said.mass)?;
+        let taken = Taken { gradients: &gradients, logps: &completion.logps };
+        match (own, of(Some(taken))?.0) {
+            (Some(own), Some(taken)) if equal_bits(&own, &taken)? => Ok(()),
+            _ => Err(Error::failure(
+                "the gradient at the head that sampling took is not that of training, by the same adapters; \
+                 this is a bug",
+            )),
         }
     }
 }
