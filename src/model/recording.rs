@@ -32,7 +32,7 @@ pub struct Recorded {
 }
 
 impl Recorded {
-    /// The gradient of the log-prob of the completion's token `t` in what the head read, [D], if it was taken.
+    /// The gradient of the log-prob of the completion's token `t` in what the head read, `[D]`, if it was taken.
     pub fn gradient(&self, t: usize) -> Option<&[f32]> {
         let (time, row) = *self.drawn.get(t)?;
         let (gradients, d) = self.recording.drawn.get(time as usize)?;

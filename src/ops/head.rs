@@ -72,7 +72,7 @@ pub struct Distribution<'a> {
 /// What is known of targets since they were drawn.
 #[derive(Clone, Copy, Debug)]
 pub struct Taken<'a> {
-    /// The gradient [D] of each target's log-prob in its row, normed.
+    /// The gradient `[D]` of each target's log-prob in its row, normed.
     pub gradients: &'a [&'a [f32]],
     /// The log-probs.
     pub logps: &'a [f32],
