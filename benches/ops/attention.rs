@@ -15,6 +15,7 @@ const SHAPE: AttentionShape = AttentionShape {
     scale: 0.125,
     window: None,
     softcap: None,
+    rounded: false,
 };
 const WIDTH: usize = SHAPE.heads * SHAPE.head_dim;
 const KV_WIDTH: usize = SHAPE.kv_heads * SHAPE.head_dim;
@@ -66,7 +67,7 @@ fn of_new_tokens(benches: &mut Benches, sequences: usize, past: usize) {
         let name = format!("attention_cached/{sequences}x{past}/{dtype:?}").to_lowercase();
         let bytes = 2 * sequences * (past + 1) * KV_WIDTH * dtype.bytes();
         measure(&mut benches.bytes, &name, bytes, || {
-            forward_cached(&q, &segments, layer, &SHAPE, &mut out);
+            forward_cached(&q, &segments, layer, &SHAPE, &mut out, None);
         });
     }
 }

@@ -56,6 +56,8 @@ pub struct AttentionShape {
     pub window: Option<usize>,
     /// Bounds a score `s` to `softcap * tanh(s / softcap)`.
     pub softcap: Option<f32>,
+    /// Results are rounded to the nearest bf16. Gradients pass as if they were not.
+    pub rounded: bool,
 }
 
 impl AttentionShape {

@@ -41,7 +41,8 @@ pub struct LayerPages<'a> {
 }
 
 /// Softmax attention of the packed queries `q` to the pages of their sequences, into `out`, both
-/// `[N, heads * head_dim]`. Rows of no segment stay as they are.
+/// `[N, heads * head_dim]`; `lse`, `[N, heads]`, as in [`forward`](super::attention::forward). Rows of no segment
+/// stay as they are.
 ///
 /// # Panics
 /// If segments overlap in rows, or a page is missing.
@@ -51,8 +52,9 @@ pub fn forward_cached(
     layer: LayerPages,
     shape: &AttentionShape,
     out: &mut [f32],
+    lse: Option<&mut [f32]>,
 ) {
-    forward_cached_at(CpuLevel::detect(), q, segments, layer, shape, out);
+    forward_cached_at(CpuLevel::detect(), q, segments, layer, shape, (out, lse));
 }
 
 /// [`forward_cached`] on a given instruction set.
@@ -62,7 +64,7 @@ pub(super) fn forward_cached_at(
     segments: &[CachedSegment],
     layer: LayerPages,
     shape: &AttentionShape,
-    out: &mut [f32],
+    (out, lse): (&mut [f32], Option<&mut [f32]>),
 ) {
     shape.check();
     assert!(q.len() == out.len(), "queries and result differ in size");
@@ -70,14 +72,14 @@ pub(super) fn forward_cached_at(
     let queries = queries(segments);
     let tasks = tasks(&queries, shape);
     let rows = tasks.iter().map(|(task, _)| task.len() * shape.group()).max().unwrap_or(0);
-    let out = SharedMut::new(out);
+    let (out, lse) = (SharedMut::new(out), lse.map(SharedMut::new));
     for_each_index(
         tasks.len(),
         || Scratch::new(shape, rows),
         |scratch, i| {
             let (task, head) = tasks[i].clone();
-            let (queries, out) = (&queries[task], &out);
-            level.run(Forward { q, queries, head, layer, shape, scratch, out });
+            let (queries, out, lse) = (&queries[task], &out, lse.as_ref());
+            level.run(Forward { q, queries, head, layer, shape, scratch, out, lse });
         },
     );
 }
@@ -168,6 +170,7 @@ struct Forward<'a> {
     shape: &'a AttentionShape,
     scratch: &'a mut Scratch,
     out: &'a SharedMut<'a>,
+    lse: Option<&'a SharedMut<'a>>,
 }
 
 impl Kernel for Forward<'_> {
@@ -317,13 +320,19 @@ impl Forward<'_> {
     fn finish<S: Simd>(&mut self, s: S) {
         let (d, width) = (self.shape.head_dim, padded(self.shape.head_dim));
         for (i, query) in self.queries.iter().enumerate() {
-            // SAFETY: segments do not overlap, and a task's queries and head are its own.
-            let out = unsafe { self.out.part(query.source(self.head, self.shape)) };
-            for (j, head) in out.chunks_exact_mut(d).enumerate() {
+            let source = query.source(self.head, self.shape);
+            for j in 0..self.shape.group() {
                 let row = i * self.shape.group() + j;
                 let sums = &mut self.scratch.sums[row * width..(row + 1) * width];
-                self.scratch.state[row].divide(s, sums);
-                head.copy_from_slice(&sums[..d]);
+                let denominator = self.scratch.state[row].divide(s, sums, self.shape.rounded);
+                let at = source.start / d + j;
+                // SAFETY: segments do not overlap, and a task's queries and head are its own.
+                unsafe {
+                    self.out.part(at * d..(at + 1) * d).copy_from_slice(&sums[..d]);
+                    if let Some(lse) = self.lse {
+                        lse.part(at..at + 1)[0] = denominator;
+                    }
+                }
             }
         }
     }

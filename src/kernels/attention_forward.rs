@@ -107,16 +107,16 @@ impl Running {
     /// That of no key.
     pub(super) const START: Running = Running { top: f32::NEG_INFINITY, total: [0.0; LANES] };
 
-    /// Divides the sums of weighted values by the sum of the weights, and returns that. Adding 0
-    /// makes the sign of a zero the same whatever masked keys were skipped.
+    /// Divides the sums of weighted values by the sum of the weights, and returns the logarithm of the softmax's
+    /// denominator. Adding 0 makes the sign of a zero the same whatever masked keys were skipped.
     #[inline(always)]
-    pub(super) fn divide<S: Simd>(&self, s: S, sums: &mut [f32]) -> f32 {
+    pub(super) fn divide<S: Simd>(&self, s: S, sums: &mut [f32], rounded: bool) -> f32 {
         let total = s.sum(s.load(&self.total));
         for x in sums.as_chunks_mut::<LANES>().0 {
-            let mean = s.div(s.load(x), s.splat(total));
-            s.store(x, s.add(mean, s.splat(0.0)));
+            let mean = s.add(s.div(s.load(x), s.splat(total)), s.splat(0.0));
+            s.store(x, if rounded { s.round_bf16(mean) } else { mean });
         }
-        total
+        self.top + total.ln()
     }
 }
 
@@ -251,13 +251,13 @@ impl<'a> Forward<'a> {
         for row in 0..block.rows(shape) {
             let state = &scratch.state[row];
             let sums = &mut scratch.sums[row * width..(row + 1) * width];
-            let total = state.divide(s, sums);
+            let denominator = state.divide(s, sums, shape.rounded);
             let at = block.source(shape, row / group).start / d + row % group;
             // SAFETY: chains do not overlap, and a block's rows and heads are its own.
             unsafe {
                 self.out.part(at * d..(at + 1) * d).copy_from_slice(&sums[..d]);
                 if let Some(lse) = self.lse {
-                    lse.part(at..at + 1)[0] = state.top + total.ln();
+                    lse.part(at..at + 1)[0] = denominator;
                 }
             }
         }

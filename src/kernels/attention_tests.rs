@@ -46,7 +46,8 @@ fn random(seed: u64, n: usize) -> Vec<f32> {
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> AttentionShape {
     let scale = (head_dim as f32).sqrt().recip();
-    AttentionShape { heads, kv_heads, head_dim, scale, window: None, softcap: None }
+    let (window, softcap, rounded) = (None, None, false);
+    AttentionShape { heads, kv_heads, head_dim, scale, window, softcap, rounded }
 }
 
 /// Segments of these lengths, one after the other, continuing these parents.
@@ -261,6 +262,20 @@ fn large_scores_neither_overflow_nor_lose_the_maximum() {
 }
 
 #[test]
+fn rounded_results_are_the_nearest_bf16_numbers_and_the_denominators_stay() {
+    for shape in shapes() {
+        let plain = Batch::new(forest(), shape);
+        let rounded = Batch { shape: AttentionShape { rounded: true, ..shape }, ..plain.clone() };
+        for level in [CpuLevel::Portable, CpuLevel::Avx2, CpuLevel::Avx512] {
+            let (plain, rounded) = (plain.forward(level), rounded.forward(level));
+            assert_ne!(plain.out, rounded.out);
+            assert_bits("out", &rounded.out, &rounded_to_bf16(&plain.out));
+            assert_bits("lse", &rounded.lse, &plain.lse);
+        }
+    }
+}
+
+#[test]
 fn packed_is_alone_to_the_bit() {
     for shape in shapes() {
         let batch = Batch::new(forest(), shape);
@@ -363,6 +378,7 @@ fn new_tokens_over_shared_pages_get_the_bits_of_the_full_pass() {
     let dtypes = [PageDtype::F32, PageDtype::Bf16];
     for (shape, dtype) in shapes().into_iter().flat_map(|shape| dtypes.map(|dtype| (shape, dtype)))
     {
+        let shape = AttentionShape { rounded: dtype == PageDtype::Bf16, ..shape };
         let mut batch = Batch::new(forest(), shape);
         if dtype == PageDtype::Bf16 {
             (batch.k, batch.v) = (rounded_to_bf16(&batch.k), rounded_to_bf16(&batch.v));
@@ -383,8 +399,12 @@ fn new_tokens_over_shared_pages_get_the_bits_of_the_full_pass() {
         let layer = LayerPages { pages: &pages, shape: parts, layer: 1 };
         for level in [CpuLevel::Portable, CpuLevel::Avx2, CpuLevel::Avx512] {
             let mut out = vec![9.0; batch.q.len()];
-            forward_cached_at(level, &batch.q, &segments, layer, &shape, &mut out);
-            assert_bits("out", &out, &batch.forward(level).out);
+            let mut lse = vec![9.0; batch.q.len() / shape.head_dim];
+            let results = (out.as_mut_slice(), Some(lse.as_mut_slice()));
+            forward_cached_at(level, &batch.q, &segments, layer, &shape, results);
+            let full = batch.forward(level);
+            assert_bits("out", &out, &full.out);
+            assert_bits("lse", &lse, &full.lse);
         }
     }
 }

@@ -99,6 +99,7 @@ impl Block {
                 scale: config.attention_scale as f32,
                 window: config.layers[layer].window,
                 softcap: None,
+                rounded: false,
             },
             rope: config.layers[layer].rope,
             act: match config.hidden_act {

@@ -20,7 +20,8 @@ use crate::kernels::slices::room;
 /// Attention of a packed batch: q [N, heads * head_dim], k and v [N, kv_heads * head_dim].
 ///
 /// A query at position p sees the keys of its chain (ancestors, then its own segment) at positions
-/// j <= p, in windowed layers only those with p - j < window.
+/// j <= p, in windowed layers only those with p - j < window. At `medium` on the CPU results are rounded to
+/// bf16.
 pub fn attention(
     tape: &Tape,
     (q, k, v): (&Value, &Value, &Value),
@@ -28,6 +29,7 @@ pub fn attention(
     shape: &AttentionShape,
 ) -> Result<Value> {
     let _span = trace_span!("attention", flops = shape.flops(segments)).entered();
+    let shape = &tape.engine().rounding(shape);
     if !tape.engine().fused() {
         return composed(tape, &[q, k, v], |xs| {
             attend_packed(&xs[0], &xs[1], &xs[2], segments, shape)
@@ -95,7 +97,8 @@ pub fn attention_cached(
         return Ok(Tensor::cat(&attended.collect::<candle_core::Result<Vec<_>>>()?, 0)?);
     }
     let segments: Vec<_> = continued.map(|(segment, slot)| cache.segment(segment, *slot)).collect();
+    let shape = &engine.rounding(shape);
     let mut out = room(q.elem_count());
-    forward_cached(&host(q)?, &segments, cache.layer(layer, shape), shape, &mut out);
+    forward_cached(&host(q)?, &segments, cache.layer(layer, shape), shape, &mut out, None);
     engine.tensor(out, q.dims())
 }

@@ -5,6 +5,7 @@ use tracing::trace_span;
 
 use super::tape::Tape;
 use super::value::Value;
+use crate::kernels::attention::AttentionShape;
 use crate::kernels::matmul::MatmulPrecision;
 use crate::kernels::pages::PageDtype;
 use crate::kernels::slices::sum;
@@ -64,6 +65,11 @@ impl Engine {
     /// Bytes of a number in the cache of keys and values: 2 at `medium` on the CPU, else 4.
     pub fn kv_bytes(&self) -> usize {
         self.kv_dtype().bytes()
+    }
+
+    /// The shape of attention whose results are as exact as keys and values are stored.
+    pub(super) fn rounding(&self, shape: &AttentionShape) -> AttentionShape {
+        AttentionShape { rounded: self.kv_dtype() == PageDtype::Bf16, ..*shape }
     }
 
     pub(super) fn fused(&self) -> bool {
