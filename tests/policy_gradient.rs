@@ -10,6 +10,7 @@ use common::{policy_stored_as, relative, shared};
 use steersman::adapter::{Lora, LoraConfig, Site, Steering, SteeringConfig};
 use steersman::config::{KlEstimator, LossType};
 use steersman::model::{ModelConfig, ModelSource, Policy, Recorded, Weights};
+use steersman::ops::MatmulPrecision::{High, Highest, Medium};
 use steersman::ops::{Engine, Gradients, WeightDtype};
 use steersman::rollout::{
     GenerateOptions, Generator, Group, Record, SamplingParams, sample_groups,
@@ -20,6 +21,9 @@ use steersman::train::policy_gradient::{
 };
 
 const G: usize = 4;
+
+/// All that sampling can keep.
+const ALL: Record = Record { attention: true, head: true };
 
 fn policy(family: &str) -> Option<Policy> {
     let folder = shared(&format!("fixtures/{family}"))?;
@@ -39,12 +43,12 @@ fn policy_with_cap(family: &str, cap: Option<f64>) -> Option<Policy> {
 /// Three groups of completions of up to nine tokens.
 fn sampled(policy: &Policy, adapters: &Adapters, sampling: SamplingParams) -> Vec<Group> {
     let options = GenerateOptions { sampling, ..Default::default() };
-    groups((policy, adapters), &options, (5, Record::Nothing))
+    groups((policy, adapters), &options, (5, None))
 }
 
 /// The same, with what the blocks computed; the first prompt has `prompt` tokens.
 fn recorded(policy: &Policy, adapters: &Adapters, how: (usize, usize)) -> Vec<Group> {
-    recorded_at((policy, adapters), how, (1.0, Record::Blocks))
+    recorded_at((policy, adapters), how, (1.0, Record::default()))
 }
 
 /// The same, at a temperature, with what is wanted.
@@ -55,13 +59,13 @@ fn recorded_at(
 ) -> Vec<Group> {
     let sampling = SamplingParams { temperature, ..Default::default() };
     let options = GenerateOptions { sampling, max_batch, ..Default::default() };
-    groups(of, &options, (prompt, record))
+    groups(of, &options, (prompt, Some(record)))
 }
 
 fn groups(
     (policy, adapters): (&Policy, &Adapters),
     options: &GenerateOptions,
-    (prompt, record): (usize, Record),
+    (prompt, record): (usize, Option<Record>),
 ) -> Vec<Group> {
     let prompt = |i: usize| (i as u64, i, text(policy, i, prompt + 3 * i));
     // some completions end early
@@ -90,7 +94,7 @@ fn assert_recorded(groups: &[Group], record: Record) {
         for completion in &group.completions {
             assert_eq!(rows(&completion.recorded), Some(completion.tokens.len() - 1));
             let drawn = completion.recorded.as_ref().map(|recorded| recorded.drawn.len());
-            let wanted = record == Record::BlocksAndHead;
+            let wanted = record.head;
             assert_eq!(drawn, Some(if wanted { completion.tokens.len() } else { 0 }));
         }
     }
@@ -206,8 +210,11 @@ fn updates_from_what_sampling_computed_have_the_bits_of_updates_from_a_forward_p
         }
         for (name, adapters) in sets {
             for how in [(5, 64), (5, 3), (1, 1)] {
-                for (record, temperature) in [(Record::Blocks, 1.0), (Record::BlocksAndHead, 0.7)] {
-                    let what = format!("{family} {name} {how:?} {record:?}");
+                let blocks = Record::default();
+                let records = [(blocks, 1.0, Highest), (ALL, 0.7, Highest), (ALL, 1.0, Medium)];
+                for (record, temperature, precision) in records {
+                    let what = format!("{family} {name} {how:?} {record:?} {precision:?}");
+                    let policy = policy.at_precision(precision);
                     let groups = recorded_at((&policy, &adapters), how, (temperature, record));
                     assert_recorded(&groups, record);
                     let without = without_recordings(&groups);
@@ -230,6 +237,31 @@ fn updates_from_what_sampling_computed_have_the_bits_of_updates_from_a_forward_p
 }
 
 #[test]
+fn keys_of_another_sequence_stop_the_step() {
+    for (family, precision) in
+        [("llama3-scaled-rope", Highest), ("qwen3", High), ("gemma3", Medium)]
+    {
+        let Some(policy) = policy(family) else { return };
+        let policy = policy.at_precision(precision);
+        let adapters: Adapters = vec![lora(&policy)];
+        let groups = recorded_at((&policy, &adapters), (5, 64), (1.0, ALL));
+        assert_eq!(refusal((&policy, &adapters), (&groups, &advantages())), "none");
+        for version in 0..2 * policy.config().layers.len() as u64 {
+            let mut groups = groups.clone();
+            groups.iter_mut().for_each(|group| group.version = version);
+            let all = groups.iter_mut().flat_map(|group| &mut group.completions);
+            let mut learnt = all.zip(advantages()).filter(|(_, advantage)| advantage.is_some());
+            let (mine, _) = learnt.find(|(own, _)| own.tokens.len() == 9).unwrap();
+            let (other, _) = learnt.find(|(own, _)| own.tokens.len() == 9).unwrap();
+            let slot = other.recorded.as_ref().unwrap().slot;
+            mine.recorded.as_mut().unwrap().slot = slot;
+            let error = refusal((&policy, &adapters), (&groups, &advantages()));
+            assert!(error.contains("makes in training what it did not make"), "{family}: {error}");
+        }
+    }
+}
+
+#[test]
 fn prompts_that_other_adapters_passed_stop_the_step() {
     for family in ["llama3-scaled-rope", "qwen3", "gemma3"] {
         let Some(policy) = policy(family) else { return };
@@ -240,7 +272,7 @@ fn prompts_that_other_adapters_passed_stop_the_step() {
                 group.recorded = other.recorded;
             }
             let error = refusal((&policy, &adapters), (&groups, &advantages()));
-            let told = ["puts out in training what it did not", "the importance ratio is not 1"];
+            let told = ["makes in training what it did not", "the importance ratio is not 1"];
             assert!(told.iter().any(|told| error.contains(told)), "{family} {name}: {error}");
         }
     }
@@ -250,7 +282,7 @@ fn prompts_that_other_adapters_passed_stop_the_step() {
 fn gradients_at_the_head_that_are_not_those_of_training_stop_a_step_that_draws_their_completion() {
     let Some(policy) = policy("qwen2") else { return };
     let adapters: Adapters = vec![lora(&policy)];
-    let groups = recorded_at((&policy, &adapters), (5, 64), (1.0, Record::BlocksAndHead));
+    let groups = recorded_at((&policy, &adapters), (5, 64), (1.0, ALL));
     assert_eq!(refusal((&policy, &adapters), (&groups, &advantages())), "none");
     let learnt = (0..3 * G).filter(|i| advantages()[*i].is_some());
     for (g, c) in learnt.map(|i| (i / G, i % G)) {
@@ -282,7 +314,7 @@ fn what_other_adapters_computed_stops_the_step() {
         let of_version = |group: &Group| Group { version, ..group.clone() };
         let groups: Vec<Group> = groups.iter().map(of_version).collect();
         let error = refusal((&policy, &adapters), (&groups, &advantages()));
-        assert!(error.contains("puts out in training what it did not put out"), "{error}");
+        assert!(error.contains("makes in training what it did not make"), "{error}");
         layers.insert(error.split(' ').nth(1).map(str::to_string));
     }
     assert_eq!(layers.len(), policy.config().layers.len(), "{layers:?}");

@@ -13,6 +13,7 @@ use half::bf16;
 use super::attention_tile::{KEYS, padded};
 use super::lanes::LANES;
 use super::parallel::for_each;
+use super::slices::widened_bf16;
 
 /// Positions in a page: the keys of one tile.
 pub const PAGE: usize = KEYS;
@@ -73,6 +74,17 @@ impl Page {
         match self {
             Page::F32(page) => shape.write::<_, 1>(page, layer, at, (k, v), |x| x),
             Page::Bf16(page) => shape.write::<_, 2>(page, layer, at, (k, v), bf16::from_f32),
+        }
+    }
+
+    /// The rows that [`Page::write`] has written to a layer from the position `at` on, into `k` and `v`.
+    ///
+    /// # Panics
+    /// If they are more than the page has, or it is of another shape.
+    pub fn read(&self, shape: PageShape, layer: usize, at: usize, k: &mut [f32], v: &mut [f32]) {
+        match self {
+            Page::F32(page) => shape.read::<_, 1>(page, layer, at, (k, v), |x| x),
+            Page::Bf16(page) => shape.read::<_, 2>(page, layer, at, (k, v), widened_bf16),
         }
     }
 
@@ -141,26 +153,56 @@ impl PageShape {
     ) {
         let (d, width) = (self.head_dim, padded(self.head_dim));
         assert!(k.len() == v.len() && at + k.len() / (self.kv_heads * d) <= PAGE);
-        let place = |row: usize, column: usize, width: usize| {
-            row / TOGETHER * TOGETHER * width + column * TOGETHER + row % TOGETHER
-        };
         for head in 0..self.kv_heads {
             let of_head = |x| rows_of(x, self.kv_heads * d, head * d..(head + 1) * d);
             let keys = &mut page[self.keys(layer, head)];
             for (position, row) in (at..).zip(of_head(k)) {
                 let vector = &mut keys[position / LANES * LANES * self.key_len()..];
                 for (i, x) in row.iter().enumerate() {
-                    vector[place(i, position % LANES, LANES)] = stored(*x);
+                    vector[place::<TOGETHER>(i, position % LANES, LANES)] = stored(*x);
                 }
             }
             let values = &mut page[self.values(layer, head)];
             for (position, row) in (at..).zip(of_head(v)) {
                 for (i, x) in row.iter().enumerate() {
-                    values[place(position, i, width)] = stored(*x);
+                    values[place::<TOGETHER>(position, i, width)] = stored(*x);
                 }
             }
         }
     }
+
+    /// Reads what [`PageShape::write`] has written.
+    fn read<T: Copy, const TOGETHER: usize>(
+        &self,
+        page: &[T],
+        layer: usize,
+        at: usize,
+        (k, v): (&mut [f32], &mut [f32]),
+        widened: impl Fn(T) -> f32,
+    ) {
+        let (d, width) = (self.head_dim, padded(self.head_dim));
+        let all = self.kv_heads * d;
+        assert!(k.len() == v.len() && at + k.len() / all <= PAGE);
+        for head in 0..self.kv_heads {
+            let (keys, values) = (&page[self.keys(layer, head)], &page[self.values(layer, head)]);
+            let rows = k.chunks_exact_mut(all).zip(v.chunks_exact_mut(all));
+            for (position, (k, v)) in (at..).zip(rows) {
+                let vector = &keys[position / LANES * LANES * self.key_len()..];
+                for (i, x) in k[head * d..(head + 1) * d].iter_mut().enumerate() {
+                    *x = widened(vector[place::<TOGETHER>(i, position % LANES, LANES)]);
+                }
+                for (i, x) in v[head * d..(head + 1) * d].iter_mut().enumerate() {
+                    *x = widened(values[place::<TOGETHER>(position, i, width)]);
+                }
+            }
+        }
+    }
+}
+
+/// Where a number lies among rows of `width` numbers of which `TOGETHER` lie together, column by column.
+#[inline(always)]
+fn place<const TOGETHER: usize>(row: usize, column: usize, width: usize) -> usize {
+    row / TOGETHER * TOGETHER * width + column * TOGETHER + row % TOGETHER
 }
 
 /// Rows of keys and values that go to one page.
@@ -195,6 +237,32 @@ pub fn write_rows(
         let Some(page) = page else { panic!("page {} is missing or named twice", part.page) };
         page.write(shape, layer, part.at, &k[rows.clone()], &v[rows]);
     });
+}
+
+/// Reads rows of a layer from their pages into `k` and `v`, `[N, kv_heads * head_dim]`, in parallel: `parts` lie one
+/// after the other there.
+///
+/// # Panics
+/// If a part does not follow the one before, or its page has not so many rows.
+pub fn read_rows(
+    parts: Vec<(&Page, PageRows)>,
+    shape: PageShape,
+    layer: usize,
+    (k, v): (&mut [f32], &mut [f32]),
+) {
+    let width = shape.kv_heads * shape.head_dim;
+    let (mut rest, mut done) = ((k, v), 0);
+    let parts = parts.into_iter().map(|(page, part)| {
+        assert!(part.rows.start == done, "rows leave a gap or overlap");
+        done = part.rows.end;
+        let (k, v) = std::mem::take(&mut rest);
+        let (k, more_k) = k.split_at_mut(part.rows.len() * width);
+        let (v, more_v) = v.split_at_mut(part.rows.len() * width);
+        rest = (more_k, more_v);
+        (page, part.at, k, v)
+    });
+    let parts: Vec<_> = parts.collect();
+    for_each(parts.into_iter(), |(page, at, k, v)| page.read(shape, layer, at, k, v));
 }
 
 /// The columns `part` of each row of `x`.
@@ -233,6 +301,30 @@ mod tests {
             let last = &values[values.len() - 2 * LANES..];
             assert_eq!(last_values.map(|i| last[i]), [107.0, 108.0, 109.0]);
             assert_eq!(page.iter().filter(|x| **x != 0.0).count(), 24);
+        }
+    }
+
+    #[test]
+    fn rows_are_read_as_they_were_written() {
+        for (dtype, head_dim) in [(PageDtype::F32, 20), (PageDtype::Bf16, 20), (PageDtype::Bf16, 5)]
+        {
+            let shape = PageShape { layers: 2, kv_heads: 3, head_dim, dtype };
+            let (rows, width) = (PAGE + 9, 3 * head_dim);
+            let number = |i: usize| ((i * 37 % 256) as f32 - 128.0) / 64.0;
+            let k: Vec<f32> = (0..rows * width).map(number).collect();
+            let v: Vec<f32> = k.iter().map(|x| x / 2.0).collect();
+            let mut pages = [Page::new(shape), Page::new(shape)];
+            // from position 58 of one page, then a whole other one, then more of the first
+            let parts = [(0, 58, 0..6), (1, 0, 6..6 + PAGE), (0, 40, 6 + PAGE..rows)];
+            let part = |(page, at, rows): (u32, usize, Range<usize>)| PageRows { page, at, rows };
+            for (page, at, rows) in parts.clone() {
+                let part = rows.start * width..rows.end * width;
+                pages[page as usize].write(shape, 1, at, &k[part.clone()], &v[part]);
+            }
+            let mut read = (vec![9.0; k.len()], vec![9.0; v.len()]);
+            let parts = parts.map(|rows| (&pages[rows.0 as usize], part(rows)));
+            read_rows(parts.to_vec(), shape, 1, (&mut read.0, &mut read.1));
+            assert_eq!(read, (k, v));
         }
     }
 

@@ -1,6 +1,8 @@
 //! Functions applied to slices, sixteen lanes at a time. An element's result does not depend on
 //! its place.
 
+use half::bf16;
+
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::parallel::{for_each, task_len};
@@ -38,12 +40,36 @@ pub fn copied(x: &[f32]) -> Vec<f32> {
 
 /// Rows of `width` numbers, one after the other.
 pub fn gathered(rows: &[&[f32]], width: usize) -> Vec<f32> {
+    gather(rows, width, |y, row| y.copy_from_slice(row))
+}
+
+/// [`gathered`] from rows of bf16.
+pub fn gathered_bf16(rows: &[&[bf16]], width: usize) -> Vec<f32> {
+    gather(rows, width, |y, row| y.iter_mut().zip(row).for_each(|(y, x)| *y = widened_bf16(*x)))
+}
+
+fn gather<T: Sync>(
+    rows: &[&[T]],
+    width: usize,
+    copy: impl Fn(&mut [f32], &[T]) + Sync,
+) -> Vec<f32> {
     let (task, mut y) = (task_len(width), room(rows.len() * width));
     let tasks = y.chunks_mut(task.max(1)).zip(rows.chunks((task / width.max(1)).max(1)));
     for_each(tasks, |(y, rows)| {
-        y.chunks_exact_mut(width).zip(rows).for_each(|(y, row)| y.copy_from_slice(row));
+        y.chunks_exact_mut(width).zip(rows).for_each(|(y, row)| copy(y, row));
     });
     y
+}
+
+/// A bf16 number as f32; unlike that of `half` it looks for no NaN, which keeps loops of it fast.
+#[inline(always)]
+pub fn widened_bf16(x: bf16) -> f32 {
+    f32::from_bits((x.to_bits() as u32) << 16)
+}
+
+/// Numbers that are bf16 already, [`rounded_to_bf16`], in half the memory.
+pub fn narrowed_bf16(x: &[f32]) -> impl ExactSizeIterator<Item = bf16> {
+    x.iter().map(|x| bf16::from_bits((x.to_bits() >> 16) as u16))
 }
 
 /// `x` rounded to the nearest bf16 numbers (ties to even).

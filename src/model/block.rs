@@ -12,12 +12,13 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use super::config::{Activation, Matrix, ModelConfig};
+use super::recording::{self, KnownAttention, Recorded};
 use super::weights::Weights;
 use super::{Batch, matrix_name};
 use crate::Result;
 use crate::adapter::{Adapter, Site};
-use crate::ops::{self, AttentionShape, Engine, GluActivation, KvCache, Rotary, Segment, SlotId};
-use crate::ops::{Tape, Value, Weight, WeightDtype};
+use crate::ops::{self, Attended, AttentionShape, Engine, GluActivation, KvCache, Rotary, Segment};
+use crate::ops::{SlotId, Tape, Value, Weight, WeightDtype};
 
 /// A frozen linear map and its bias.
 #[derive(Clone)]
@@ -48,7 +49,24 @@ pub(super) struct Pass<'a> {
     pub(super) segments: Arc<[Segment]>,
     pub(super) rotaries: Vec<Rotary>,
     pub(super) adapters: &'a [Box<dyn Adapter>],
-    pub(super) cache: Option<(&'a mut KvCache, &'a [SlotId])>,
+    pub(super) cache: Option<Cached<'a>>,
+}
+
+/// The cache that a pass goes on from and adds to.
+pub(super) struct Cached<'a> {
+    pub(super) cache: &'a mut KvCache,
+    /// The sequence of each segment.
+    pub(super) slots: &'a [SlotId],
+    /// Whether what attention made of the last layer is left in `attended`.
+    pub(super) keeps: bool,
+    pub(super) attended: Option<Attended>,
+}
+
+/// What is known of a block's work when it is computed for the way back.
+pub(super) struct Known {
+    /// Its output [N, D], before what adapters add to it.
+    pub(super) out: Tensor,
+    pub(super) attention: Option<KnownAttention>,
 }
 
 impl Block {
@@ -126,43 +144,101 @@ impl Block {
         h: &Value,
         pass: &mut Pass,
     ) -> Result<Value> {
-        let (h, inner) = self.first_part(tape, layer, h, pass)?;
-        let [y] = self.linears(tape, layer, [Matrix::Down], &inner, pass)?;
-        let y = self.sandwich(tape, y, &self.post_mlp_norm)?;
-        let y = pass.shift(tape, layer, Site::PostMlp, y)?;
-        ops::add(tape, &h, &y)
+        let mixed = self.mixed(tape, layer, h, pass)?;
+        let (h, inner) = self.middle(tape, layer, (h, mixed), pass)?;
+        self.last(tape, layer, (&h, &inner), pass)
     }
 
-    /// [`Block::forward`] for the way back alone, its result `out` being known: the last product is left out
-    /// unless something after it reads its result, and everything is where no gradient goes further down.
+    /// [`Block::forward`] for the way back alone: products whose results are known are left out unless something
+    /// after them reads what is not known, and everything is where no gradient goes further down.
     pub(super) fn forward_known(
         &self,
         tape: &Tape,
         layer: usize,
-        (h, out): (&Value, &Tensor),
+        (h, known): (&Value, &Known),
         pass: &mut Pass,
     ) -> Result<Value> {
-        if self.post_mlp_norm.is_some() || pass.steers(layer, Site::PostMlp) {
-            return self.forward(tape, layer, h, pass);
+        let steered = self.post_mlp_norm.is_some() || pass.steers(layer, Site::PostMlp);
+        if !h.is_tracked() && pass.adapters.iter().all(|adapter| adapter.acts_last()) && !steered {
+            return Ok(Value::constant(known.out.clone()));
         }
-        if !h.is_tracked() && pass.adapters.iter().all(|adapter| adapter.acts_last()) {
-            return Ok(Value::constant(out.clone()));
+        let mixed = match &known.attention {
+            None => self.mixed(tape, layer, h, pass)?,
+            Some(known) => self.mixed_known(tape, layer, (h, known), pass)?,
+        };
+        let (h, inner) = self.middle(tape, layer, (h, mixed), pass)?;
+        if steered {
+            return self.last(tape, layer, (&h, &inner), pass);
         }
-        let (h, inner) = self.first_part(tape, layer, h, pass)?;
         let [map] = self.maps(tape, layer, [Matrix::Down], &inner, pass)?;
-        let y = ops::linear_unread(tape, &inner, map, out)?;
-        Ok(ops::add_known(tape, &h, &y, out.clone()))
+        let [y] = ops::linears_known(tape, &inner, [map], [Some(&known.out)])?;
+        Ok(ops::add_known(tape, &h, &y, known.out.clone()))
     }
 
-    /// All but the MLP's last matrix: the stream [N, D] that it adds to, and its input [N, F].
-    fn first_part(
+    /// [`Block::forward`] that tells whether what is known of it is what it computes, to the bit.
+    pub(super) fn forward_checked(
         &self,
         tape: &Tape,
         layer: usize,
-        h: &Value,
+        (h, known): (&Value, &Known),
+        pass: &mut Pass,
+    ) -> Result<(Value, bool)> {
+        let (q, k, v) = self.heads(tape, layer, h, pass)?;
+        let qkv = (q.tensor(), k.tensor(), v.tensor());
+        let attended = ops::attend(tape.engine(), qkv, &pass.segments, &self.shape, true)?;
+        let mut same = match &known.attention {
+            None => true,
+            Some(known) => {
+                let attention = known.attended.as_ref();
+                attention.map_or(Ok(true), |known| known.equals(&attended))?
+                    && ops::equal_bits(&known.k, k.tensor())?
+                    && ops::equal_bits(&known.v, v.tensor())?
+            }
+        };
+        let (qkv, segments) = ((&q, &k, &v), &pass.segments);
+        let mixed = ops::attention_known(tape, qkv, segments, &self.shape, attended)?;
+        let (h, inner) = self.middle(tape, layer, (h, mixed), pass)?;
+        let out = self.last(tape, layer, (&h, &inner), pass)?;
+        same &= ops::equal_bits(&known.out, out.tensor())?;
+        Ok((out, same))
+    }
+
+    /// What is known of the attention of a layer at the tokens of a batch's segments.
+    pub(super) fn known_attention(
+        &self,
+        engine: &Engine,
+        layer: usize,
+        of: (&[&Recorded], &[Segment]),
+    ) -> Result<Option<KnownAttention>> {
+        recording::attention(engine, of, layer, &self.shape)
+    }
+
+    /// The block's output, given the stream [N, D] after attention and the input [N, F] of the MLP's last matrix.
+    fn last(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        (h, inner): (&Value, &Value),
+        pass: &mut Pass,
+    ) -> Result<Value> {
+        let [y] = self.linears(tape, layer, [Matrix::Down], inner, pass)?;
+        let y = self.sandwich(tape, y, &self.post_mlp_norm)?;
+        let y = pass.shift(tape, layer, Site::PostMlp, y)?;
+        ops::add(tape, h, &y)
+    }
+
+    /// From the results of attention to the stream [N, D] that the MLP adds to, and the input [N, F] of its last
+    /// matrix.
+    fn middle(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        (h, mixed): (&Value, Value),
         pass: &mut Pass,
     ) -> Result<(Value, Value)> {
-        let attended = self.attend(tape, layer, h, pass)?;
+        let [attended] = self.linears(tape, layer, [Matrix::O], &mixed, pass)?;
+        drop(mixed);
+        let attended = self.sandwich(tape, attended, &self.post_attention_norm)?;
         let attended = pass.shift(tape, layer, Site::PostAttention, attended)?;
         let h = ops::add(tape, h, &attended)?;
         let x = self.norm(tape, &h, &self.mlp_norm)?;
@@ -172,21 +248,48 @@ impl Block {
         Ok((h, inner))
     }
 
-    fn attend(&self, tape: &Tape, layer: usize, h: &Value, pass: &mut Pass) -> Result<Value> {
+    /// The results of attention, [N, heads * head_dim].
+    fn mixed(&self, tape: &Tape, layer: usize, h: &Value, pass: &mut Pass) -> Result<Value> {
         let (q, k, v) = self.heads(tape, layer, h, pass)?;
-        let mixed = match &mut pass.cache {
-            None => ops::attention(tape, (&q, &k, &v), &pass.segments, &self.shape)?,
-            Some((cache, slots)) => Value::constant(ops::attention_cached(
-                tape.engine(),
-                (q.tensor(), k.tensor(), v.tensor()),
-                &pass.segments,
-                (cache, slots, layer),
-                &self.shape,
-            )?),
+        let Some(Cached { cache, slots, keeps, attended }) = &mut pass.cache else {
+            return ops::attention(tape, (&q, &k, &v), &pass.segments, &self.shape);
         };
-        drop((q, k, v));
-        let [y] = self.linears(tape, layer, [Matrix::O], &mixed, pass)?;
-        self.sandwich(tape, y, &self.post_attention_norm)
+        let now = ops::attention_cached(
+            tape.engine(),
+            (q.tensor(), k.tensor(), v.tensor()),
+            &pass.segments,
+            (cache, slots, layer),
+            (&self.shape, *keeps),
+        )?;
+        let mixed = Value::constant(now.out.clone());
+        *attended = Some(now).filter(|_| *keeps);
+        Ok(mixed)
+    }
+
+    /// [`Block::mixed`] where keys and values are known, and maybe the results.
+    fn mixed_known(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        (h, known): (&Value, &KnownAttention),
+        pass: &mut Pass,
+    ) -> Result<Value> {
+        let KnownAttention { k: keys, v: values, attended } = known;
+        let x = self.norm(tape, h, &self.input_norm)?;
+        let maps = self.maps(tape, layer, [Matrix::Q, Matrix::K, Matrix::V], &x, pass)?;
+        // the way back through a norm of keys reads what was normed
+        let unnormed = Some(keys).filter(|_| self.head_norms.is_none());
+        let [q, k, v] = ops::linears_known(tape, &x, maps, [None, unnormed, Some(values)])?;
+        let (q_norm, k_norm) = self.head_norms.as_ref().map(|(q, k)| (q, k)).unzip();
+        let q = self.turned(tape, q, q_norm, pass)?;
+        let k = k_norm.map_or(Ok(k.clone()), |norm| self.norm(tape, &k, norm))?;
+        let k = ops::rotate_known(tape, &k, &pass.rotaries[self.rope], keys.clone());
+        match attended.clone() {
+            None => ops::attention(tape, (&q, &k, &v), &pass.segments, &self.shape),
+            Some(attended) => {
+                ops::attention_known(tape, (&q, &k, &v), &pass.segments, &self.shape, attended)
+            }
+        }
     }
 
     /// Queries, keys and values of the heads, the latter two as the cache holds them.
@@ -199,15 +302,15 @@ impl Block {
     ) -> Result<(Value, Value, Value)> {
         let x = self.norm(tape, h, &self.input_norm)?;
         let [q, k, v] = self.linears(tape, layer, [Matrix::Q, Matrix::K, Matrix::V], &x, pass)?;
-        let turned = |mut y: Value, norm: Option<&Tensor>| -> Result<Value> {
-            if let Some(norm) = norm {
-                y = self.norm(tape, &y, norm)?;
-            }
-            ops::rotate(tape, &y, &pass.rotaries[self.rope])
-        };
         let (q_norm, k_norm) = self.head_norms.as_ref().map(|(q, k)| (q, k)).unzip();
-        let (q, k) = (turned(q, q_norm)?, turned(k, k_norm)?);
+        let (q, k) = (self.turned(tape, q, q_norm, pass)?, self.turned(tape, k, k_norm, pass)?);
         Ok((q, ops::as_cached(tape, &k)?, ops::as_cached(tape, &v)?))
+    }
+
+    /// Queries or keys normed, if they are, and rotated.
+    fn turned(&self, tape: &Tape, y: Value, norm: Option<&Tensor>, pass: &Pass) -> Result<Value> {
+        let y = norm.map_or(Ok(y.clone()), |norm| self.norm(tape, &y, norm))?;
+        ops::rotate(tape, &y, &pass.rotaries[self.rope])
     }
 
     /// The results of matrices with the same input x [N, in].

@@ -6,14 +6,15 @@ use candle_core::{DType, Tensor};
 use tracing::debug_span;
 
 use super::batch::Batch;
-use super::block::{Block, Pass};
+use super::block::{Block, Cached, Pass};
 use super::config::ModelConfig;
 use super::recording::{Recorded, Recording};
 use super::trace::{Trace, lowest};
 use super::weights::Weights;
 use crate::adapter::Adapter;
 use crate::ops::{
-    self, Distribution, Engine, Head, KvCache, MatmulPrecision, Pull, Rotary, SlotId, Tape, Target,
+    self, Attended, Distribution, Engine, Head, KvCache, MatmulPrecision, Pull, Rotary, SlotId,
+    Tape, Target,
 };
 use crate::ops::{Rounded, RowStats, TransposedHead, Value, Weight, WeightDtype};
 use crate::{Result, free_memory};
@@ -23,6 +24,9 @@ use crate::{Result, free_memory};
 pub fn part_tokens() -> usize {
     (512 * rayon::current_num_threads()).clamp(1024, 8192)
 }
+
+/// Sees a layer's output, before what adapters add to it, and what attention made there if the pass keeps that.
+type See<'a> = dyn FnMut(usize, &Tensor, Option<&Attended>) -> Result<()> + 'a;
 
 /// A decoder-only language model of any supported family, all its weights frozen. A clone shares them.
 #[derive(Clone)]
@@ -138,11 +142,12 @@ impl Policy {
         let _phase = debug_span!("forward", tokens = batch.len()).entered();
         let parts = batch.parts(part_tokens());
         if parts.len() == 1 {
-            return self.run(batch, &mut self.pass(Cow::Borrowed(batch), adapters), &mut |_| ());
+            let mut pass = self.pass(Cow::Borrowed(batch), adapters);
+            return self.run(batch, &mut pass, &mut |_, _, _| Ok(()));
         }
         let hidden = parts.into_iter().map(|part| {
             let mut pass = self.pass(Cow::Borrowed(&part), adapters);
-            self.run(&part, &mut pass, &mut |_| ())
+            self.run(&part, &mut pass, &mut |_, _, _| Ok(()))
         });
         Ok(Tensor::cat(&hidden.collect::<Result<Vec<_>>>()?, 0)?)
     }
@@ -157,11 +162,11 @@ impl Policy {
         slots: &[SlotId],
     ) -> Result<Tensor> {
         let mut pass = self.pass(Cow::Borrowed(batch), adapters);
-        pass.cache = Some((cache, slots));
-        self.run(batch, &mut pass, &mut |_| ())
+        pass.cache = Some(Cached { cache, slots, keeps: false, attended: None });
+        self.run(batch, &mut pass, &mut |_, _, _| Ok(()))
     }
 
-    /// [`Policy::hidden_cached`] that takes the blocks' outputs at `rows` into `recording`. On the CPU.
+    /// [`Policy::hidden_cached`] that takes what the layers make at `rows` into `recording`. On the CPU.
     pub fn hidden_recorded(
         &self,
         batch: &Batch,
@@ -170,25 +175,32 @@ impl Policy {
         (recording, rows): (&mut Recording, &[u32]),
     ) -> Result<Tensor> {
         let mut pass = self.pass(Cow::Borrowed(batch), adapters);
-        pass.cache = Some((cache, slots));
+        let keeps = recording.keeps_attention() && self.engine.keeps_bf16();
+        pass.cache = Some(Cached { cache, slots, keeps, attended: None });
+        if rows.is_empty() {
+            return self.run(batch, &mut pass, &mut |_, _, _| Ok(()));
+        }
+        recording.begin();
         let first = lowest(self, adapters).min(self.blocks.len()).saturating_sub(1);
-        let (mut outputs, mut layers) = (Vec::with_capacity(self.blocks.len()), 0..);
-        let mut see = |out: &Tensor| {
-            let layer = layers.next().filter(|layer| *layer >= first);
-            outputs.extend(layer.map(|layer| (layer, out.clone())));
-        };
-        let hidden = self.run(batch, &mut pass, &mut see)?;
-        recording.push(&self.engine, outputs, rows)?;
-        Ok(hidden)
+        self.run(batch, &mut pass, &mut |layer, out, attended| match layer >= first {
+            true => recording.push(&self.engine, layer, (out, attended), rows),
+            false => Ok(()),
+        })
     }
 
-    /// The last block's output; `see` sees each block's, before what adapters add to it.
-    fn run(&self, batch: &Batch, pass: &mut Pass, see: &mut dyn FnMut(&Tensor)) -> Result<Tensor> {
+    /// The last block's output; `see` sees every layer.
+    fn run(
+        &self,
+        batch: &Batch,
+        pass: &mut Pass,
+        see: &mut See,
+    ) -> Result<Tensor> {
         let tape = Tape::off(&self.engine);
         let mut h = Value::constant(self.embed(&batch.input_ids)?);
         for (layer, block) in self.blocks.iter().enumerate() {
             let out = block.forward(&tape, layer, &h, pass)?;
-            see(out.tensor());
+            let attended = pass.cache.as_mut().and_then(|cached| cached.attended.take());
+            see(layer, out.tensor(), attended.as_ref())?;
             h = pass.after_block(&tape, layer, out)?;
         }
         Ok(h.tensor().clone())

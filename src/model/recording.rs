@@ -3,18 +3,36 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use half::bf16;
 
-use crate::ops::{Engine, pick_rows};
+use crate::ops::{
+    Attended, AttentionShape, Engine, KvCache, Segment, SlotId, cached_keys, pick_rows,
+    pick_rows_bf16,
+};
 use crate::{Error, Result};
 
-/// The outputs of blocks in some passes of a policy, before what adapters add after a block: of all that the
-/// way back reads, from the block below the lowest adapter on.
+/// What passes of a policy computed that the way back reads: the outputs of blocks, before what adapters add
+/// after a block, from the block below the lowest adapter on, and if wanted keys, values and results of attention.
 #[derive(Debug, Default)]
 pub struct Recording {
-    /// Of each pass and layer, [N, D].
-    passes: Vec<Vec<(usize, Tensor)>>,
+    /// Whether what attention reads and makes is kept.
+    attention: bool,
+    /// Of each pass what its layers made, from a first one on.
+    passes: Vec<Vec<Made>>,
+    /// The cache that the passes went over, if its keys and values are kept.
+    cache: Option<KvCache>,
     /// What [`Policy::drawn_gradients`](super::Policy::drawn_gradients) gave each time, [rows, D], and D.
     drawn: Vec<(Vec<f32>, usize)>,
+}
+
+/// What a layer made in one pass.
+#[derive(Debug)]
+struct Made {
+    layer: usize,
+    /// The block's output, [N, D].
+    output: Tensor,
+    /// The results of attention, [N, heads * head_dim], which are bf16 numbers, and their denominators, [N, heads].
+    attended: Option<(Vec<bf16>, Vec<f32>)>,
 }
 
 /// A token in a [`Recording`]: its pass, and its row there.
@@ -27,6 +45,8 @@ pub struct Recorded {
     pub recording: Arc<Recording>,
     /// The tokens, one after the other.
     pub rows: Vec<RecordedRow>,
+    /// The sequence that took them up, in the recording's cache.
+    pub slot: SlotId,
     /// The gradients of a completion's drawn tokens, the last one too; empty where they were not taken.
     pub drawn: Vec<RecordedRow>,
 }
@@ -49,6 +69,16 @@ impl PartialEq for Recorded {
 }
 
 impl Recording {
+    /// An empty recording; with `attention` it keeps what attention reads and makes.
+    pub fn new(attention: bool) -> Self {
+        Recording { attention, ..Recording::default() }
+    }
+
+    /// Whether what attention reads and makes is kept.
+    pub fn keeps_attention(&self) -> bool {
+        self.attention
+    }
+
     /// Passes that were taken in: the number of the next one.
     pub fn passes(&self) -> u32 {
         self.passes.len() as u32
@@ -60,40 +90,96 @@ impl Recording {
         self.drawn.len() as u32 - 1
     }
 
-    /// Takes in `rows` of the outputs of a pass's blocks, each with its layer and [N, D], the lowest first.
+    /// Takes in the cache that the passes went over, the sequences still open, if attention is kept.
+    pub fn take_cache(&mut self, cache: KvCache) {
+        self.cache = Some(cache).filter(|_| self.attention);
+    }
+
+    /// Begins a pass.
+    pub(super) fn begin(&mut self) {
+        self.passes.push(Vec::new());
+    }
+
+    /// Takes in `rows` of what a layer of the present pass made: the block's output [N, D], and the results of
+    /// attention if they are kept.
     pub(super) fn push(
         &mut self,
         engine: &Engine,
-        outputs: Vec<(usize, Tensor)>,
+        layer: usize,
+        (output, attended): (&Tensor, Option<&Attended>),
         rows: &[u32],
     ) -> Result<()> {
-        let some = |(layer, output): (usize, Tensor)| -> Result<(usize, Tensor)> {
-            if output.dim(0)? == rows.len() {
-                return Ok((layer, output));
+        let output = match output.dim(0)? == rows.len() {
+            true => output.clone(),
+            false => {
+                let places: Vec<_> = rows.iter().map(|row| (output, *row as usize)).collect();
+                pick_rows(engine, &places)?
             }
-            let places: Vec<_> = rows.iter().map(|row| (&output, *row as usize)).collect();
-            Ok((layer, pick_rows(engine, &places)?))
         };
-        if !rows.is_empty() {
-            self.passes.push(outputs.into_iter().map(some).collect::<Result<_>>()?);
+        let attended = attended.map(|attended| attended.narrowed(rows)).transpose()?;
+        if let Some(pass) = self.passes.last_mut() {
+            pass.push(Made { layer, output, attended });
         }
         Ok(())
     }
 
-    fn output(&self, pass: u32, layer: usize) -> Result<&Tensor> {
-        let mut outputs = self.passes.get(pass as usize).into_iter().flatten();
-        let output = outputs.find(|(of, _)| *of == layer).map(|(_, output)| output);
-        output.ok_or_else(|| Error::failure(format!("layer {layer} was not recorded")))
+    fn made(&self, pass: u32, layer: usize) -> Result<&Made> {
+        let layers = self.passes.get(pass as usize);
+        let place = layers.and_then(|layers| layer.checked_sub(layers.first()?.layer));
+        let made = layers.zip(place).and_then(|(layers, place)| layers.get(place));
+        made.ok_or_else(|| Error::failure(format!("layer {layer} was not recorded")))
     }
 }
 
 /// The output of a layer's block at the tokens of these segments, one after the other, [N, D].
 pub(super) fn outputs(engine: &Engine, segments: &[&Recorded], layer: usize) -> Result<Tensor> {
     let mut rows = Vec::new();
-    for Recorded { recording, rows: of_segment, .. } in segments {
-        for (pass, row) in of_segment {
-            rows.push((recording.output(*pass, layer)?, *row as usize));
-        }
+    for (recording, pass, row) in tokens(segments) {
+        rows.push((&recording.made(pass, layer)?.output, row));
     }
     pick_rows(engine, &rows)
+}
+
+/// What attention reads and makes in one layer.
+#[derive(Debug)]
+pub(super) struct KnownAttention {
+    /// Keys as the cache holds them, [N, kv_heads * head_dim].
+    pub k: Tensor,
+    /// Values as the cache holds them, [N, kv_heads * head_dim].
+    pub v: Tensor,
+    /// The results.
+    pub attended: Option<Attended>,
+}
+
+/// What attention reads and makes in a layer at the tokens of these segments of a batch, if it was kept of all.
+pub(super) fn attention(
+    engine: &Engine,
+    (recorded, segments): (&[&Recorded], &[Segment]),
+    layer: usize,
+    shape: &AttentionShape,
+) -> Result<Option<KnownAttention>> {
+    let caches = recorded.iter().zip(segments).map(|(recorded, segment)| {
+        let cache = recorded.recording.cache.as_ref()?;
+        Some((*segment, cache, recorded.slot))
+    });
+    let Some(caches) = caches.collect::<Option<Vec<_>>>() else { return Ok(None) };
+    let (k, v) = cached_keys(engine, &caches, layer, shape)?;
+    let (mut rows, mut lse) = (Vec::new(), Vec::new());
+    let (width, heads) = (shape.heads * shape.head_dim, shape.heads);
+    for (recording, pass, row) in tokens(recorded) {
+        let Some((out, denominators)) = &recording.made(pass, layer)?.attended else {
+            return Ok(Some(KnownAttention { k, v, attended: None }));
+        };
+        rows.push(&out[row * width..(row + 1) * width]);
+        lse.extend_from_slice(&denominators[row * heads..(row + 1) * heads]);
+    }
+    let attended = Attended { out: pick_rows_bf16(engine, &rows, width)?, lse: lse.into() };
+    Ok(Some(KnownAttention { k, v, attended: Some(attended) }))
+}
+
+/// The tokens of these segments: recording, pass and row.
+fn tokens<'a>(segments: &'a [&Recorded]) -> impl Iterator<Item = (&'a Recording, u32, usize)> {
+    segments.iter().flat_map(|Recorded { recording, rows, .. }| {
+        rows.iter().map(|(pass, row)| (&**recording, *pass, *row as usize))
+    })
 }

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use half::bf16;
 use tracing::trace_span;
 
 use super::attention_composed::{attend_cached, attend_packed};
 use super::engine::{Engine, composed, host};
 use super::kv_cache::{KvCache, SlotId};
+use super::rows::equal_bits;
 use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
@@ -15,7 +17,37 @@ use crate::kernels::attention::{
     AttentionShape, BackwardInput, Gradients, Segment, backward, chains, forward,
 };
 use crate::kernels::attention_cached::forward_cached;
-use crate::kernels::slices::room;
+use crate::kernels::slices::{narrowed_bf16, room};
+
+/// What attention made of some queries, on the CPU.
+#[derive(Clone, Debug)]
+pub struct Attended {
+    /// The mixed values, [N, heads * head_dim].
+    pub out: Tensor,
+    /// The logarithm of each softmax's denominator, [N, heads].
+    pub lse: Arc<[f32]>,
+}
+
+impl Attended {
+    /// Whether all numbers of both are the same to the bit.
+    pub fn equals(&self, other: &Attended) -> Result<bool> {
+        let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
+        let lse = self.lse.len() == other.lse.len() && self.lse.iter().zip(&*other.lse).all(same);
+        Ok(lse && equal_bits(&self.out, &other.out)?)
+    }
+
+    /// Some rows of both, the results in half the memory: they must be bf16 numbers, as they are at `medium`.
+    pub fn narrowed(&self, rows: &[u32]) -> Result<(Vec<bf16>, Vec<f32>)> {
+        let (out, (n, width)) = (host(&self.out)?, self.out.dims2()?);
+        let heads = self.lse.len() / n.max(1);
+        let (mut narrowed, mut lse) = (Vec::with_capacity(rows.len() * width), Vec::new());
+        for row in rows.iter().map(|row| *row as usize) {
+            narrowed.extend(narrowed_bf16(&out[row * width..(row + 1) * width]));
+            lse.extend_from_slice(&self.lse[row * heads..(row + 1) * heads]);
+        }
+        Ok((narrowed, lse))
+    }
+}
 
 /// Attention of a packed batch: q [N, heads * head_dim], k and v [N, kv_heads * head_dim].
 ///
@@ -28,24 +60,45 @@ pub fn attention(
     segments: &Arc<[Segment]>,
     shape: &AttentionShape,
 ) -> Result<Value> {
-    let _span = trace_span!("attention", flops = shape.flops(segments)).entered();
-    let shape = &tape.engine().rounding(shape);
     if !tape.engine().fused() {
+        let _span = trace_span!("attention", flops = shape.flops(segments)).entered();
         return composed(tape, &[q, k, v], |xs| {
             attend_packed(&xs[0], &xs[1], &xs[2], segments, shape)
         });
     }
-    let tokens = q.tensor().dims2()?.0;
-    let mut out = room(q.tensor().elem_count());
     let tracked = tape.is_recording() && [q, k, v].iter().any(|x| x.is_tracked());
-    let mut lse = room(if tracked { tokens * shape.heads } else { 0 });
-    {
-        let (keys, values) = (host(k.tensor())?, host(v.tensor())?);
-        let chains = chains(segments, &keys, &values, shape.kv_heads * shape.head_dim);
-        let lse = tracked.then_some(lse.as_mut_slice());
-        forward(&host(q.tensor())?, &chains, shape, &mut out, lse);
-    }
-    let out = tape.engine().tensor(out, q.tensor().dims())?;
+    let qkv = (q.tensor(), k.tensor(), v.tensor());
+    let attended = attend(tape.engine(), qkv, segments, shape, tracked)?;
+    attention_known(tape, (q, k, v), segments, shape, attended)
+}
+
+/// What [`attention`] makes of the queries, on the CPU; `lse` is empty unless asked for.
+pub fn attend(
+    engine: &Engine,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    segments: &[Segment],
+    shape: &AttentionShape,
+    lse: bool,
+) -> Result<Attended> {
+    let _span = trace_span!("attention", flops = shape.flops(segments)).entered();
+    let shape = &engine.rounding(shape);
+    let mut out = room(q.elem_count());
+    let mut denominators = room(if lse { q.dims2()?.0 * shape.heads } else { 0 });
+    let (keys, values) = (host(k)?, host(v)?);
+    let chains = chains(segments, &keys, &values, shape.kv_heads * shape.head_dim);
+    let lse = lse.then_some(denominators.as_mut_slice());
+    forward(&host(q)?, &chains, shape, &mut out, lse);
+    Ok(Attended { out: engine.tensor(out, q.dims())?, lse: denominators.into() })
+}
+
+/// [`attention`] whose result is known, its denominators too: only the gradient's way through it is wanted.
+pub fn attention_known(
+    tape: &Tape,
+    (q, k, v): (&Value, &Value, &Value),
+    segments: &Arc<[Segment]>,
+    shape: &AttentionShape,
+    Attended { out, lse }: Attended,
+) -> Result<Value> {
     Ok(tape.push(out.clone(), &[q, k, v], || {
         let (q, k, v) = (q.keep(), k.keep(), v.keep());
         let (segments, shape, engine) = (segments.clone(), *shape, tape.engine().clone());
@@ -53,7 +106,7 @@ pub fn attention(
             let _span =
                 trace_span!("attention backward", flops = 5 * shape.flops(&segments) / 2).entered();
             let (q, k, v) = (q.tensor()?, k.tensor()?, v.tensor()?);
-            let dout_shape = dout.dims().to_vec();
+            let (dout_shape, kv_shape) = (dout.dims().to_vec(), k.dims().to_vec());
             let mut dq = room(q.elem_count());
             let mut dk = room(k.elem_count());
             let mut dv = room(v.elem_count());
@@ -63,24 +116,24 @@ pub fn attention(
             let input = BackwardInput { q, k, v, out, lse: &lse, dout };
             let grads = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
             backward(&input, &segments, &shape, grads);
-            let width = shape.kv_heads * shape.head_dim;
-            sink.give(0, engine.tensor(dq, dout_shape.as_slice())?)?;
-            sink.give(1, engine.tensor(dk, &[tokens, width])?)?;
-            sink.give(2, engine.tensor(dv, &[tokens, width])?)
+            sink.give(0, engine.tensor(dq, &dout_shape)?)?;
+            sink.give(1, engine.tensor(dk, &kv_shape)?)?;
+            sink.give(2, engine.tensor(dv, &kv_shape)?)
         }
     }))
 }
 
 /// Attention of new tokens over a cache, which takes up their keys and values first.
 ///
-/// Segment i continues slot `slots[i]`; nothing is recorded.
+/// Segment i continues slot `slots[i]`; nothing is recorded. The denominators are empty unless asked for with
+/// `lse`, on the CPU.
 pub fn attention_cached(
     engine: &Engine,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     segments: &[Segment],
     (cache, slots, layer): (&mut KvCache, &[SlotId], usize),
-    shape: &AttentionShape,
-) -> Result<Tensor> {
+    (shape, lse): (&AttentionShape, bool),
+) -> Result<Attended> {
     let bytes = || {
         let keys: usize = segments.iter().map(|s| s.position0 + s.len).sum();
         2 * engine.kv_bytes() * keys * shape.kv_heads * shape.head_dim
@@ -94,11 +147,14 @@ pub fn attention_cached(
             let keys_and_values = cache.tensors(*slot, layer)?;
             Some(attend_cached(q, keys_and_values, segment, shape))
         });
-        return Ok(Tensor::cat(&attended.collect::<candle_core::Result<Vec<_>>>()?, 0)?);
+        let out = Tensor::cat(&attended.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+        return Ok(Attended { out, lse: Arc::default() });
     }
     let segments: Vec<_> = continued.map(|(segment, slot)| cache.segment(segment, *slot)).collect();
     let shape = &engine.rounding(shape);
     let mut out = room(q.elem_count());
-    forward_cached(&host(q)?, &segments, cache.layer(layer, shape), shape, &mut out, None);
-    engine.tensor(out, q.dims())
+    let mut denominators = room(if lse { q.dims2()?.0 * shape.heads } else { 0 });
+    let lse = lse.then_some(denominators.as_mut_slice());
+    forward_cached(&host(q)?, &segments, cache.layer(layer, shape), shape, &mut out, lse);
+    Ok(Attended { out: engine.tensor(out, q.dims())?, lse: denominators.into() })
 }

@@ -62,6 +62,11 @@ impl Engine {
         }
     }
 
+    /// Whether keys, values and results of attention are bf16 numbers.
+    pub fn keeps_bf16(&self) -> bool {
+        self.kv_dtype() == PageDtype::Bf16
+    }
+
     /// Bytes of a number in the cache of keys and values: 2 at `medium` on the CPU, else 4.
     pub fn kv_bytes(&self) -> usize {
         self.kv_dtype().bytes()
@@ -69,7 +74,7 @@ impl Engine {
 
     /// The shape of attention whose results are as exact as keys and values are stored.
     pub(super) fn rounding(&self, shape: &AttentionShape) -> AttentionShape {
-        AttentionShape { rounded: self.kv_dtype() == PageDtype::Bf16, ..*shape }
+        AttentionShape { rounded: self.keeps_bf16(), ..*shape }
     }
 
     pub(super) fn fused(&self) -> bool {

@@ -1,12 +1,16 @@
 //! Keys and values of sequences that are being generated.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
+use tracing::trace_span;
 
 use super::engine::{Engine, host};
 use super::page_pool::PagePool;
 use crate::kernels::attention::{AttentionShape, Segment};
 use crate::kernels::attention_cached::{CachedSegment, LayerPages};
-use crate::kernels::pages::{PAGE, PageDtype, PageRows, PageShape, write_rows};
+use crate::kernels::pages::{PAGE, Page, PageDtype, PageRows, PageShape, read_rows, write_rows};
+use crate::kernels::slices::room;
 use crate::{Error, Result};
 
 /// Names one sequence of a [`KvCache`].
@@ -111,7 +115,7 @@ impl KvCache {
             } else if layer == 0 {
                 slot.reserve(segment.len, parts, &mut self.pool);
             }
-            slot.place(segment, &mut rows);
+            rows.extend(slot.place(slot.len, segment.start..segment.start + segment.len));
             if layer + 1 == self.layers {
                 slot.len += segment.len;
             }
@@ -132,6 +136,21 @@ impl KvCache {
         PageShape { layers: self.layers, kv_heads, head_dim, dtype: self.dtype }
     }
 
+    /// Where the keys and values of tokens from `position` of a slot on lie that are rows `rows` of a batch.
+    fn rows(
+        &self,
+        id: SlotId,
+        position: usize,
+        rows: Range<usize>,
+    ) -> Result<Vec<(&Page, PageRows)>> {
+        let slot = self.slots.get(id).and_then(Option::as_ref);
+        let slot = slot.filter(|slot| position + rows.len() <= slot.len);
+        let slot =
+            slot.ok_or_else(|| Error::failure("a cache lacks keys of a sequence; this is a bug"))?;
+        let pages = self.pool.pages();
+        Ok(slot.place(position, rows).map(|part| (&pages[part.page as usize], part)).collect())
+    }
+
     /// A segment and the pages of the slot that it was appended to.
     pub(super) fn segment(&self, segment: &Segment, id: SlotId) -> CachedSegment<'_> {
         let pages = self.slots[id].as_ref().map_or(&[][..], |slot| &slot.pages);
@@ -145,6 +164,31 @@ impl KvCache {
     }
 }
 
+/// Keys and values [N, kv_heads * head_dim] of a layer of segments of a batch, each given with the cache and the
+/// slot that took them up. On the CPU.
+///
+/// # Errors
+/// If a slot lacks a token.
+pub fn cached_keys(
+    engine: &Engine,
+    segments: &[(Segment, &KvCache, SlotId)],
+    layer: usize,
+    shape: &AttentionShape,
+) -> Result<(Tensor, Tensor)> {
+    let (mut parts, mut tokens) = (Vec::new(), 0);
+    for (Segment { start, len, position0, .. }, cache, slot) in segments {
+        parts.extend(cache.rows(*slot, *position0, *start..*start + *len)?);
+        tokens += len;
+    }
+    let width = shape.kv_heads * shape.head_dim;
+    let _span = trace_span!("cached keys", bytes = 16 * tokens * width).entered();
+    let (mut k, mut v) = (room(tokens * width), room(tokens * width));
+    if let Some((_, cache, _)) = segments.first() {
+        read_rows(parts, cache.page_shape(shape), layer, (&mut k, &mut v));
+    }
+    Ok((engine.tensor(k, &[tokens, width])?, engine.tensor(v, &[tokens, width])?))
+}
+
 impl Slot {
     /// Makes room for `new` tokens in pages of its own.
     fn reserve(&mut self, new: usize, shape: PageShape, pool: &mut PagePool) {
@@ -156,16 +200,16 @@ impl Slot {
         }
     }
 
-    /// Says to which of the reserved pages a segment's rows go.
-    fn place(&self, segment: &Segment, rows: &mut Vec<PageRows>) {
-        let mut done = 0;
-        while done < segment.len && !self.pages.is_empty() {
-            let (at, start) = ((self.len + done) % PAGE, segment.start + done);
-            let len = (PAGE - at).min(segment.len - done);
-            let page = self.pages[(self.len + done) / PAGE];
-            rows.push(PageRows { page, at, rows: start..start + len });
-            done += len;
-        }
+    /// In which of the pages the positions from `position` on lie, as many as `rows`.
+    fn place(&self, position: usize, rows: Range<usize>) -> impl Iterator<Item = PageRows> {
+        let pages = self.pages.iter().enumerate().skip(position / PAGE);
+        pages.map_while(move |(i, page)| {
+            let first = position.max(i * PAGE);
+            let len = ((i + 1) * PAGE - first).min((position + rows.len()).saturating_sub(first));
+            let start = rows.start + first - position;
+            let of = PageRows { page: *page, at: first - i * PAGE, rows: start..start + len };
+            (len > 0).then_some(of)
+        })
     }
 
     fn extend(

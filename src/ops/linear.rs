@@ -51,22 +51,22 @@ pub fn linear(tape: &Tape, x: &Value, weight: &Weight) -> Result<Value> {
 /// On the CPU they are computed together, and the updates are added to each block of y, and to that
 /// of the gradient of x, while it is in cache.
 pub fn linears<const N: usize>(tape: &Tape, x: &Value, maps: [Linear; N]) -> Result<[Value; N]> {
+    linears_known(tape, x, maps, [None; N])
+}
+
+/// [`linears`] of which only the gradient's way is wanted where a result is known, or nobody reads it: what is
+/// in `known`, [N, out], takes its place, so that fused products are spared.
+pub fn linears_known<const N: usize>(
+    tape: &Tape,
+    x: &Value,
+    maps: [Linear; N],
+    known: [Option<&Tensor>; N],
+) -> Result<[Value; N]> {
     let results = match tape.engine().fused() {
-        true => fused(tape, x, &maps)?,
+        true => fused(tape, x, &maps, &known)?,
         false => maps.iter().map(|map| composed(tape, x, map)).collect::<Result<_>>()?,
     };
     results.try_into().map_err(|_| Error::failure("a linear map has no result"))
-}
-
-/// A linear map of x [N, in] whose result nobody reads: only the gradient's way through it is wanted.
-/// `stand_in` [N, out] takes the result's place, so that fused products are spared.
-pub fn linear_unread(tape: &Tape, x: &Value, map: Linear, stand_in: &Tensor) -> Result<Value> {
-    if !tape.engine().fused() {
-        return composed(tape, x, &map);
-    }
-    let codes = codes(x.tensor(), &[&map.updates])?;
-    let of_map = codes.into_iter().next().unwrap_or_default();
-    Ok(record(tape, x, &map, (stand_in.clone(), of_map)))
 }
 
 fn composed(tape: &Tape, x: &Value, map: &Linear) -> Result<Value> {
@@ -80,11 +80,14 @@ fn composed(tape: &Tape, x: &Value, map: &Linear) -> Result<Value> {
     })
 }
 
-fn fused(tape: &Tape, x: &Value, maps: &[Linear]) -> Result<Vec<Value>> {
+fn fused(tape: &Tape, x: &Value, maps: &[Linear], known: &[Option<&Tensor>]) -> Result<Vec<Value>> {
     let updates: Vec<_> = maps.iter().map(|map| &map.updates[..]).collect();
     let codes = codes(x.tensor(), &updates)?;
-    let ys = products(tape.engine(), x.tensor(), maps, &codes)?;
-    let results = maps.iter().zip(ys.into_iter().zip(codes));
+    let unknown = maps.iter().zip(&codes).zip(known).filter(|(_, known)| known.is_none());
+    let (wanted, of_wanted): (Vec<_>, Vec<_>) = unknown.map(|(pair, _)| pair).unzip();
+    let mut ys = products(tape.engine(), x.tensor(), &wanted, &of_wanted)?.into_iter();
+    let ys = known.iter().filter_map(|known| known.cloned().or_else(|| ys.next()));
+    let results = maps.iter().zip(ys.collect::<Vec<_>>().into_iter().zip(codes));
     Ok(results.map(|(map, result)| record(tape, x, map, result)).collect())
 }
 
@@ -120,11 +123,14 @@ fn backward(
 fn products(
     engine: &Engine,
     x: &Tensor,
-    maps: &[Linear],
-    codes: &[Vec<Rc<[f32]>>],
+    maps: &[&Linear],
+    codes: &[&Vec<Rc<[f32]>>],
 ) -> Result<Vec<Tensor>> {
+    if maps.is_empty() {
+        return Ok(Vec::new());
+    }
     let (rows, inputs) = x.dims2()?;
-    let ups = maps.iter().map(ups).collect::<Result<Vec<_>>>()?;
+    let ups = maps.iter().map(|map| ups(map)).collect::<Result<Vec<_>>>()?;
     let terms = maps.iter().zip(&ups).zip(codes);
     let terms = terms.map(|((map, ups), codes)| low_rank_terms(map, ups, codes));
     let terms = terms.collect::<Result<Vec<_>>>()?;
@@ -146,7 +152,7 @@ fn products(
         Ok(Output { w, terms, y })
     });
     matmul_all(&host(x)?, outputs.collect::<Result<_>>()?, engine.precision());
-    let tensor = |(map, y): (&Linear, _)| engine.tensor(y, &[rows, map.weight.out_features()]);
+    let tensor = |(map, y): (&&Linear, _)| engine.tensor(y, &[rows, map.weight.out_features()]);
     maps.iter().zip(ys).map(tensor).collect()
 }
 

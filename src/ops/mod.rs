@@ -34,19 +34,20 @@ pub use crate::kernels::low_rank::Activation;
 pub use crate::kernels::matmul::MatmulPrecision;
 pub use crate::kernels::matmul_rounded::Rounded;
 pub(crate) use crate::kernels::parallel::map as parallel_map;
-pub use attention::{attention, attention_cached};
+pub use attention::{Attended, attend, attention, attention_cached, attention_known};
 pub use engine::{Engine, composed};
 pub use glu::glu;
 pub use head::{Distribution, Head, Logps, Pull, Taken, TransposedHead, head_scratch};
-pub use kv_cache::{KvCache, SlotId};
-pub use linear::{Linear, linear, linear_unread, linears};
+pub use kv_cache::{KvCache, SlotId, cached_keys};
+pub use linear::{Linear, linear, linears, linears_known};
 pub use low_rank::{LowRank, low_rank_shift};
 pub use low_rank_update::LowRankUpdate;
 pub use norm::rms_norm;
-pub use rotary::{Rotary, rotate};
+pub use rotary::{Rotary, rotate, rotate_known};
 pub use rounding::as_cached;
 pub use rows::{
-    add, add_known, add_vector, dropout, equal_bits, gather_rows, pick_rows, replace_rows,
+    add, add_known, add_vector, dropout, equal_bits, gather_rows, pick_rows, pick_rows_bf16,
+    replace_rows,
 };
 pub use sums::{GradientSums, Gradients};
 pub use tape::{Sink, Tape};

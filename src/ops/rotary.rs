@@ -48,22 +48,30 @@ pub fn rotate(tape: &Tape, x: &Value, rotary: &Rotary) -> Result<Value> {
         return composed(tape, &[x], |xs| twin(&xs[0], rotary));
     }
     let y = rotated(tape.engine(), x.tensor(), rotary)?;
-    let pullback = || {
-        let (rotary, engine) = (rotary.clone(), tape.engine().clone());
-        move |dy: Tensor, sink: &mut Sink| {
-            let _span = trace_span!("rotary backward", bytes = 8 * dy.elem_count()).entered();
-            let mut dx = room(dy.elem_count());
-            rope_backward(&host(&dy)?, &rotary.rows, &rotary.table, &mut dx);
-            sink.give(0, engine.tensor(dx, dy.dims())?)
-        }
-    };
     if !x.is_cheap() {
-        return Ok(tape.push(y, &[x], pullback));
+        return Ok(rotate_known(tape, x, rotary, y));
     }
     Ok(tape.push_cheap(y, &[x], || {
-        let (x, rotary, engine) = (x.keep(), rotary.clone(), tape.engine().clone());
-        (pullback(), move || rotated(&engine, &x.tensor()?, &rotary))
+        let (x, again, engine) = (x.keep(), rotary.clone(), tape.engine().clone());
+        (back(tape, rotary), move || rotated(&engine, &x.tensor()?, &again))
     }))
+}
+
+/// [`rotate`] on the CPU whose result y is known, so that x is not read: only the gradient's way through it is
+/// wanted.
+pub fn rotate_known(tape: &Tape, x: &Value, rotary: &Rotary, y: Tensor) -> Value {
+    tape.push(y, &[x], || back(tape, rotary))
+}
+
+/// Turns gradients back.
+fn back(tape: &Tape, rotary: &Rotary) -> impl FnOnce(Tensor, &mut Sink) -> Result<()> + use<> {
+    let (rotary, engine) = (rotary.clone(), tape.engine().clone());
+    move |dy: Tensor, sink: &mut Sink| {
+        let _span = trace_span!("rotary backward", bytes = 8 * dy.elem_count()).entered();
+        let mut dx = room(dy.elem_count());
+        rope_backward(&host(&dy)?, &rotary.rows, &rotary.table, &mut dx);
+        sink.give(0, engine.tensor(dx, dy.dims())?)
+    }
 }
 
 fn rotated(engine: &Engine, x: &Tensor, rotary: &Rotary) -> Result<Tensor> {

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use candle_core::{DType, Tensor};
+use half::bf16;
 use tracing::trace_span;
 
 use super::engine::{Engine, host};
@@ -11,7 +12,7 @@ use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
 use crate::kernels::row_sum::add_rows;
-use crate::kernels::slices::{add_to_rows, copied, gathered, mask};
+use crate::kernels::slices::{add_to_rows, copied, gathered, gathered_bf16, mask};
 use crate::random::Stream;
 
 /// a + b of equal shapes.
@@ -80,6 +81,12 @@ pub fn pick_rows(engine: &Engine, rows: &[(&Tensor, usize)]) -> Result<Tensor> {
     let from: Vec<&[f32]> =
         from.iter().zip(rows).map(|(all, (_, row))| &all[row * width..][..width]).collect();
     engine.tensor(gathered(&from, width), &[rows.len(), width])
+}
+
+/// [`pick_rows`] of rows of bf16 numbers, `width` each.
+pub fn pick_rows_bf16(engine: &Engine, rows: &[&[bf16]], width: usize) -> Result<Tensor> {
+    let _span = trace_span!("pick rows", bytes = 6 * rows.len() * width).entered();
+    engine.tensor(gathered_bf16(rows, width), &[rows.len(), width])
 }
 
 /// Whether two tensors on the CPU hold the same numbers, to the bit.

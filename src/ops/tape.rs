@@ -140,22 +140,31 @@ fn add_to(values: &mut [f32], tensor: &Tensor) -> Result<()> {
 pub struct Tape {
     engine: Engine,
     recording: bool,
+    /// Whether results that are cheap to make again are kept nevertheless.
+    keeps_cheap: bool,
     nodes: RefCell<Vec<Node>>,
 }
 
 impl Tape {
     /// A tape that records, for training.
     pub fn recording(engine: &Engine) -> Self {
-        Self::new(engine, true)
+        Self::new(engine, (true, false))
+    }
+
+    /// A tape that records and keeps results that are cheap to make again too: faster where the way back begins
+    /// at once, so that little is kept at a time.
+    pub fn keeping_all(engine: &Engine) -> Self {
+        Self::new(engine, (true, true))
     }
 
     /// A tape that records nothing, for inference.
     pub fn off(engine: &Engine) -> Self {
-        Self::new(engine, false)
+        Self::new(engine, (false, false))
     }
 
-    fn new(engine: &Engine, recording: bool) -> Self {
-        Tape { engine: engine.clone(), recording, nodes: RefCell::new(Vec::new()) }
+    fn new(engine: &Engine, (recording, keeps_cheap): (bool, bool)) -> Self {
+        let nodes = RefCell::new(Vec::new());
+        Tape { engine: engine.clone(), recording, keeps_cheap, nodes }
     }
 
     /// The engine that operations on this tape run on.
@@ -219,7 +228,7 @@ impl Tape {
     {
         self.record(result, inputs, || {
             let (pullback, again) = make();
-            (pullback, Some(Again::new(again)))
+            (pullback, (!self.keeps_cheap).then(|| Again::new(again)))
         })
     }
 

@@ -287,13 +287,20 @@ impl<'a> Generator<'a> {
                 match self.stopped(&sequence) {
                     None => still.push(sequence),
                     Some(stop) => {
-                        cache.close(sequence.slot);
+                        let (index, slot) = (sequence.index, sequence.slot);
+                        let recorder = recorder.as_deref_mut();
+                        if !recorder.is_some_and(|recorder| recorder.keeps(index, slot)) {
+                            cache.close(slot);
+                        }
                         on_event(Progress::Done(sequence.index));
                         done[sequence.index] = Some(sequence.drawn.completion(stop));
                     }
                 }
             }
             active = still;
+        }
+        if let Some(recorder) = recorder {
+            recorder.recording.take_cache(cache);
         }
         Ok(done.into_iter().flatten().collect())
     }

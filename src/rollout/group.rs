@@ -36,8 +36,8 @@ impl Group {
 }
 
 /// Samples `num_generations` completions of each prompt, given as (number in the run, row, token ids).
-/// The prompt is computed once for its group; `on_done` sees how many completions are finished. The groups
-/// keep of what was computed what `record` says.
+/// The prompt is computed once for its group; `on_done` sees how many completions are finished. With
+/// `record` the groups keep what was computed: the outputs of blocks, and what it names.
 ///
 /// # Errors
 /// As [`Generator::run`].
@@ -45,7 +45,7 @@ pub fn sample_groups(
     generator: &Generator,
     prompts: Vec<(u64, usize, Vec<u32>)>,
     (num_generations, version): (usize, u64),
-    record: Record,
+    record: Option<Record>,
     on_done: &mut dyn FnMut(usize),
 ) -> Result<Vec<Group>> {
     let of_prompt = |(prompt_id, _, prompt): &(u64, usize, Vec<u32>)| -> Vec<Request> {
@@ -53,7 +53,7 @@ pub fn sample_groups(
         (0..num_generations as u64).map(request).collect()
     };
     let requests: Vec<Request> = prompts.iter().flat_map(of_prompt).collect();
-    let mut recorder = Recorder::new(record);
+    let mut recorder = record.map(Recorder::new);
     let completions = generator.run_recorded(&requests, on_done, recorder.as_mut())?;
     let mut completions = completions.into_iter();
     let group = |(prompt_id, row, prompt)| {

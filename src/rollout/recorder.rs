@@ -5,17 +5,18 @@ use std::sync::Arc;
 
 use super::group::Group;
 use crate::model::{Recorded, RecordedRow, Recording};
+use crate::ops::SlotId;
 
-/// What of a generation's computation is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Record {
-    /// Nothing.
-    Nothing,
-    /// The outputs of the blocks, 4 D bytes a token and block from below the lowest adapter on.
-    Blocks,
-    /// Those, and the gradient of each drawn token's log-prob in what the head reads, 4 D bytes a token and a
-    /// product with the head; not where sampling changes more than the temperature.
-    BlocksAndHead,
+/// What of a generation's computation is kept besides the outputs of the blocks, which take 4 D bytes a token and
+/// block from below the lowest adapter on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Record {
+    /// Keys and values of all sequences, which stay in the cache, and where they are bf16 numbers, at `medium`, what
+    /// attention makes: 2 D bytes more a token and block.
+    pub attention: bool,
+    /// The gradient of each drawn token's log-prob in what the head reads, 4 D bytes a token and a product with
+    /// the head; not where sampling changes more than the temperature.
+    pub head: bool,
 }
 
 /// Takes up the passes of a generation, and where each sequence's tokens went.
@@ -25,6 +26,8 @@ pub(super) struct Recorder {
     pub head: bool,
     /// The passes.
     pub recording: Recording,
+    /// The sequence of each request in the cache, if it stays there.
+    slots: BTreeMap<usize, SlotId>,
     /// The tokens of each prompt.
     prompts: BTreeMap<Vec<u32>, Vec<RecordedRow>>,
     /// The tokens of each request's completion, the last one excepted, which no pass takes up.
@@ -34,10 +37,19 @@ pub(super) struct Recorder {
 }
 
 impl Recorder {
-    /// A recorder of what is wanted, if anything is.
-    pub fn new(record: Record) -> Option<Self> {
-        let head = record == Record::BlocksAndHead;
-        (record != Record::Nothing).then(|| Recorder { head, ..Self::default() })
+    /// A recorder of what is wanted.
+    pub fn new(record: Record) -> Self {
+        let recording = Recording::new(record.attention);
+        Recorder { head: record.head, recording, ..Self::default() }
+    }
+
+    /// Whether a finished request's sequence stays in the cache.
+    pub fn keeps(&mut self, request: usize, slot: SlotId) -> bool {
+        let keeps = self.recording.keeps_attention();
+        if keeps {
+            self.slots.insert(request, slot);
+        }
+        keeps
     }
 
     /// Whether the next pass takes up tokens of a prompt, `len` from its token `first` on, that are wanted:
@@ -78,17 +90,21 @@ impl Recorder {
 
     /// Hands the passes over groups' tokens to them.
     pub fn give(mut self, groups: &mut [Group]) {
-        let recording = Arc::new(self.recording);
-        let recorded = |rows, drawn| Recorded { recording: recording.clone(), rows, drawn };
-        let mut requests = 0..;
+        let (recording, slots) = (Arc::new(self.recording), self.slots);
+        let recorded = |request: usize, rows, drawn| {
+            let slot = slots.get(&request).copied().unwrap_or_default();
+            Recorded { recording: recording.clone(), rows, slot, drawn }
+        };
+        let mut first = 0;
         for group in groups {
             let of_prompt = self.prompts.get(&group.prompt).cloned();
-            group.recorded = of_prompt.map(|rows| recorded(rows, Vec::new()));
-            for (completion, request) in group.completions.iter_mut().zip(requests.by_ref()) {
+            group.recorded = of_prompt.map(|rows| recorded(first, rows, Vec::new()));
+            for (completion, request) in group.completions.iter_mut().zip(first..) {
                 let rows = self.completions.remove(&request).unwrap_or_default();
                 let drawn = self.drawn.remove(&request).unwrap_or_default();
-                completion.recorded = Some(recorded(rows, drawn));
+                completion.recorded = Some(recorded(request, rows, drawn));
             }
+            first += group.completions.len();
         }
     }
 }

@@ -257,7 +257,7 @@ mod tests {
         let recording = Arc::new(recording);
         for (completion, drawn) in groups[0].completions.iter_mut().zip(drawn) {
             let recording = recording.clone();
-            completion.recorded = Some(Recorded { recording, rows: Vec::new(), drawn });
+            completion.recorded = Some(Recorded { recording, rows: Vec::new(), slot: 0, drawn });
             completion.logps.iter_mut().zip(1..).for_each(|(logp, t)| *logp = -(t as f32));
         }
         let packed = GroupBatch::new(&groups, &vec![(0, vec![0, 1, 2])]);

@@ -48,8 +48,8 @@ pub struct GrpoTrainer<'a> {
     pub(super) health: Health,
     /// Rewards that failed since the last warnings.
     pub(super) failures: Option<Failures>,
-    /// Whether sampling may take gradients at the head.
-    takes_gradients: bool,
+    /// What sampling has the room to keep besides the outputs of blocks.
+    room_for: Record,
     /// Tokens sampled for the next step, and the share of those of the last one that was learnt from.
     sampled_tokens: usize,
     learnt_share: f64,
@@ -125,7 +125,7 @@ impl<'a> GrpoTrainer<'a> {
             epoch: None,
             health: Health::default(),
             failures: None,
-            takes_gradients: false,
+            room_for: Record::default(),
             sampled_tokens: 0,
             learnt_share: 1.0,
         })
@@ -192,14 +192,9 @@ impl<'a> GrpoTrainer<'a> {
     }
 
     /// What sampling keeps for the update. It has no influence on a result.
-    fn record(&self) -> Record {
-        match self.plan.reuse_activations {
-            false => Record::Nothing,
-            true if self.takes_gradients && self.learnt_share >= HEAD_SHARE => {
-                Record::BlocksAndHead
-            }
-            true => Record::Blocks,
-        }
+    fn record(&self) -> Option<Record> {
+        let head = self.room_for.head && self.learnt_share >= HEAD_SHARE;
+        self.plan.reuse_activations.then_some(Record { head, ..self.room_for })
     }
 
     /// Rewards of the completions of groups, all that were sampled for a step.
@@ -374,24 +369,26 @@ impl<'a> Trainer<'a> for GrpoTrainer<'a> {
             kv_bytes: sampler.engine().kv_bytes(),
             rounded: sampler.rounded_bytes(),
             kept: if grpo.reuse_activations { rounds * case.step } else { 0 },
-            head: 0,
+            kept_sequences: rounds * grpo.prompts_per_step * grpo.num_generations,
+            ..Sampling::default()
         };
-        let fitting = |head| {
-            let wanted = Sampling { head, ..wanted };
-            learner.plan_sampling(&self.plan, case.sequence, wanted)
-        };
-        let mut sampling = fitting(0);
+        let fitting = |with| learner.plan_sampling(&self.plan, case.sequence, with);
+        let mut sampling = fitting(wanted);
         if grpo.reuse_activations {
-            // gradients at the head are taken where that costs nothing else its room
-            let head = sampler.transposed_head_bytes();
-            let with_head =
-                Some(fitting(head)).filter(|with| *with == Sampling { head, ..sampling });
             let plain = self.options.sampling.is_plain() && self.objective.entropy_coef == 0.0;
-            let fits = |with: &Sampling| learner.plan_reuse(self.plan, case, *with).is_ok();
-            sampling = with_head.filter(|with| plain && fits(with)).unwrap_or(sampling);
+            let head = if plain { sampler.transposed_head_bytes() } else { 0 };
+            // more than the outputs of blocks is kept where that costs nothing else its room
+            for (head, attention) in [(head, true), (head, false), (0, true)] {
+                let with = Sampling { head, attention, ..sampling };
+                let fits = fitting(Sampling { head, attention, ..wanted }) == with;
+                if fits && learner.plan_reuse(self.plan, case, with).is_ok() {
+                    sampling = with;
+                    break;
+                }
+            }
             self.plan = learner.plan_reuse(self.plan, case, sampling)?;
         }
-        self.takes_gradients = sampling.head > 0;
+        self.room_for = Record { head: sampling.head > 0, attention: sampling.attention };
         self.options.max_batch = sampling.sequences;
         self.options.keep_rounded = sampling.rounded > 0;
         Ok(self.plan)

@@ -8,7 +8,7 @@ use super::run::StepReport;
 use super::scoring::{Failures, score};
 use crate::config::{LossType, precision_note};
 use crate::ops::Engine;
-use crate::rollout::{GenerateOptions, Generator, Record, sample_groups};
+use crate::rollout::{GenerateOptions, Generator, sample_groups};
 use crate::{Error, Result};
 
 /// Completions that rewards are tried on before a run.
@@ -29,8 +29,7 @@ impl GrpoTrainer<'_> {
         let generator = Generator::new(policy, adapters, &options, None);
         let prompts = (0..rows).map(|row| (row as u64, row, self.prompts[row].input_ids.clone()));
         let each = REHEARSED.div_ceil(rows);
-        let groups =
-            sample_groups(&generator, prompts.collect(), (each, 0), Record::Nothing, &mut |_| {})?;
+        let groups = sample_groups(&generator, prompts.collect(), (each, 0), None, &mut |_| {})?;
         let pairs: Vec<_> = groups
             .iter()
             .flat_map(|group| group.completions.iter().map(|c| (&self.prompts[group.row], c)))

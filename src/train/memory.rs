@@ -39,6 +39,10 @@ pub struct Sampling {
     pub rounded: usize,
     /// Tokens of which what is computed is kept for the updates.
     pub kept: usize,
+    /// Sequences that those tokens are of.
+    pub kept_sequences: usize,
+    /// Whether what attention reads and makes is kept of them too.
+    pub attention: bool,
     /// Bytes of the head's transpose ([`Policy::transposed_head`](crate::model::Policy::transposed_head)), if gradients
     /// of the kept tokens are taken at the head.
     pub head: usize,
@@ -78,10 +82,25 @@ impl<'a> MemoryModel<'a> {
         4 * layers * self.config.hidden_size * tokens
     }
 
-    /// Bytes of all that a sampling keeps for updates: [`MemoryModel::recorded`], and gradients at the head.
+    /// Bytes of all that a sampling keeps for updates besides its cache: [`MemoryModel::recorded`], results of
+    /// attention in bf16 and its denominators where the cache is of bf16, and gradients at the head.
     pub fn kept_of_sampling(&self, sampling: Sampling) -> usize {
-        let gradients = if sampling.head > 0 { sampling.kept } else { 0 };
-        self.recorded(sampling.kept) + 4 * self.config.hidden_size * gradients
+        let Sampling { kept, kv_bytes, attention, head, .. } = sampling;
+        let gradients = if head > 0 { kept } else { 0 };
+        let mixed = 2 * self.config.linear_shape(Matrix::Q).1 + 4 * self.config.num_attention_heads;
+        let of_layer = if attention && kv_bytes == 2 { mixed } else { 0 };
+        let attended = of_layer * self.config.layers.len() * kept;
+        self.recorded(kept) + attended + 4 * self.config.hidden_size * gradients
+    }
+
+    /// Bytes of the cache's pages that stay for updates.
+    pub fn kept_cache(&self, sampling: Sampling) -> usize {
+        // each sequence has a page of its own that is not full, and copies the last one of its prompt
+        let positions = sampling.kept + 2 * PAGE * sampling.kept_sequences;
+        match sampling.attention {
+            true => self.cached_sequence(positions, sampling.kv_bytes),
+            false => 0,
+        }
     }
 
     /// The lowest layer that has an adapter.
@@ -95,6 +114,7 @@ impl<'a> MemoryModel<'a> {
         let parameters: usize = self.adapters.iter().map(|a| a.parameter_count()).sum();
         let model = PROGRAM + self.weights + PARAMETER_BYTES * parameters + sampling.rounded;
         let cache = sampling.sequences * self.cached_sequence(tokens, sampling.kv_bytes);
+        let cache = cache.max(self.kept_cache(sampling));
         model + cache + sampling.head + self.kept_of_sampling(sampling)
     }
 
@@ -110,7 +130,7 @@ impl<'a> MemoryModel<'a> {
         };
         // a part ends where a sequence ends
         let part = size.tokens.min(part_tokens().max(size.longest));
-        let again = if size.gradient_checkpointing { block } else { 0 };
+        let again = if size.gradient_checkpointing { block + self.cheap() } else { 0 };
         let head =
             4 * (kept + 2 * hidden) * size.tokens + head_scratch(self.config.vocab_size, hidden);
         let back = 4 * (kept + hidden) * size.tokens + 4 * (again + self.working()) * part;
@@ -137,6 +157,12 @@ impl<'a> MemoryModel<'a> {
         let norms = if config.sandwich_norms { 2 * config.hidden_size } else { 0 };
         let streams = 2 * config.hidden_size + norms;
         streams + attention + config.num_attention_heads + 2 * config.intermediate_size
+    }
+
+    /// Numbers a token of a block's results that are cheap to make again, and kept while it goes back at once: normed
+    /// streams and the input of the MLP's last matrix.
+    fn cheap(&self) -> usize {
+        2 * self.config.hidden_size + self.config.intermediate_size
     }
 
     /// Numbers a token that a block at work needs besides: the gradients of its MLP.

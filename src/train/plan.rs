@@ -131,7 +131,9 @@ impl Plan {
     pub fn sampling(&self, tokens: usize, memory: &MemoryModel, wanted: Sampling) -> Sampling {
         let Some(budget) = self.budget.bytes else { return wanted };
         let none = Sampling { sequences: 0, rounded: 0, ..wanted };
-        let room = budget.saturating_sub(memory.sampling(tokens, none));
+        // the pages that stay are those of the sequences
+        let without = memory.sampling(tokens, none) - memory.kept_cache(none);
+        let room = budget.saturating_sub(without);
         let fitting = room / memory.cached_sequence(tokens, wanted.kv_bytes).max(1);
         let all = Sampling { sequences: wanted.sequences.min(fitting).max(1), ..wanted };
         match memory.sampling(tokens, all) <= budget {
@@ -149,7 +151,8 @@ impl Plan {
         sampling: Sampling,
     ) -> Option<Self> {
         let update = memory.peak(PassSize { gradient_checkpointing: true, ..self.pass(case) });
-        let update = update + memory.kept_of_sampling(sampling);
+        let kept = memory.kept_of_sampling(sampling) + memory.kept_cache(sampling);
+        let update = update + kept;
         // further updates on the same completions have nothing recorded, but a forward pass
         let bytes = memory.sampling(case.sequence, sampling).max(update).max(self.bytes);
         Some(Plan { reuse_activations: true, bytes, ..self }).filter(Plan::fits)
@@ -275,7 +278,8 @@ mod tests {
         let config = tiny_model();
         let memory = MemoryModel::new(&config, &[], 0);
         let plan = choose(&OptimArgs::default(), CASE, None).unwrap();
-        let kept = |kept| Sampling { sequences: 4, kv_bytes: 4, rounded: 0, kept, head: 0 };
+        let none = Sampling { sequences: 4, kv_bytes: 4, ..Sampling::default() };
+        let kept = |kept| Sampling { kept, kept_sequences: 4, ..none };
         let reusing = plan.reusing(CASE, &memory, kept(CASE.step)).unwrap();
         assert!(reusing.reuse_activations && reusing.bytes > memory.recorded(CASE.step));
         let of = |bytes| Plan { budget: Budget { bytes: Some(bytes), auto: false }, ..plan };
@@ -286,13 +290,24 @@ mod tests {
         assert!(of(reusing.bytes).reusing(CASE, &memory, rounded).is_none());
         let head = Sampling { head: reusing.bytes, ..kept(CASE.step) };
         assert!(of(reusing.bytes).reusing(CASE, &memory, head).is_none());
+        let attention = Sampling { attention: true, ..kept(CASE.step) };
+        let bytes = plan.reusing(CASE, &memory, attention).unwrap().bytes;
+        assert!(bytes >= reusing.bytes + memory.cached_sequence(CASE.step, 4), "{bytes}");
+        // half of them a number, and results of attention besides
+        let rounded = Sampling { kv_bytes: 2, ..attention };
+        let cache = memory.kept_cache(rounded);
+        assert_eq!(2 * cache, memory.kept_cache(attention));
+        let more = memory.kept_of_sampling(rounded) - memory.kept_of_sampling(attention);
+        let bytes_of_token = 2 * config.hidden_size + 4 * config.num_attention_heads;
+        assert_eq!(more, CASE.step * config.layers.len() * bytes_of_token);
     }
 
     #[test]
     fn sequences_have_room_first_and_matrices_that_stay_rounded_next() {
         let memory = tiny_model();
         let memory = MemoryModel::new(&memory, &[], 0);
-        let wanted = Sampling { sequences: 4, kv_bytes: 4, rounded: 1000, kept: 10, head: 7 };
+        let wanted = Sampling { kept: 10, head: 7, ..Sampling::default() };
+        let wanted = Sampling { sequences: 4, kv_bytes: 4, rounded: 1000, ..wanted };
         let of = |bytes| {
             let budget = Budget { bytes, auto: false };
             Plan { budget, ..NONE }.sampling(100, &memory, wanted)
