@@ -13,8 +13,9 @@ use super::attention_tile::{
 use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::lanes_math::exp;
-use super::parallel::{SharedMut, for_each_index, map};
+use super::parallel::{SharedMut, for_each_index};
 use super::product::{Old, Product};
+use super::slices::room;
 use std::ops::Range;
 
 /// Rows of scratch whose weights are kept at a time, about.
@@ -82,21 +83,25 @@ pub(super) fn backward_at(
         dk: SharedMut::new(grads.dk),
         dv: SharedMut::new(grads.dv),
     };
-    let inherited = map(0..pieces.len() * shape.kv_heads, |task| {
+    let inherited = Inherited::of(&pieces, shape);
+    let size = inherited.last().map_or(0, Inherited::end);
+    let (mut dk, mut dv) = (room(size), room(size));
+    let kept = (SharedMut::new(&mut dk), SharedMut::new(&mut dv));
+    let rows = pieces.iter().map(|piece| piece.len * shape.group()).max().unwrap_or(0);
+    let work = |scratch: &mut Scratch, task: usize| {
         let (piece, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
         let Segment { start, len, position0, .. } = pieces[piece];
         let block = QueryBlock { start, len, position0, kv_head };
-        let mut inherited = Inherited::new(&block, shape);
-        let (chain, grads) = (&chains[piece], &grads);
-        level.run(Backward { input, chain, block, shape, grads, inherited: &mut inherited });
-        inherited
-    });
+        let (chain, grads, inherited) = (&chains[piece], &grads, (&inherited[task], &kept));
+        level.run(Backward { input, chain, block, shape, grads, inherited, scratch });
+    };
+    for_each_index(inherited.len(), || Scratch::new(shape, rows), work);
     let heirs = heirs(&pieces);
     let gather = |piece: usize| {
         for &heir in &heirs[piece] {
             for kv_head in 0..shape.kv_heads {
                 let from = &inherited[heir * shape.kv_heads + kv_head];
-                from.give(&pieces[piece], kv_head, shape, &grads);
+                from.give(&kept, &pieces[piece], kv_head, shape, &grads);
             }
         }
     };
@@ -152,30 +157,59 @@ struct SharedGradients<'a> {
     dv: SharedMut<'a>,
 }
 
-/// What one task adds to the keys and values of its ancestors, `[positions, head_dim]`.
+/// Where lies what one task adds to the keys and values of its ancestors, `[positions, head_dim]` from `start` on.
 struct Inherited {
     positions: Range<usize>,
-    dk: Vec<f32>,
-    dv: Vec<f32>,
+    start: usize,
+    head_dim: usize,
 }
 
+/// What all tasks add to keys and to values.
+type KeptApart<'a> = (SharedMut<'a>, SharedMut<'a>);
+
 impl Inherited {
-    fn new(block: &QueryBlock, shape: &AttentionShape) -> Self {
-        let first = shape.visible(block.position0).start;
-        let size = (block.position0 - first) * shape.head_dim;
-        Self { positions: first..block.position0, dk: vec![0.0; size], dv: vec![0.0; size] }
+    /// Those of the tasks of all pieces, one for each key head, one after the other.
+    fn of(pieces: &[Segment], shape: &AttentionShape) -> Vec<Self> {
+        let (mut start, head_dim) = (0, shape.head_dim);
+        let heads = pieces.iter().flat_map(|piece| (0..shape.kv_heads).map(move |_| piece));
+        let of_task = |piece: &Segment| {
+            let positions = shape.visible(piece.position0).start..piece.position0;
+            let inherited = Inherited { positions, start, head_dim };
+            start = inherited.end();
+            inherited
+        };
+        heads.map(of_task).collect()
+    }
+
+    fn end(&self) -> usize {
+        self.start + self.positions.len() * self.head_dim
+    }
+
+    fn at(&self, position: usize) -> Range<usize> {
+        let start = self.start + (position - self.positions.start) * self.head_dim;
+        start..start + self.head_dim
     }
 
     /// Adds the part that belongs to an ancestor.
-    fn give(&self, to: &Segment, kv_head: usize, shape: &AttentionShape, grads: &SharedGradients) {
+    fn give(
+        &self,
+        (kept_dk, kept_dv): &KeptApart,
+        to: &Segment,
+        kv_head: usize,
+        shape: &AttentionShape,
+        grads: &SharedGradients,
+    ) {
         let (d, width) = (shape.head_dim, shape.kv_width());
         for position in to.position0.max(self.positions.start)..to.position0 + to.len {
-            let from = (position - self.positions.start) * d;
             let at = (to.start + position - to.position0) * width + kv_head * d;
-            // SAFETY: each ancestor's rows are summed by one task.
-            let (dk, dv) = unsafe { (grads.dk.part(at..at + d), grads.dv.part(at..at + d)) };
-            dk.iter_mut().zip(&self.dk[from..from + d]).for_each(|(sum, x)| *sum += x);
-            dv.iter_mut().zip(&self.dv[from..from + d]).for_each(|(sum, x)| *sum += x);
+            // SAFETY: each ancestor's rows are summed by one task, after all others have ended.
+            unsafe {
+                let (dk, dv) = (grads.dk.part(at..at + d), grads.dv.part(at..at + d));
+                let from = self.at(position);
+                let (from_dk, from_dv) = (kept_dk.part(from.clone()), kept_dv.part(from));
+                dk.iter_mut().zip(from_dk).for_each(|(sum, x)| *sum += *x);
+                dv.iter_mut().zip(from_dv).for_each(|(sum, x)| *sum += *x);
+            }
         }
     }
 }
@@ -186,10 +220,11 @@ struct Backward<'a> {
     block: QueryBlock,
     shape: &'a AttentionShape,
     grads: &'a SharedGradients<'a>,
-    inherited: &'a mut Inherited,
+    inherited: (&'a Inherited, &'a KeptApart<'a>),
+    scratch: &'a mut Scratch,
 }
 
-/// The buffers of one task. Names are the matrices' in FlashAttention.
+/// The buffers of one thread, for tasks of so many rows at most. Names are the matrices' in FlashAttention.
 struct Scratch {
     q: Vec<f32>,
     dout: Vec<f32>,
@@ -207,6 +242,18 @@ struct Scratch {
     ds: Vec<f32>,
 }
 
+impl Scratch {
+    fn new(shape: &AttentionShape, rows: usize) -> Self {
+        let width = padded(shape.head_dim);
+        let part = PART_ROWS.max(shape.group()).min(rows) * KEYS;
+        let [q, dout, dq] = std::array::from_fn(|_| vec![0.0; rows * width]);
+        let [k, kt, v, vt, dk, dv] = std::array::from_fn(|_| vec![0.0; KEYS * width]);
+        let [p, ds] = std::array::from_fn(|_| vec![0.0; part]);
+        let (delta, lse) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+        Scratch { q, dout, dq, delta, lse, k, kt, v, vt, dk, dv, p, ds }
+    }
+}
+
 impl Kernel for Backward<'_> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
@@ -215,60 +262,58 @@ impl Kernel for Backward<'_> {
         if rows == 0 {
             return;
         }
-        let scratch = &mut self.gather(s);
+        self.gather(s);
         let part = (PART_ROWS / shape.group()).max(1) * shape.group();
         let head = KeyHead { spans: &self.chain.spans, shape, index: block.kv_head };
         let seen = block.seen(shape, 0..rows);
         for tile in (seen.start / KEYS * KEYS..seen.end).step_by(KEYS) {
-            head.gather(Side::K, tile..tile + KEYS, &mut scratch.k);
-            head.gather(Side::V, tile..tile + KEYS, &mut scratch.v);
-            transpose(s, &scratch.k, width, &mut scratch.kt);
-            transpose(s, &scratch.v, width, &mut scratch.vt);
-            scratch.dk.fill(0.0);
-            scratch.dv.fill(0.0);
+            let Scratch { k, kt, v, vt, dk, dv, .. } = &mut *self.scratch;
+            head.gather(Side::K, tile..tile + KEYS, k);
+            head.gather(Side::V, tile..tile + KEYS, v);
+            transpose(s, k, width, kt);
+            transpose(s, v, width, vt);
+            dk.fill(0.0);
+            dv.fill(0.0);
             for first in (0..rows).step_by(part) {
-                self.part(s, scratch, tile, first..rows.min(first + part));
+                self.part(s, tile, first..rows.min(first + part));
             }
-            self.store_keys(scratch, tile);
+            self.store_keys(tile);
         }
-        self.store_queries(scratch);
+        self.store_queries();
     }
 }
 
 impl Backward<'_> {
     /// Copies the task's queries, and what belongs to them, to scratch.
     #[inline(always)]
-    fn gather<S: Simd>(&self, s: S) -> Scratch {
+    fn gather<S: Simd>(&mut self, s: S) {
         let (shape, block, input) = (self.shape, self.block, self.input);
         let (d, group, rows) = (shape.head_dim, shape.group(), block.rows(shape));
-        let width = padded(d);
-        let (tile, all) = (vec![0.0; KEYS * width], vec![0.0; rows * width]);
-        let part = (PART_ROWS.max(group)).min(rows) * KEYS;
-        let (mut q, mut dout) = (all.clone(), all.clone());
-        block.gather(shape, input.q, &mut q);
-        block.gather(shape, input.dout, &mut dout);
-        let (mut delta, mut lse) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+        let Scratch { q, dout, dq, delta, lse, .. } = &mut *self.scratch;
+        block.gather(shape, input.q, q);
+        block.gather(shape, input.dout, dout);
+        dq[..rows * padded(d)].fill(0.0);
+        delta.clear();
+        lse.clear();
         for row in 0..rows {
             let at = block.source(shape, row / group).start / d + row % group;
             let range = at * d..at * d + d;
             delta.push(dot(s, &input.dout[range.clone()], &input.out[range]));
             lse.push(input.lse[at]);
         }
-        let [k, kt, v, vt, dk, dv] = std::array::from_fn(|_| tile.clone());
-        let (p, ds) = (vec![0.0; part], vec![0.0; part]);
-        Scratch { q, dout, dq: all, delta, lse, k, kt, v, vt, dk, dv, p, ds }
     }
 
     /// Adds what some rows and a tile of keys have to do with each other to all three gradients.
     #[inline(always)]
-    fn part<S: Simd>(&self, s: S, scratch: &mut Scratch, tile: usize, rows: Range<usize>) {
+    fn part<S: Simd>(&mut self, s: S, tile: usize, rows: Range<usize>) {
         if within_tile(&self.block.seen(self.shape, rows.clone()), tile).is_empty() {
             return;
         }
         for first in rows.clone().step_by(ROWS) {
             let some = first..rows.end.min(first + ROWS);
-            self.weights(s, scratch, tile, some, first - rows.start);
+            self.weights(s, tile, some, first - rows.start);
         }
+        let scratch = &mut *self.scratch;
         let (group, width) = (self.shape.group(), padded(self.shape.head_dim));
         for key in (0..KEYS).step_by(KEY_STEP) {
             let early = (tile + key).saturating_sub(self.block.position0) * group;
@@ -303,24 +348,20 @@ impl Backward<'_> {
     /// Recomputes the weights of a few rows and their scores' gradients, and adds to `dq`; `at` is
     /// the first row's place in `p` and `ds`.
     #[inline(always)]
-    fn weights<S: Simd>(
-        &self,
-        s: S,
-        scratch: &mut Scratch,
-        tile: usize,
-        rows: Range<usize>,
-        at: usize,
-    ) {
+    fn weights<S: Simd>(&mut self, s: S, tile: usize, rows: Range<usize>, at: usize) {
         let (shape, width) = (self.shape, padded(self.shape.head_dim));
+        let seen = within_tile(&self.block.seen(shape, rows.clone()), tile);
+        let cols = if seen.is_empty() { 0..0 } else { whole_vectors(&seen) };
+        let scratch = &mut *self.scratch;
         let place = at * KEYS..(at + rows.len()) * KEYS;
         let (p, ds) = (&mut scratch.p[place.clone()], &mut scratch.ds[place]);
-        p.fill(0.0);
-        ds.fill(0.0);
-        let seen = within_tile(&self.block.seen(shape, rows.clone()), tile);
+        for row in p.chunks_exact_mut(KEYS).chain(ds.chunks_exact_mut(KEYS)) {
+            row[..cols.start].fill(0.0);
+            row[cols.end..].fill(0.0);
+        }
         if seen.is_empty() {
             return;
         }
-        let cols = whole_vectors(&seen);
         let products = [(&scratch.q, &scratch.kt, &mut *p), (&scratch.dout, &scratch.vt, &mut *ds)];
         for (a, b, c) in products {
             s.run(Product {
@@ -365,17 +406,21 @@ impl Backward<'_> {
     }
 
     /// Writes the gradients of a tile's keys: own ones to the result, ancestors' ones apart.
-    fn store_keys(&mut self, scratch: &Scratch, tile: usize) {
-        let (shape, block) = (self.shape, self.block);
+    fn store_keys(&mut self, tile: usize) {
+        let (shape, block, scratch) = (self.shape, self.block, &*self.scratch);
         let (d, width) = (shape.head_dim, padded(shape.head_dim));
-        let (first, end) = (self.inherited.positions.start, block.position0 + block.len);
+        let (inherited, (kept_dk, kept_dv)) = self.inherited;
+        let (first, end) = (inherited.positions.start, block.position0 + block.len);
         for position in tile.max(first)..end.min(tile + KEYS) {
             let from = (position - tile) * width;
             let (dk, dv) = (&scratch.dk[from..from + d], &scratch.dv[from..from + d]);
             if position < block.position0 {
-                let to = (position - first) * d;
-                self.inherited.dk[to..to + d].copy_from_slice(dk);
-                self.inherited.dv[to..to + d].copy_from_slice(dv);
+                let to = inherited.at(position);
+                // SAFETY: what tasks keep apart does not overlap.
+                unsafe {
+                    kept_dk.part(to.clone()).copy_from_slice(dk);
+                    kept_dv.part(to).copy_from_slice(dv);
+                }
             } else {
                 let row = block.start + position - block.position0;
                 let to = row * shape.kv_width() + block.kv_head * d;
@@ -388,10 +433,11 @@ impl Backward<'_> {
         }
     }
 
-    fn store_queries(&self, scratch: &Scratch) {
+    fn store_queries(&self) {
         let (shape, block) = (self.shape, self.block);
         let (d, group) = (shape.head_dim, shape.group());
-        for (row, dq) in scratch.dq.chunks_exact(padded(d)).enumerate() {
+        let rows = self.scratch.dq.chunks_exact(padded(d)).take(block.rows(shape));
+        for (row, dq) in rows.enumerate() {
             let at = block.source(shape, row / group).start + row % group * d;
             // SAFETY: a piece's queries belong to its tasks, one for each key head.
             unsafe { self.grads.dq.part(at..at + d) }.copy_from_slice(&dq[..d]);

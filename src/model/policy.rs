@@ -189,12 +189,7 @@ impl Policy {
     }
 
     /// The last block's output; `see` sees every layer.
-    fn run(
-        &self,
-        batch: &Batch,
-        pass: &mut Pass,
-        see: &mut See,
-    ) -> Result<Tensor> {
+    fn run(&self, batch: &Batch, pass: &mut Pass, see: &mut See) -> Result<Tensor> {
         let tape = Tape::off(&self.engine);
         let mut h = Value::constant(self.embed(&batch.input_ids)?);
         for (layer, block) in self.blocks.iter().enumerate() {
