@@ -32,7 +32,7 @@ pub enum MatmulPrecision {
     Highest,
     /// Operands split into bf16 halves, relative error about 4e-6.
     High,
-    /// One product of operands rounded to bf16 or block integers; keys and values in bf16.
+    /// One product of operands rounded to bf16 or block integers; keys, values and results of attention in bf16.
     Medium,
 }
 

@@ -68,8 +68,9 @@ pub struct GrpoArgs {
     pub dynamic_sampling: bool,
     /// Rounds of replacing in a step at most.
     pub dynamic_sampling_rounds: usize,
-    /// Keep the outputs of blocks and gradients at the head while sampling, and begin updates with them instead
-    /// of a forward pass; on the cpu; changes memory and time, not results.
+    /// Keep the outputs of blocks while sampling, and where memory has room keys, values, results of attention and
+    /// gradients at the head, and begin updates with them instead of a forward pass; on the cpu; changes memory and
+    /// time, not results.
     pub reuse_activations: bool,
     /// Show some completions with their rewards at every logging step.
     pub log_completions: bool,

@@ -22,7 +22,7 @@ pub struct ModelArgs {
     pub dtype: Dtype,
     /// Products with frozen matrices: highest = f32; high = error about 4e-6 or less; medium = both
     /// operands rounded to bf16 or block integers, where the processor multiplies that faster than f32,
-    /// and keys and values to bf16.
+    /// and keys, values and results of attention to bf16.
     pub matmul_precision: MatmulPrecision,
     /// Device the model runs on: cpu, cuda or cuda:N (docs/devices.md).
     pub device: Device,

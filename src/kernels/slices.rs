@@ -67,9 +67,19 @@ pub fn widened_bf16(x: bf16) -> f32 {
     f32::from_bits((x.to_bits() as u32) << 16)
 }
 
-/// Numbers that are bf16 already, [`rounded_to_bf16`], in half the memory.
-pub fn narrowed_bf16(x: &[f32]) -> impl ExactSizeIterator<Item = bf16> {
-    x.iter().map(|x| bf16::from_bits((x.to_bits() >> 16) as u16))
+/// Numbers that are bf16 already, [`rounded_to_bf16`], in half the memory, at the end of `to`.
+pub fn narrow_bf16(x: &[f32], to: &mut Vec<bf16>) {
+    CpuLevel::detect().run(Narrow(x, to));
+}
+
+struct Narrow<'a>(&'a [f32], &'a mut Vec<bf16>);
+
+impl Kernel for Narrow<'_> {
+    /// A plain loop, of the instructions that the level has.
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        self.1.extend(self.0.iter().map(|x| bf16::from_bits((x.to_bits() >> 16) as u16)));
+    }
 }
 
 /// `x` rounded to the nearest bf16 numbers (ties to even).
@@ -199,6 +209,22 @@ mod tests {
         mask(&mut masked, &bits, 1.5);
         let factor = |i: usize| if bits[i / 64] >> (i % 64) & 1 == 1 { 1.5 } else { 0.0 };
         assert!((0..n).all(|i| masked[i] == a[i] * factor(i)));
+    }
+
+    #[test]
+    fn bf16_numbers_come_back_from_half_the_memory_row_by_row() {
+        let (rows, width) = (50, 577);
+        let x = rounded_to_bf16(&noise(1, rows * width));
+        let mut half = vec![bf16::ONE];
+        narrow_bf16(&x, &mut half);
+        assert_eq!((half.len(), half[0]), (1 + x.len(), bf16::ONE));
+        let of = |row: usize| &half[1 + row * width..1 + (row + 1) * width];
+        let order: Vec<usize> = (0..rows).map(|i| i * 7 % rows).collect();
+        let wanted: Vec<&[f32]> =
+            order.iter().map(|row| &x[row * width..(row + 1) * width]).collect();
+        let picked: Vec<_> = order.iter().map(|row| of(*row)).collect();
+        assert!(gathered_bf16(&picked, width) == wanted.concat());
+        assert!(gathered(&wanted, width) == wanted.concat());
     }
 
     #[derive(Clone, Copy)]

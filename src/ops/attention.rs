@@ -17,7 +17,7 @@ use crate::kernels::attention::{
     AttentionShape, BackwardInput, Gradients, Segment, backward, chains, forward,
 };
 use crate::kernels::attention_cached::forward_cached;
-use crate::kernels::slices::{narrowed_bf16, room};
+use crate::kernels::slices::{narrow_bf16, room};
 
 /// What attention made of some queries, on the CPU.
 #[derive(Clone, Debug)]
@@ -40,9 +40,10 @@ impl Attended {
     pub fn narrowed(&self, rows: &[u32]) -> Result<(Vec<bf16>, Vec<f32>)> {
         let (out, (n, width)) = (host(&self.out)?, self.out.dims2()?);
         let heads = self.lse.len() / n.max(1);
-        let (mut narrowed, mut lse) = (Vec::with_capacity(rows.len() * width), Vec::new());
+        let (mut narrowed, mut lse) =
+            (Vec::with_capacity(rows.len() * width), Vec::with_capacity(rows.len() * heads));
         for row in rows.iter().map(|row| *row as usize) {
-            narrowed.extend(narrowed_bf16(&out[row * width..(row + 1) * width]));
+            narrow_bf16(&out[row * width..(row + 1) * width], &mut narrowed);
             lse.extend_from_slice(&self.lse[row * heads..(row + 1) * heads]);
         }
         Ok((narrowed, lse))
@@ -157,4 +158,37 @@ pub fn attention_cached(
     let lse = lse.then_some(denominators.as_mut_slice());
     forward_cached(&host(q)?, &segments, cache.layer(layer, shape), shape, &mut out, lse);
     Ok(Attended { out: engine.tensor(out, q.dims())?, lse: denominators.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::kernels::slices::rounded_to_bf16;
+    use crate::kernels::testing::noise;
+
+    #[test]
+    fn attended_rows_are_picked_and_any_other_bit_makes_them_differ() {
+        let (n, heads, width) = (5, 2, 6);
+        let out = rounded_to_bf16(&noise(1, n * width));
+        let of = |out: Vec<f32>, lse: Vec<f32>| Attended {
+            out: Tensor::from_vec(out, (n, width), &Device::Cpu).unwrap(),
+            lse: lse.into(),
+        };
+        let lse = noise(2, n * heads);
+        let attended = of(out.clone(), lse.clone());
+        let (narrowed, denominators) = attended.narrowed(&[3, 1]).unwrap();
+        let widened: Vec<f32> = narrowed.iter().map(|x| x.to_f32()).collect();
+        assert_eq!(widened, [&out[3 * width..4 * width], &out[width..2 * width]].concat());
+        assert_eq!(denominators, [lse[6], lse[7], lse[2], lse[3]]);
+        let changed = |mut x: Vec<f32>| {
+            x[3] = -x[3];
+            x
+        };
+        assert!(attended.equals(&of(out.clone(), lse.clone())).unwrap());
+        assert!(!attended.equals(&of(changed(out.clone()), lse.clone())).unwrap());
+        assert!(!attended.equals(&of(out.clone(), changed(lse.clone()))).unwrap());
+        assert!(!attended.equals(&of(out, Vec::new())).unwrap());
+    }
 }
