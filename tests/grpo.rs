@@ -387,6 +387,29 @@ fn gradients_at_the_head_are_taken_while_sampling_only_as_long_as_most_are_learn
 }
 
 #[test]
+fn updates_read_keys_from_sampling_and_at_medium_attend_in_one_block_alone() {
+    let Some(place) = place() else { return };
+    let counts = |name: &str, more: &str| {
+        let trace = place.dir(&format!("{name}.json"));
+        let keys = format!("{REWARDS} {more} --max_steps 2 --profile {}", text(&trace));
+        place.run(name, &keys).ok();
+        let trace = std::fs::read_to_string(trace).unwrap();
+        let count = |name: &str| trace.matches(&format!("\"name\":\"{name}\"")).count();
+        ["recorded", "cached keys", "attention", "attention backward"].map(count)
+    };
+    let reuse = "--reuse_activations true";
+    let [batches, keys, attention, backward] = counts("high", reuse);
+    assert!(batches >= 2 && keys == 4 * batches, "{batches} {keys}");
+    assert!(attention >= backward && backward == 4 * batches, "{attention} {backward}");
+    let [batches, keys, attention, backward] =
+        counts("medium", &format!("{reuse} --matmul_precision medium"));
+    assert!(batches >= 2 && keys == 4 * batches, "{batches} {keys}");
+    assert!(attention == batches && (4 * batches..=5 * batches).contains(&backward), "{attention}");
+    let [batches, keys, attention, _] = counts("off", "--matmul_precision medium");
+    assert!((batches, keys) == (0, 0) && attention >= 10, "{attention}");
+}
+
+#[test]
 fn an_adapter_can_be_the_start_and_the_reference() {
     let Some(place) = place() else { return };
     place.run("first", &format!("{REWARDS} --max_steps 2")).ok();

@@ -209,7 +209,7 @@ fn updates_from_what_sampling_computed_have_the_bits_of_updates_from_a_forward_p
             sets.push((format!("top {site}"), vec![Box::new(steering.unwrap())]));
         }
         for (name, adapters) in sets {
-            for how in [(5, 64), (5, 3), (1, 1)] {
+            for how in [(5, 64), (5, 3), (1, 1), (70, 64)] {
                 let blocks = Record::default();
                 let records = [(blocks, 1.0, Highest), (ALL, 0.7, Highest), (ALL, 1.0, Medium)];
                 for (record, temperature, precision) in records {
@@ -234,6 +234,24 @@ fn updates_from_what_sampling_computed_have_the_bits_of_updates_from_a_forward_p
             }
         }
     }
+}
+
+#[test]
+fn one_batch_learns_from_several_samplings() {
+    let Some(policy) = policy("llama3-scaled-rope") else { return };
+    let policy = policy.at_precision(Medium);
+    let adapters: Adapters = vec![lora(&policy)];
+    let of = |prompt| recorded_at((&policy, &adapters), (prompt, 64), (1.0, ALL));
+    let groups = [of(5), of(66)].concat();
+    let advantages = [advantages(), advantages()].concat();
+    let objective = objective(PolicyLoss::default(), 0.0, SamplingParams::default());
+    let of = |groups: &[Group]| {
+        step((&policy, &adapters), (groups, &advantages), &objective, (0, false, true))
+    };
+    let (sums, gradients) = of(&groups);
+    let (want, wanted) = of(&without_recordings(&groups));
+    assert_eq!(sums, want);
+    assert_same_bits(&gradients, &wanted, "both");
 }
 
 #[test]

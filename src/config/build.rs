@@ -19,8 +19,8 @@ pub(crate) fn precision_note(key: &str, precision: ops::MatmulPrecision) -> Opti
     let same = precision == ops::MatmulPrecision::Medium && precision.is_highest_here();
     same.then(|| {
         format!(
-            "{key} medium has its products in f32, as highest: this processor has nothing faster; keys \
-             and values are rounded to bf16"
+            "{key} medium has its products in f32, as highest: this processor has nothing faster; keys, \
+             values and results of attention are rounded to bf16"
         )
     })
 }

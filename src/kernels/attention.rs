@@ -56,7 +56,8 @@ pub struct AttentionShape {
     pub window: Option<usize>,
     /// Bounds a score `s` to `softcap * tanh(s / softcap)`.
     pub softcap: Option<f32>,
-    /// Results are rounded to the nearest bf16. Gradients pass as if they were not.
+    /// Results are rounded to the nearest bf16. Gradients pass as if they were not, but for the sum of `dout * out`
+    /// of a row, which reads them rounded as FlashAttention's does.
     pub rounded: bool,
 }
 

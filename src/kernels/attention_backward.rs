@@ -173,7 +173,10 @@ impl Inherited {
         let (mut start, head_dim) = (0, shape.head_dim);
         let heads = pieces.iter().flat_map(|piece| (0..shape.kv_heads).map(move |_| piece));
         let of_task = |piece: &Segment| {
-            let positions = shape.visible(piece.position0).start..piece.position0;
+            // an empty piece adds nothing
+            let first =
+                if piece.len == 0 { piece.position0 } else { shape.visible(piece.position0).start };
+            let positions = first..piece.position0;
             let inherited = Inherited { positions, start, head_dim };
             start = inherited.end();
             inherited
@@ -202,7 +205,8 @@ impl Inherited {
         let (d, width) = (shape.head_dim, shape.kv_width());
         for position in to.position0.max(self.positions.start)..to.position0 + to.len {
             let at = (to.start + position - to.position0) * width + kv_head * d;
-            // SAFETY: each ancestor's rows are summed by one task, after all others have ended.
+            // SAFETY: each ancestor's rows are summed by one task, the only one that reads what others kept for
+            // them; all of those have ended.
             unsafe {
                 let (dk, dv) = (grads.dk.part(at..at + d), grads.dv.part(at..at + d));
                 let from = self.at(position);

@@ -444,6 +444,15 @@ fn gradients_of_a_tree_do_not_depend_on_its_neighbours() {
 }
 
 #[test]
+fn an_empty_segment_changes_no_gradient() {
+    for shape in shapes() {
+        let with = Batch::new(tree(&[(75, None), (0, Some(0)), (40, Some(0))]), shape);
+        let without = Batch { segments: tree(&[(75, None), (40, Some(0))]), ..with.clone() };
+        assert_same(&with.run(CpuLevel::detect()), &without.run(CpuLevel::detect()));
+    }
+}
+
+#[test]
 fn a_shared_prefix_gets_the_sum_of_the_gradients_of_repeated_ones() {
     for shape in shapes() {
         let mut shared = Batch::new(tree(&[(75, None), (40, Some(0)), (66, Some(0))]), shape);

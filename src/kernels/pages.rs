@@ -243,7 +243,7 @@ pub fn write_rows(
 /// after the other there.
 ///
 /// # Panics
-/// If a part does not follow the one before, or its page has not so many rows.
+/// If a part does not follow the one before, its page has not so many rows, or rows are missing at the end.
 pub fn read_rows(
     parts: Vec<(&Page, PageRows)>,
     shape: PageShape,
@@ -262,6 +262,7 @@ pub fn read_rows(
         (page, part.at, k, v)
     });
     let parts: Vec<_> = parts.collect();
+    assert!(rest.0.is_empty() && rest.1.is_empty(), "rows are missing");
     for_each(parts.into_iter(), |(page, at, k, v)| page.read(shape, layer, at, k, v));
 }
 

@@ -175,16 +175,19 @@ impl Policy {
         (recording, rows): (&mut Recording, &[u32]),
     ) -> Result<Tensor> {
         let mut pass = self.pass(Cow::Borrowed(batch), adapters);
-        let keeps = recording.keeps_attention() && self.engine.keeps_bf16();
+        let keeps = recording.keeps_attention() && self.engine.keeps_bf16() && !rows.is_empty();
         pass.cache = Some(Cached { cache, slots, keeps, attended: None });
         if rows.is_empty() {
             return self.run(batch, &mut pass, &mut |_, _, _| Ok(()));
         }
         recording.begin();
-        let first = lowest(self, adapters).min(self.blocks.len()).saturating_sub(1);
-        self.run(batch, &mut pass, &mut |layer, out, attended| match layer >= first {
-            true => recording.push(&self.engine, layer, (out, attended), rows),
-            false => Ok(()),
+        let lowest = lowest(self, adapters).min(self.blocks.len());
+        self.run(batch, &mut pass, &mut |layer, out, attended| {
+            let attended = attended.filter(|_| layer >= lowest);
+            match layer + 1 >= lowest {
+                true => recording.push(&self.engine, layer, (out, attended), rows),
+                false => Ok(()),
+            }
         })
     }
 
@@ -216,13 +219,13 @@ impl Policy {
     }
 
     /// [`Policy::trace`] of tokens that passes with the same adapters have recorded, segment by segment: no
-    /// block is computed before the way back, which begins each from its recorded input and output.
+    /// block is computed before the way back, which begins each from what is recorded of it.
     ///
-    /// On the CPU. One block's output is computed nevertheless: that of layer `checked`, counted round and
+    /// On the CPU. One block is computed whole nevertheless: that of layer `checked`, counted round and
     /// round from the lowest adapted one on.
     ///
     /// # Errors
-    /// On the way back, if that output is not the recorded one to the bit.
+    /// On the way back, if what is recorded is not what is computed, to the bit.
     pub fn retrace<'a>(
         &'a self,
         batch: &Batch,

@@ -6,8 +6,8 @@ use candle_core::Tensor;
 use half::bf16;
 
 use crate::ops::{
-    Attended, AttentionShape, Engine, KvCache, Segment, SlotId, cached_keys, pick_rows,
-    pick_rows_bf16,
+    Attended, AttentionShape, Engine, KvCache, Segment, SlotId, Value, cached_keys, equal_bits,
+    pick_rows, pick_rows_bf16,
 };
 use crate::{Error, Result};
 
@@ -90,9 +90,10 @@ impl Recording {
         self.drawn.len() as u32 - 1
     }
 
-    /// Takes in the cache that the passes went over, the sequences still open, if attention is kept.
+    /// Takes in the cache that the passes went over, the sequences still open, if attention is kept and the cache
+    /// has pages.
     pub fn take_cache(&mut self, cache: KvCache) {
-        self.cache = Some(cache).filter(|_| self.attention);
+        self.cache = Some(cache).filter(|cache| self.attention && cache.pages_held() > 0);
     }
 
     /// Begins a pass.
@@ -149,6 +150,14 @@ pub(super) struct KnownAttention {
     pub v: Tensor,
     /// The results.
     pub attended: Option<Attended>,
+}
+
+impl KnownAttention {
+    /// Whether these are the keys, values and results, as far as they are known, to the bit.
+    pub fn is(&self, (k, v): (&Value, &Value), attended: &Attended) -> Result<bool> {
+        let results = self.attended.as_ref().map_or(Ok(true), |known| known.equals(attended))?;
+        Ok(results && equal_bits(&self.k, k.tensor())? && equal_bits(&self.v, v.tensor())?)
+    }
 }
 
 /// What attention reads and makes in a layer at the tokens of these segments of a batch, if it was kept of all.

@@ -11,7 +11,7 @@ use super::block::{Known, Pass};
 use super::policy::{Policy, part_tokens};
 use super::recording::{Recorded, outputs};
 use crate::adapter::Adapter;
-use crate::ops::{GradientSums, Gradients, Place, Tape, Value};
+use crate::ops::{GradientSums, Gradients, Place, Tape, Value, equal_bits};
 use crate::{Error, Result};
 
 /// What is kept of one block for the backward pass.
@@ -20,7 +20,7 @@ enum Kept {
     Activations(Way),
     /// Its input; the block is computed again.
     Input(Tensor),
-    /// Nothing: its input and output are recorded.
+    /// Nothing: what it computes is recorded.
     Nothing,
 }
 
@@ -47,13 +47,13 @@ struct Part<'a> {
     rows: Range<usize>,
     pass: Pass<'a>,
     kept: Vec<Kept>,
-    recorded: Option<Outputs<'a>>,
+    recorded: Option<RecordedPart<'a>>,
 }
 
-/// The blocks' outputs at a part's tokens, where passes over them were recorded.
-struct Outputs<'a> {
+/// What blocks compute at a part's tokens, where passes over them were recorded.
+struct RecordedPart<'a> {
     segments: Vec<&'a Recorded>,
-    /// The layer whose output is computed again and compared.
+    /// The layer that is computed whole and compared.
     checked: usize,
     /// The output of the highest layer that has not been gone back through.
     top: Tensor,
@@ -100,7 +100,7 @@ impl<'a> Trace<'a> {
             let pass = policy.pass(Cow::Owned(part), adapters);
             streams.push(stream(policy, &pass, layers, Some(&top))?);
             let kept = (lowest..layers).map(|_| Kept::Nothing).collect();
-            let recorded = Some(Outputs { segments, checked, top });
+            let recorded = Some(RecordedPart { segments, checked, top });
             parts.push(Part { rows, pass, kept, recorded });
         }
         Ok(Trace { policy, lowest, parts, output: whole(streams)? })
@@ -202,7 +202,7 @@ impl Part<'_> {
                 Kept::Activations(way) => way,
                 Kept::Input(h) => self.again(policy, (layer, lowest), h, None)?,
                 Kept::Nothing => {
-                    let (h, known) = self.recorded(policy, layer)?;
+                    let (h, known) = self.recorded(policy, (layer, lowest))?;
                     self.again(policy, (layer, lowest), h, Some(known))?
                 }
             };
@@ -211,7 +211,7 @@ impl Part<'_> {
         Ok(())
     }
 
-    /// Computes a block again from its input, as far as is needed if its output is known.
+    /// Computes a block again from its input, as far as is needed where something is known of it.
     fn again(
         &mut self,
         policy: &Policy,
@@ -220,27 +220,36 @@ impl Part<'_> {
         known: Option<Known>,
     ) -> Result<Way> {
         let _phase = debug_span!("recompute", layer).entered();
-        let tape = Tape::keeping_all(policy.engine());
+        let tape = match known {
+            None => Tape::recording(policy.engine()),
+            Some(_) => Tape::keeping_all(policy.engine()),
+        };
         let input = if layer > lowest { tape.input(&h) } else { Value::constant(h) };
         let (block, pass) = (&policy.blocks[layer], &mut self.pass);
         let checked = self.recorded.as_ref().is_some_and(|recorded| recorded.checked == layer);
-        let out = match &known {
-            None => block.forward(&tape, layer, &input, pass)?,
-            Some(known) if !checked => block.forward_known(&tape, layer, (&input, known), pass)?,
+        let (out, same) = match &known {
+            None => (block.forward(&tape, layer, &input, pass)?, true),
+            Some(known) if checked => block.forward_checked(&tape, layer, (&input, known), pass)?,
             Some(known) => {
-                let (out, same) = block.forward_checked(&tape, layer, (&input, known), pass)?;
-                if !same {
-                    return Err(differs(layer));
-                }
-                out
+                let out = block.forward_known(&tape, layer, (&input, known), pass)?;
+                let computed = out.tensor().id() != known.out.id();
+                let same = !computed || equal_bits(&known.out, out.tensor())?;
+                (out, same)
             }
         };
+        if !same {
+            return Err(differs(layer));
+        }
         let output = self.pass.after_block(&tape, layer, out)?.place();
         Ok(Way { input: input.place(), output, tape })
     }
 
     /// What is recorded of a layer, the highest that has not been asked for yet: its block's input, and the rest.
-    fn recorded(&mut self, policy: &Policy, layer: usize) -> Result<(Tensor, Known)> {
+    fn recorded(
+        &mut self,
+        policy: &Policy,
+        (layer, lowest): (usize, usize),
+    ) -> Result<(Tensor, Known)> {
         let Some(recorded) = &mut self.recorded else {
             return Err(Error::failure(format!("nothing was kept of layer {layer}")));
         };
@@ -250,7 +259,12 @@ impl Part<'_> {
         let out = recorded.top.clone();
         recorded.top = below.clone().unwrap_or_else(|| out.clone());
         let of = (&recorded.segments[..], &self.pass.segments[..]);
-        let attention = policy.blocks[layer].known_attention(policy.engine(), layer, of)?;
+        // nothing goes back through the lowest block if its adapters act on what it puts out
+        let goes_back = layer > lowest || !self.pass.adapters.iter().all(|a| a.acts_last());
+        let attention = match goes_back {
+            true => policy.blocks[layer].known_attention(policy.engine(), layer, of)?,
+            false => None,
+        };
         let h = stream(policy, &self.pass, layer, below.as_ref())?;
         Ok((h, Known { out, attention }))
     }

@@ -53,8 +53,8 @@ impl Attended {
 /// Attention of a packed batch: q [N, heads * head_dim], k and v [N, kv_heads * head_dim].
 ///
 /// A query at position p sees the keys of its chain (ancestors, then its own segment) at positions
-/// j <= p, in windowed layers only those with p - j < window. At `medium` on the CPU results are rounded to
-/// bf16.
+/// j <= p, in windowed layers only those with p - j < window. The engine says whether results are rounded to
+/// bf16: they are at `medium` on the CPU.
 pub fn attention(
     tape: &Tape,
     (q, k, v): (&Value, &Value, &Value),

@@ -181,7 +181,8 @@ pub fn cached_keys(
         tokens += len;
     }
     let width = shape.kv_heads * shape.head_dim;
-    let _span = trace_span!("cached keys", bytes = 16 * tokens * width).entered();
+    let _span =
+        trace_span!("cached keys", bytes = 2 * (4 + engine.kv_bytes()) * tokens * width).entered();
     let (mut k, mut v) = (room(tokens * width), room(tokens * width));
     if let Some((_, cache, _)) = segments.first() {
         read_rows(parts, cache.page_shape(shape), layer, (&mut k, &mut v));

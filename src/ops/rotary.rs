@@ -63,7 +63,7 @@ pub fn rotate_known(tape: &Tape, x: &Value, rotary: &Rotary, y: Tensor) -> Value
     tape.push(y, &[x], || back(tape, rotary))
 }
 
-/// Turns gradients back.
+/// The way back of [`rotate`]: turns gradients back.
 fn back(tape: &Tape, rotary: &Rotary) -> impl FnOnce(Tensor, &mut Sink) -> Result<()> + use<> {
     let (rotary, engine) = (rotary.clone(), tape.engine().clone());
     move |dy: Tensor, sink: &mut Sink| {

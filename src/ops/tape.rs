@@ -5,7 +5,7 @@
 //! captured, knows no gradient of a frozen weight, frees activations while it runs backwards, and
 //! takes any number of inputs. Values that depend on no parameter are not recorded, so the backward
 //! pass ends at the lowest layer that has an adapter. Results that are cheap to compute again say
-//! how, and then nobody keeps them (`value.rs`).
+//! how, and then nobody keeps them (`value.rs`), but on tapes that [keep all](Tape::keeping_all).
 
 use std::cell::RefCell;
 use std::rc::Rc;

@@ -274,7 +274,8 @@ impl<'a> Generator<'a> {
         let mut done: Vec<Option<Completion>> = vec![None; requests.len()];
         let mut logits = Vec::new();
         while !(waiting.is_empty() && active.is_empty()) {
-            let followers = self.admit(requests, &mut waiting, &mut active, &mut cache)?;
+            let known = (&mut cache, recorder.as_deref());
+            let followers = self.admit(requests, &mut waiting, &mut active, known)?;
             let hidden = self.hidden(&active, &mut cache, recorder.as_deref_mut())?;
             let drawn = self.advance(&mut active, followers, (&mut cache, hidden), &mut logits)?;
             if let (Some(head), Some(recorder)) = (&head, recorder.as_deref_mut()) {
@@ -288,8 +289,9 @@ impl<'a> Generator<'a> {
                     None => still.push(sequence),
                     Some(stop) => {
                         let (index, slot) = (sequence.index, sequence.slot);
-                        let recorder = recorder.as_deref_mut();
-                        if !recorder.is_some_and(|recorder| recorder.keeps(index, slot)) {
+                        let prompt = &sequence.request.prompt;
+                        let stays = recorder.as_deref_mut();
+                        if !stays.is_some_and(|r| r.take_sequence(index, prompt, slot)) {
                             cache.close(slot);
                         }
                         on_event(Progress::Done(sequence.index));
@@ -324,15 +326,15 @@ impl<'a> Generator<'a> {
     }
 
     /// Takes up waiting requests while there is room in the batch and in the pass. One whose prompt
-    /// an active sequence has in the cache continues from there; one whose prompt is taken up in
-    /// this pass follows that sequence. Sequences stay in the order of their requests, so that those
+    /// an active sequence has in the cache, or one that has stayed there, continues from there; one whose prompt
+    /// is taken up in this pass follows that sequence. Sequences stay in the order of their requests, so that those
     /// with the same prompt are neighbours.
     fn admit<'r>(
         &self,
         requests: &'r [Request],
         waiting: &mut VecDeque<usize>,
         active: &mut Vec<Active<'r>>,
-        cache: &mut KvCache,
+        (cache, recorder): (&mut KvCache, Option<&Recorder>),
     ) -> Result<Vec<Follower<'r>>> {
         active.sort_by_key(|sequence| sequence.index);
         let mut room = self.options.prefill_tokens;
@@ -341,13 +343,15 @@ impl<'a> Generator<'a> {
             let Some(index) = waiting.front().copied() else { break };
             let (request, len) = (&requests[index], requests[index].prompt.len());
             let leader = active.iter().position(|other| other.request.prompt == request.prompt);
-            let slot = match leader.map(|leader| (leader, active[leader].slot)) {
-                Some((leader, slot)) if cache.len(slot) == 0 => {
-                    followers.push(Follower { index, request, leader });
-                    waiting.pop_front();
-                    continue;
-                }
-                Some((_, slot)) => cache.fork(slot, len - 1)?,
+            if let Some(leader) = leader.filter(|leader| cache.len(active[*leader].slot) == 0) {
+                followers.push(Follower { index, request, leader });
+                waiting.pop_front();
+                continue;
+            }
+            let stayed = || recorder?.sequence_of(&request.prompt);
+            let known = leader.map(|leader| active[leader].slot);
+            let slot = match known.or_else(stayed) {
+                Some(slot) => cache.fork(slot, len - 1)?,
                 None if len > room && room < self.options.prefill_tokens => break,
                 None => {
                     room = room.saturating_sub(len);

@@ -12,7 +12,7 @@ use crate::ops::SlotId;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Record {
     /// Keys and values of all sequences, which stay in the cache, and where they are bf16 numbers, at `medium`, what
-    /// attention makes: 2 D bytes more a token and block.
+    /// attention makes: 2 bytes for each number of the heads, and 4 a head for its denominator.
     pub attention: bool,
     /// The gradient of each drawn token's log-prob in what the head reads, 4 D bytes a token and a product with
     /// the head; not where sampling changes more than the temperature.
@@ -26,8 +26,9 @@ pub(super) struct Recorder {
     pub head: bool,
     /// The passes.
     pub recording: Recording,
-    /// The sequence of each request in the cache, if it stays there.
+    /// The sequence of each finished request in the cache, if it stays there, and one for each prompt.
     slots: BTreeMap<usize, SlotId>,
+    of_prompts: BTreeMap<Vec<u32>, SlotId>,
     /// The tokens of each prompt.
     prompts: BTreeMap<Vec<u32>, Vec<RecordedRow>>,
     /// The tokens of each request's completion, the last one excepted, which no pass takes up.
@@ -43,13 +44,19 @@ impl Recorder {
         Recorder { head: record.head, recording, ..Self::default() }
     }
 
-    /// Whether a finished request's sequence stays in the cache.
-    pub fn keeps(&mut self, request: usize, slot: SlotId) -> bool {
+    /// Takes over a finished request's sequence in the cache if it is to stay there: whether it is.
+    pub fn take_sequence(&mut self, request: usize, prompt: &[u32], slot: SlotId) -> bool {
         let keeps = self.recording.keeps_attention();
         if keeps {
             self.slots.insert(request, slot);
+            self.of_prompts.insert(prompt.to_vec(), slot);
         }
         keeps
+    }
+
+    /// A sequence in the cache that has stayed there and begins with a prompt.
+    pub fn sequence_of(&self, prompt: &[u32]) -> Option<SlotId> {
+        self.of_prompts.get(prompt).copied()
     }
 
     /// Whether the next pass takes up tokens of a prompt, `len` from its token `first` on, that are wanted:
@@ -105,6 +112,22 @@ impl Recorder {
                 completion.recorded = Some(recorded(request, rows, drawn));
             }
             first += group.completions.len();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finished_sequences_stay_and_are_found_by_their_prompt_only_where_attention_is_kept() {
+        for attention in [true, false] {
+            let mut recorder = Recorder::new(Record { attention, head: false });
+            assert_eq!(recorder.sequence_of(&[7, 8]), None);
+            assert_eq!(recorder.take_sequence(3, &[7, 8], 5), attention);
+            assert_eq!(recorder.sequence_of(&[7, 8]), attention.then_some(5));
+            assert_eq!(recorder.sequence_of(&[7]), None);
         }
     }
 }

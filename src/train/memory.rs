@@ -89,7 +89,7 @@ impl<'a> MemoryModel<'a> {
         let gradients = if head > 0 { kept } else { 0 };
         let mixed = 2 * self.config.linear_shape(Matrix::Q).1 + 4 * self.config.num_attention_heads;
         let of_layer = if attention && kv_bytes == 2 { mixed } else { 0 };
-        let attended = of_layer * self.config.layers.len() * kept;
+        let attended = of_layer * (self.config.layers.len() - self.lowest()) * kept;
         self.recorded(kept) + attended + 4 * self.config.hidden_size * gradients
     }
 
@@ -128,9 +128,8 @@ impl<'a> MemoryModel<'a> {
             true => (layers - lowest) * hidden,
             false => (lowest..layers).map(|layer| self.kept(layer, layer > lowest)).sum(),
         };
-        // a part ends where a sequence ends
-        let part = size.tokens.min(part_tokens().max(size.longest));
-        let again = if size.gradient_checkpointing { block + self.cheap() } else { 0 };
+        let part = part(size);
+        let again = if size.gradient_checkpointing { block } else { 0 };
         let head =
             4 * (kept + 2 * hidden) * size.tokens + head_scratch(self.config.vocab_size, hidden);
         let back = 4 * (kept + hidden) * size.tokens + 4 * (again + self.working()) * part;
@@ -159,10 +158,13 @@ impl<'a> MemoryModel<'a> {
         streams + attention + config.num_attention_heads + 2 * config.intermediate_size
     }
 
-    /// Numbers a token of a block's results that are cheap to make again, and kept while it goes back at once: normed
-    /// streams and the input of the MLP's last matrix.
-    fn cheap(&self) -> usize {
-        2 * self.config.hidden_size + self.config.intermediate_size
+    /// Bytes of a block's results that are cheap to make again, and kept where it goes back at once from what
+    /// sampling computed: normed streams, the input of the MLP's last matrix, queries and keys before their norm.
+    pub fn cheap(&self, size: PassSize) -> usize {
+        let config = self.config;
+        let out = |matrix: Matrix| config.linear_shape(matrix).1;
+        let unnormed = if config.qk_norm { out(Matrix::Q) + out(Matrix::K) } else { 0 };
+        4 * (2 * config.hidden_size + config.intermediate_size + unnormed) * part(size)
     }
 
     /// Numbers a token that a block at work needs besides: the gradients of its MLP.
@@ -171,6 +173,11 @@ impl<'a> MemoryModel<'a> {
         let inner = if lora { 4 } else { 3 } * self.config.intermediate_size;
         inner + 2 * self.config.hidden_size
     }
+}
+
+/// Tokens that go through a block at once: a part ends where a sequence ends.
+fn part(size: PassSize) -> usize {
+    size.tokens.min(part_tokens().max(size.longest))
 }
 
 #[cfg(test)]

@@ -150,9 +150,9 @@ impl Plan {
         memory: &MemoryModel,
         sampling: Sampling,
     ) -> Option<Self> {
-        let update = memory.peak(PassSize { gradient_checkpointing: true, ..self.pass(case) });
+        let pass = PassSize { gradient_checkpointing: true, ..self.pass(case) };
         let kept = memory.kept_of_sampling(sampling) + memory.kept_cache(sampling);
-        let update = update + kept;
+        let update = memory.peak(pass) + memory.cheap(pass) + kept;
         // further updates on the same completions have nothing recorded, but a forward pass
         let bytes = memory.sampling(case.sequence, sampling).max(update).max(self.bytes);
         Some(Plan { reuse_activations: true, bytes, ..self }).filter(Plan::fits)
@@ -298,8 +298,17 @@ mod tests {
         let cache = memory.kept_cache(rounded);
         assert_eq!(2 * cache, memory.kept_cache(attention));
         let more = memory.kept_of_sampling(rounded) - memory.kept_of_sampling(attention);
+        // of no layer, as none is adapted
+        assert_eq!(more, 0);
+        let steering = SteeringConfig::post_block(&config);
+        let layers = vec![config.layers.len() - 1];
+        let steering = SteeringConfig { layers, ..steering };
+        let steering = Steering::new(steering, &config, 0, &Device::Cpu).unwrap();
+        let adapters: Vec<Box<dyn Adapter>> = vec![Box::new(steering)];
+        let memory = MemoryModel::new(&config, &adapters, 0);
+        let more = memory.kept_of_sampling(rounded) - memory.kept_of_sampling(attention);
         let bytes_of_token = 2 * config.hidden_size + 4 * config.num_attention_heads;
-        assert_eq!(more, CASE.step * config.layers.len() * bytes_of_token);
+        assert_eq!(more, CASE.step * bytes_of_token);
     }
 
     #[test]
@@ -318,6 +327,12 @@ mod tests {
         assert_eq!([of(Some(all - 1)), of(Some(all - 1000))], [plain; 2]);
         assert_eq!(of(Some(all - 1001)), Sampling { sequences: 3, ..wanted });
         assert_eq!(of(Some(0)), Sampling { sequences: 1, ..plain });
+        // pages that stay are those of the sequences, not more of them
+        let stay = Sampling { kept_sequences: 1, attention: true, ..wanted };
+        let pages = memory.kept_cache(stay);
+        assert!((1..memory.sampling(100, stay)).contains(&pages));
+        let budget = Budget { bytes: Some(all), auto: false };
+        assert_eq!(Plan { budget, ..NONE }.sampling(100, &memory, stay), stay);
     }
 
     #[test]

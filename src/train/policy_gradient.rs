@@ -148,7 +148,7 @@ impl Sums {
 /// not computed.
 ///
 /// # Errors
-/// If the loss is not finite, or on the CPU an on-policy log-prob, the output of the block that is compared, or a
+/// If the loss is not finite, or on the CPU an on-policy log-prob, what the block that is compared computes, or a
 /// gradient at the head that is, is not that of sampling, or probabilities do not sum to one under sampling's
 /// statistics.
 pub fn gradients(
