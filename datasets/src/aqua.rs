@@ -155,7 +155,7 @@ fn flan(path: &Path) -> Result<Vec<Problem>> {
             },
             other => Err(format!("has {} fields separated by tabs, wanted 3", other.len())),
         };
-        let problem = parts.map_err(|message| Error::row(path, i + 1, message))?;
+        let problem = parts.map_err(|message| Error::line(path, i + 1, message))?;
         Ok(Problem { id: i as u64, ..problem })
     };
     content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(row).collect()
@@ -214,7 +214,7 @@ mod tests {
         let lines = |first: &str| format!("{first}\n{good}\n");
         write("dev.json", &lines(good));
         for (file, text, split, wanted) in [
-            ("test.json", r#"{"question":"q"}"#, "test", "test.json:1: no column options"),
+            ("test.json", r#"{"question":"q"}"#, "test", "test.json: row 1: no column options"),
             ("test.json", r#"{"question":"q","options":["1"]}"#, "test", "is not written as A)"),
             ("test.json", good, "test", ""),
             ("aqua_train.tsv", "a\tb\n", "train", ".tsv:1: has 2 fields separated by tabs"),

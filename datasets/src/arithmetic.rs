@@ -116,9 +116,9 @@ mod tests {
     #[test]
     fn malformed_rows_and_unknown_splits_are_named() {
         for (columns, wanted) in [
-            (json!({"sQuestion": "a"}), ":1: column lSolutions holds no number"),
-            (json!({"sQuestion": "a", "lSolutions": ["x"]}), ":1: the solution x is no number"),
-            (json!({"lSolutions": [1]}), ":1: no column sQuestion"),
+            (json!({"sQuestion": "a"}), ": row 1: column lSolutions holds no number"),
+            (json!({"sQuestion": "a", "lSolutions": ["x"]}), ": row 1: the solution x is no number"),
+            (json!({"lSolutions": [1]}), ": row 1: no column sQuestion"),
         ] {
             let (_folder, path) = file("AddSub.json", json!([columns]).to_string());
             let error = load("AddSub", Some(&path), "test").unwrap_err().to_string();

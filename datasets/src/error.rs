@@ -25,11 +25,11 @@ pub enum Error {
         /// What is wrong with it and what to do.
         message: String,
     },
-    /// A row is malformed.
-    Row {
+    /// A line of a text file is malformed.
+    Line {
         /// The file.
         path: PathBuf,
-        /// Line of the file, or the row's number for formats without lines; from 1.
+        /// The line, from 1.
         line: usize,
         /// What is wrong with it and what to do.
         message: String,
@@ -52,9 +52,14 @@ impl Error {
         Error::File { path: path.to_path_buf(), message: message.into() }
     }
 
-    /// A malformed row, by its line or number from 1.
-    pub fn row(path: &Path, line: usize, message: impl Into<String>) -> Self {
-        Error::Row { path: path.to_path_buf(), line, message: message.into() }
+    /// A malformed line of a text file, by its number from 1: shown as `file:line`.
+    pub fn line(path: &Path, line: usize, message: impl Into<String>) -> Self {
+        Error::Line { path: path.to_path_buf(), line, message: message.into() }
+    }
+
+    /// A row that was read, but is not what it should be, by its number from 1: shown as `file: row n`.
+    pub fn row(path: &Path, number: usize, message: impl std::fmt::Display) -> Self {
+        Error::file(path, format!("row {number}: {message}"))
     }
 
     /// The process exit code: 2 for usage, 1 otherwise.
@@ -72,7 +77,7 @@ impl fmt::Display for Error {
             Error::Usage(message) => f.write_str(message),
             Error::Io { path, source } => write!(f, "{}: {}", path.display(), lower(source)),
             Error::File { path, message } => write!(f, "{}: {message}", path.display()),
-            Error::Row { path, line, message } => {
+            Error::Line { path, line, message } => {
                 write!(f, "{}:{line}: {message}", path.display())
             }
         }

@@ -142,10 +142,10 @@ mod tests {
     #[test]
     fn malformed_rows_and_unknown_splits_are_named() {
         for (columns, wanted) in [
-            (json!({"question": "a"}), ":1: no column answer; the row has question"),
-            (json!({"question": "a", "answer": "b"}), ":1: the answer has no number behind"),
-            (json!({"question": "a", "answer": "#### many"}), ":1: the answer ends with many"),
-            (json!({"question": 7, "answer": "#### 1"}), ":1: column question is a number"),
+            (json!({"question": "a"}), ": row 1: no column answer; the row has question"),
+            (json!({"question": "a", "answer": "b"}), ": row 1: the answer has no number behind"),
+            (json!({"question": "a", "answer": "#### many"}), ": row 1: the answer ends with many"),
+            (json!({"question": 7, "answer": "#### 1"}), ": row 1: column question is a number"),
         ] {
             let (folder, _) = file("train.jsonl", columns.to_string());
             let error = load(Some(folder.path()), "train").unwrap_err().to_string();

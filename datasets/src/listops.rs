@@ -150,7 +150,7 @@ pub fn official(path: Option<&Path>) -> Result<Vec<Problem>> {
     let read = |(i, line): (usize, &str)| {
         published(line)
             .map(|(expression, value)| problem(i as u64, expression, value))
-            .map_err(|message| Error::row(&path, i + 1, message))
+            .map_err(|message| Error::line(&path, i + 1, message))
     };
     text.lines().enumerate().map(read).collect()
 }

@@ -21,8 +21,8 @@ pub(crate) const ACCEPTED: &str =
 /// - `.parquet`: nested columns become arrays and objects, bytes base64 text, dates ISO text.
 ///
 /// # Errors
-/// If the file is missing, has another extension, or holds something that is not a row; a malformed
-/// JSONL row is named as `file:line`.
+/// If the file is missing, has another extension, or holds something that is not a row: a line that cannot be
+/// read is named as `file:line`, a row that could as `file: row n`, counted from 1.
 pub fn read_rows(path: &Path) -> Result<Vec<Row>> {
     if !path.exists() {
         return Err(Error::usage(format!("{}: does not exist; give {ACCEPTED}", path.display())));
@@ -90,9 +90,9 @@ fn lines(path: &Path, bytes: &[u8]) -> Result<Vec<Row>> {
         .filter(|(_, line)| !line.trim_ascii().is_empty())
         .map(|(i, line)| {
             let value = serde_json::from_slice(line).map_err(|error| {
-                Error::row(path, i + 1, format!("not a JSON object: {}", sentence(&error)))
+                Error::line(path, i + 1, format!("not a JSON object: {}", sentence(&error)))
             })?;
-            object(path, i + 1, value)
+            object(value).map_err(|message| Error::line(path, i + 1, message))
         })
         .collect()
 }
@@ -102,7 +102,7 @@ fn read_json(path: &Path) -> Result<Vec<Row>> {
     let value = match serde_json::from_slice(without_mark(&bytes)) {
         Ok(value) => value,
         Err(_) if begins_with_a_row(&bytes) => return lines(path, &bytes),
-        Err(error) => return Err(Error::row(path, error.line(), sentence(&error))),
+        Err(error) => return Err(Error::line(path, error.line(), sentence(&error))),
     };
     let rows = match value {
         Value::Array(rows) => rows,
@@ -114,7 +114,8 @@ fn read_json(path: &Path) -> Result<Vec<Row>> {
             return Err(Error::file(path, message));
         }
     };
-    rows.into_iter().enumerate().map(|(i, row)| object(path, i + 1, row)).collect()
+    let numbered = |(i, row)| object(row).map_err(|message| Error::row(path, i + 1, message));
+    rows.into_iter().enumerate().map(numbered).collect()
 }
 
 /// Whether the first line that is not empty is an object of its own.
@@ -141,10 +142,10 @@ fn only_array(fields: Row) -> std::result::Result<Vec<Value>, String> {
     }
 }
 
-fn object(path: &Path, line: usize, value: Value) -> Result<Row> {
+fn object(value: Value) -> std::result::Result<Row, String> {
     match value {
         Value::Object(row) => Ok(row),
-        other => Err(Error::row(path, line, format!("a row is an object, not {}", kind(&other)))),
+        other => Err(format!("a row is an object, not {}", kind(&other))),
     }
 }
 
@@ -203,7 +204,7 @@ mod tests {
             ("3", "holds a number; wanted an array of objects"),
             ("{\"a\":1}", "without an array of rows; it has a"),
             ("{\"a\":[],\"b\":[]}", "several arrays"),
-            ("[{},\n 4]", ".json:2: a row is an object, not a number"),
+            ("[{},\n 4]", ".json: row 2: a row is an object, not a number"),
             ("[{},\n {]", ".json:2: key must be a string at column 3"),
             ("{\"a\":1}\n{\"a\":}", ".json:2: not a JSON object: expected value at column 6"),
         ] {
