@@ -117,7 +117,10 @@ mod tests {
     fn malformed_rows_and_unknown_splits_are_named() {
         for (columns, wanted) in [
             (json!({"sQuestion": "a"}), ": row 1: column lSolutions holds no number"),
-            (json!({"sQuestion": "a", "lSolutions": ["x"]}), ": row 1: the solution x is no number"),
+            (
+                json!({"sQuestion": "a", "lSolutions": ["x"]}),
+                ": row 1: the solution x is no number",
+            ),
             (json!({"lSolutions": [1]}), ": row 1: no column sQuestion"),
         ] {
             let (_folder, path) = file("AddSub.json", json!([columns]).to_string());

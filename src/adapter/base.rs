@@ -6,15 +6,7 @@ use serde::Deserialize;
 
 use super::folder::{self, LORA_CONFIG, STEERING_CONFIG};
 use crate::Result;
-
-/// The model that an adapter belongs to.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct BaseModel {
-    /// The folder, file or hub id that it was loaded from.
-    pub name_or_path: String,
-    /// Hash of its weights, if known.
-    pub sha256: Option<String>,
-}
+use crate::model::BaseModel;
 
 /// What the configurations of all adapters say of their model.
 #[derive(Deserialize)]

@@ -9,10 +9,9 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::base::BaseModel;
 use super::peft;
 use super::{Adapter, Lora, Positions, Site, Steering, SteeringConfig, SteeringKind};
-use crate::model::ModelConfig;
+use crate::model::{BaseModel, ModelConfig};
 use crate::{Error, Result};
 
 pub(super) const STEERING_CONFIG: &str = "steering_config.json";

@@ -8,11 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor};
 
-use super::base::BaseModel;
 use super::folder::{self, LORA_CONFIG, LORA_WEIGHTS};
 use super::peft::{self, Patterns};
 use super::{Adapter, Site, init};
-use crate::model::{Batch, Matrix, ModelConfig};
+use crate::model::{BaseModel, Batch, Hooks, Matrix, ModelConfig};
 use crate::ops::{self, Activation, LowRank, LowRankUpdate, Tape, Value};
 use crate::{Error, Result};
 
@@ -179,15 +178,7 @@ impl Lora {
     }
 }
 
-impl Adapter for Lora {
-    fn parameters(&self) -> &BTreeMap<String, Tensor> {
-        &self.parameters
-    }
-
-    fn set_parameters(&mut self, parameters: BTreeMap<String, Tensor>) {
-        self.parameters = parameters;
-    }
-
+impl Hooks for Lora {
     fn lowest_layer(&self) -> Option<usize> {
         self.updates.keys().map(|(layer, _)| *layer).min()
     }
@@ -218,6 +209,16 @@ impl Adapter for Lora {
         let input = self.dropout.map(dropped).transpose()?;
         let form = LowRank { alpha, activation: Activation::Linear };
         Ok(Some(LowRankUpdate { input, down: factor("A"), up: factor("B"), form }))
+    }
+}
+
+impl Adapter for Lora {
+    fn parameters(&self) -> &BTreeMap<String, Tensor> {
+        &self.parameters
+    }
+
+    fn set_parameters(&mut self, parameters: BTreeMap<String, Tensor>) {
+        self.parameters = parameters;
     }
 
     fn kept(&self, model: &ModelConfig, layer: usize) -> usize {

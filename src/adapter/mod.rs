@@ -1,6 +1,6 @@
 //! What is trained: small adapters on a frozen policy.
 //!
-//! An [`Adapter`] hooks into the forward pass at two kinds of places: it may shift the tensor at a
+//! An [`Adapter`] [hooks](Hooks) into the forward pass at two kinds of places: it may shift the tensor at a
 //! [`Site`] (steering), or name a low-rank update of a matrix (LoRA). Several adapters are applied in
 //! order; `joint` is a steering adapter and a LoRA together.
 
@@ -15,91 +15,27 @@ mod steering;
 pub(crate) mod testing;
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use candle_core::Tensor;
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
 
-pub use base::{BaseModel, warn_of_other_model};
+pub use crate::model::{BaseModel, Site};
+pub use base::warn_of_other_model;
 pub use folder::{load, load_all, save, to_safetensors};
 pub use lora::{Lora, LoraConfig};
 pub use positions::Positions;
 pub use steering::{Steering, SteeringConfig, SteeringKind};
 
-use crate::model::{Batch, Matrix, ModelConfig};
+use crate::model::{Batch, Hooks, Matrix, ModelConfig};
 use crate::ops::{LowRankUpdate, Tape, Value};
 use crate::{Error, Result};
 
-/// A place in a block whose tensor is shifted (`model/block.rs` has the graph).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum Site {
-    /// The residual stream after the second addition.
-    #[default]
-    PostBlock,
-    /// The MLP's contribution before it is added.
-    PostMlp,
-    /// The normed input of the MLP; the skip path is untouched.
-    PreMlp,
-    /// The attention's contribution before it is added.
-    PostAttention,
-}
-
-impl Site {
-    /// All sites.
-    pub const ALL: [Site; 4] = [Site::PostBlock, Site::PostMlp, Site::PreMlp, Site::PostAttention];
-}
-
-impl fmt::Display for Site {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Site::PostBlock => "post_block",
-            Site::PostMlp => "post_mlp",
-            Site::PreMlp => "pre_mlp",
-            Site::PostAttention => "post_attention",
-        })
-    }
-}
-
 /// A trainable addition to a frozen policy.
-pub trait Adapter {
+pub trait Adapter: Hooks {
     /// Its parameters by the keys of its file; each f32.
     fn parameters(&self) -> &BTreeMap<String, Tensor>;
 
     /// Puts new values in the place of the old ones; keys and shapes stay.
     fn set_parameters(&mut self, parameters: BTreeMap<String, Tensor>);
-
-    /// The lowest layer that it touches; none if it touches no layer.
-    fn lowest_layer(&self) -> Option<usize>;
-
-    /// Shifts h [N, D] at a site of a layer.
-    fn shift(
-        &self,
-        _tape: &Tape,
-        _layer: usize,
-        _site: Site,
-        h: Value,
-        _batch: &Batch,
-    ) -> Result<Value> {
-        Ok(h)
-    }
-
-    /// Whether [`Adapter::shift`] does anything at a site of a layer.
-    fn steers(&self, layer: usize, site: Site) -> bool;
-
-    /// What is added to the output of a matrix whose input is x [N, in].
-    fn update(
-        &self,
-        _tape: &Tape,
-        _layer: usize,
-        _matrix: Matrix,
-        _x: &Value,
-        _batch: &Batch,
-    ) -> Result<Option<LowRankUpdate>> {
-        Ok(None)
-    }
 
     /// Says that a training step begins, whose random numbers belong to (seed, step), or with
     /// nothing that training is over; only adapters with dropout care.
@@ -109,12 +45,6 @@ pub trait Adapter {
     /// what it keeps of the block.
     fn kept(&self, _model: &ModelConfig, _layer: usize) -> usize {
         0
-    }
-
-    /// Whether all that it does in a block comes after the block's matrices, which then go without
-    /// gradients in the lowest block.
-    fn acts_last(&self) -> bool {
-        false
     }
 
     /// Whether it needs to know where the prompt ends.
@@ -139,6 +69,42 @@ pub trait Adapter {
     /// Number of trainable parameters.
     fn parameter_count(&self) -> usize {
         self.parameters().values().map(Tensor::elem_count).sum()
+    }
+}
+
+impl Hooks for Box<dyn Adapter> {
+    fn lowest_layer(&self) -> Option<usize> {
+        self.as_ref().lowest_layer()
+    }
+
+    fn shift(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        site: Site,
+        h: Value,
+        batch: &Batch,
+    ) -> Result<Value> {
+        self.as_ref().shift(tape, layer, site, h, batch)
+    }
+
+    fn steers(&self, layer: usize, site: Site) -> bool {
+        self.as_ref().steers(layer, site)
+    }
+
+    fn update(
+        &self,
+        tape: &Tape,
+        layer: usize,
+        matrix: Matrix,
+        x: &Value,
+        batch: &Batch,
+    ) -> Result<Option<LowRankUpdate>> {
+        self.as_ref().update(tape, layer, matrix, x, batch)
+    }
+
+    fn acts_last(&self) -> bool {
+        self.as_ref().acts_last()
     }
 }
 

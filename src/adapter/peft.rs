@@ -7,10 +7,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value as Json, json};
 
 use super::LoraConfig;
-use super::base::BaseModel;
 use super::folder;
 use super::lora::{Update, module};
-use crate::model::Matrix;
+use crate::model::{BaseModel, Matrix};
 use crate::{Error, Result};
 
 /// Values for the modules that a name matches, in the order of the file.

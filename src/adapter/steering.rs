@@ -14,10 +14,9 @@ use candle_core::{Device, Tensor};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::base::BaseModel;
 use super::folder::{self, STEERING_CONFIG, STEERING_WEIGHTS};
 use super::{Adapter, Positions, Site, check_layers, init};
-use crate::model::{Batch, ModelConfig};
+use crate::model::{BaseModel, Batch, Hooks, ModelConfig};
 use crate::ops::{self, Activation, LowRank, Tape, Value};
 use crate::{Error, Result};
 
@@ -197,15 +196,7 @@ impl Steering {
     }
 }
 
-impl Adapter for Steering {
-    fn parameters(&self) -> &BTreeMap<String, Tensor> {
-        &self.parameters
-    }
-
-    fn set_parameters(&mut self, parameters: BTreeMap<String, Tensor>) {
-        self.parameters = parameters;
-    }
-
+impl Hooks for Steering {
     fn lowest_layer(&self) -> Option<usize> {
         self.config.layers.iter().min().copied()
     }
@@ -236,6 +227,20 @@ impl Adapter for Steering {
         site == self.config.site && self.config.layers.contains(&layer)
     }
 
+    fn acts_last(&self) -> bool {
+        matches!(self.config.site, Site::PostBlock | Site::PostMlp)
+    }
+}
+
+impl Adapter for Steering {
+    fn parameters(&self) -> &BTreeMap<String, Tensor> {
+        &self.parameters
+    }
+
+    fn set_parameters(&mut self, parameters: BTreeMap<String, Tensor>) {
+        self.parameters = parameters;
+    }
+
     fn kept(&self, model: &ModelConfig, layer: usize) -> usize {
         let everywhere = self.config.positions == Positions::All;
         let low_rank = self.config.kind != SteeringKind::Vector;
@@ -247,10 +252,6 @@ impl Adapter for Steering {
             Site::PostBlock | Site::PreMlp => 0,
         };
         self.config.rank + input
-    }
-
-    fn acts_last(&self) -> bool {
-        matches!(self.config.site, Site::PostBlock | Site::PostMlp)
     }
 
     fn needs_prompt_lengths(&self) -> bool {

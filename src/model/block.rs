@@ -12,11 +12,11 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use super::config::{Activation, Matrix, ModelConfig};
+use super::hooks::{Hooks, Site};
 use super::recording::{self, KnownAttention, Recorded};
 use super::weights::Weights;
 use super::{Batch, matrix_name};
 use crate::Result;
-use crate::adapter::{Adapter, Site};
 use crate::ops::{self, Attended, AttentionShape, Engine, GluActivation, KvCache, Rotary, Segment};
 use crate::ops::{SlotId, Tape, Value, Weight, WeightDtype};
 
@@ -48,7 +48,7 @@ pub(super) struct Pass<'a> {
     pub(super) batch: Cow<'a, Batch>,
     pub(super) segments: Arc<[Segment]>,
     pub(super) rotaries: Vec<Rotary>,
-    pub(super) adapters: &'a [Box<dyn Adapter>],
+    pub(super) adapters: Vec<&'a dyn Hooks>,
     pub(super) cache: Option<Cached<'a>>,
 }
 
@@ -332,7 +332,7 @@ impl Block {
             ops::Linear { weight, bias: bias.as_ref(), updates: Vec::new() }
         });
         for (map, matrix) in maps.iter_mut().zip(matrices) {
-            for adapter in pass.adapters {
+            for adapter in &pass.adapters {
                 map.updates.extend(adapter.update(tape, layer, matrix, x, &pass.batch)?);
             }
         }

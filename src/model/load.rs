@@ -11,9 +11,17 @@ use tracing::debug_span;
 use super::{
     ChatTemplate, GenerationConfig, Gguf, ModelConfig, ModelSource, Policy, Tokenizer, Weights,
 };
-use crate::adapter::BaseModel;
 use crate::ops::{Engine, WeightDtype};
 use crate::{Error, Result};
+
+/// The model that an adapter belongs to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BaseModel {
+    /// The folder, file or hub id that it was loaded from.
+    pub name_or_path: String,
+    /// Hash of its weights, if known.
+    pub sha256: Option<String>,
+}
 
 /// A policy and where it came from.
 pub struct LoadedModel {

@@ -8,10 +8,10 @@ use tracing::debug_span;
 use super::batch::Batch;
 use super::block::{Block, Cached, Pass};
 use super::config::ModelConfig;
+use super::hooks::Hooks;
 use super::recording::{Recorded, Recording};
 use super::trace::{Trace, lowest};
 use super::weights::Weights;
-use crate::adapter::Adapter;
 use crate::ops::{
     self, Attended, Distribution, Engine, Head, KvCache, MatmulPrecision, Pull, Rotary, SlotId,
     Tape, Target,
@@ -138,7 +138,7 @@ impl Policy {
     }
 
     /// The last block's output [N, D], before the final norm.
-    pub fn hidden(&self, batch: &Batch, adapters: &[Box<dyn Adapter>]) -> Result<Tensor> {
+    pub fn hidden(&self, batch: &Batch, adapters: &[impl Hooks]) -> Result<Tensor> {
         let _phase = debug_span!("forward", tokens = batch.len()).entered();
         let parts = batch.parts(part_tokens());
         if parts.len() == 1 {
@@ -157,7 +157,7 @@ impl Policy {
     pub fn hidden_cached(
         &self,
         batch: &Batch,
-        adapters: &[Box<dyn Adapter>],
+        adapters: &[impl Hooks],
         cache: &mut KvCache,
         slots: &[SlotId],
     ) -> Result<Tensor> {
@@ -170,7 +170,7 @@ impl Policy {
     pub fn hidden_recorded(
         &self,
         batch: &Batch,
-        adapters: &[Box<dyn Adapter>],
+        adapters: &[impl Hooks],
         (cache, slots): (&mut KvCache, &[SlotId]),
         (recording, rows): (&mut Recording, &[u32]),
     ) -> Result<Tensor> {
@@ -211,7 +211,7 @@ impl Policy {
         &'a self,
         batch: &Batch,
         embedded: Tensor,
-        adapters: &'a [Box<dyn Adapter>],
+        adapters: &'a [impl Hooks],
         checkpointing: bool,
     ) -> Result<Trace<'a>> {
         let _phase = debug_span!("forward", tokens = batch.len()).entered();
@@ -229,7 +229,7 @@ impl Policy {
     pub fn retrace<'a>(
         &'a self,
         batch: &Batch,
-        adapters: &'a [Box<dyn Adapter>],
+        adapters: &'a [impl Hooks],
         recorded: &[&'a Recorded],
         checked: usize,
     ) -> Result<Trace<'a>> {
@@ -237,15 +237,12 @@ impl Policy {
         Trace::recorded(self, batch, adapters, recorded, checked)
     }
 
-    pub(super) fn pass<'a>(
-        &self,
-        batch: Cow<'a, Batch>,
-        adapters: &'a [Box<dyn Adapter>],
-    ) -> Pass<'a> {
+    pub(super) fn pass<'a>(&self, batch: Cow<'a, Batch>, adapters: &'a [impl Hooks]) -> Pass<'a> {
         let rotary =
             |(freqs, factor): &(Vec<f32>, f32)| Rotary::new(&batch.positions, freqs, *factor);
         let rotaries = self.inv_freqs.iter().map(rotary).collect();
         let segments = batch.shared_segments();
+        let adapters = adapters.iter().map(|adapter| adapter as &dyn Hooks).collect();
         Pass { batch, segments, rotaries, adapters, cache: None }
     }
 

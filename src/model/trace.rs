@@ -8,9 +8,9 @@ use tracing::debug_span;
 
 use super::batch::Batch;
 use super::block::{Known, Pass};
+use super::hooks::Hooks;
 use super::policy::{Policy, part_tokens};
 use super::recording::{Recorded, outputs};
-use crate::adapter::Adapter;
 use crate::ops::{GradientSums, Gradients, Place, Tape, Value, equal_bits};
 use crate::{Error, Result};
 
@@ -64,7 +64,7 @@ impl<'a> Trace<'a> {
         policy: &'a Policy,
         embedded: Tensor,
         batch: &Batch,
-        adapters: &'a [Box<dyn Adapter>],
+        adapters: &'a [impl Hooks],
         checkpointing: bool,
     ) -> Result<Self> {
         let lowest = lowest(policy, adapters);
@@ -87,7 +87,7 @@ impl<'a> Trace<'a> {
     pub(super) fn recorded(
         policy: &'a Policy,
         batch: &Batch,
-        adapters: &'a [Box<dyn Adapter>],
+        adapters: &'a [impl Hooks],
         segments: &[&'a Recorded],
         checked: usize,
     ) -> Result<Self> {
@@ -132,7 +132,7 @@ impl<'a> Trace<'a> {
 }
 
 /// The lowest layer that has an adapter; that above the last one without any.
-pub(super) fn lowest(policy: &Policy, adapters: &[Box<dyn Adapter>]) -> usize {
+pub(super) fn lowest(policy: &Policy, adapters: &[impl Hooks]) -> usize {
     let layers = adapters.iter().filter_map(|adapter| adapter.lowest_layer());
     layers.min().unwrap_or(policy.blocks.len())
 }
