@@ -18,6 +18,8 @@ const MOST_BYTES: u64 = 64 << 20;
 pub(crate) struct HttpReward {
     name: String,
     url: String,
+    /// The address in messages.
+    shown: String,
     port: u16,
     agent: Agent,
     requests: usize,
@@ -31,8 +33,11 @@ impl HttpReward {
     /// # Errors
     /// If that is no address of a host.
     pub(crate) fn new(url: &str, options: &ParseOptions) -> Result<Self, String> {
+        let shown = without_password(url);
         let wrong = |what: &str| {
-            format!("{url} is no address: {what}; give one such as http://localhost:8000/my_reward")
+            format!(
+                "{shown} is no address: {what}; give one such as http://localhost:8000/my_reward"
+            )
         };
         let uri: Uri = url.parse().map_err(|_| wrong("it cannot be read"))?;
         let host = uri.host().filter(|host| !host.is_empty());
@@ -55,6 +60,7 @@ impl HttpReward {
         Ok(HttpReward {
             name: own.or(last).unwrap_or(place).chars().map(plain).collect(),
             url: url.to_string(),
+            shown,
             port: uri.port_u16().unwrap_or(if url.starts_with("https") { 443 } else { 80 }),
             agent: config.build().into(),
             requests: options.num_workers.max(1),
@@ -73,12 +79,12 @@ impl HttpReward {
             Ok((200, body)) => scores(&body, n).unwrap_or_else(|reason| failed(&reason, n)),
             Ok((status, body)) => {
                 let start: String = body.chars().take(300).collect();
-                failed(&format!("{} answered with status {status}: {start:?}", self.url), n)
+                failed(&format!("{} answered with status {status}: {start:?}", self.shown), n)
             }
             Err(Error::Timeout(_)) => vec![Score::Timeout; n],
             Err(error) => {
                 let reason =
-                    format!("{} gave no answer: {error}; see what it said itself", self.url);
+                    format!("{} gave no answer: {error}; see what it said itself", self.shown);
                 failed(&reason, n)
             }
         }
@@ -91,6 +97,15 @@ impl HttpReward {
         let bytes = response.body_mut().with_config().limit(MOST_BYTES).read_to_vec()?;
         Ok((response.status().as_u16(), String::from_utf8_lossy(&bytes).into_owned()))
     }
+}
+
+/// An address as messages have it: without the user and password that may stand before its host.
+fn without_password(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let (authority, path) = rest.split_at(end);
+    let host = authority.rsplit('@').next().unwrap_or(authority);
+    format!("{scheme}://{host}{path}")
 }
 
 /// Whether the connection was refused or broke.
@@ -115,12 +130,12 @@ impl Reward for HttpReward {
             Ok(_) => Ok(()),
             Err(Error::Timeout(_)) => {
                 let seconds = self.timeout.as_secs_f64();
-                Err(format!("{} did not answer within {seconds} s", self.url))
+                Err(format!("{} did not answer within {seconds} s", self.shown))
             }
             Err(error) => Err(format!(
                 "{} cannot be reached at port {}: {error}; start its server, or mend the address \
                  (https:// is for servers that speak TLS)",
-                self.url, self.port
+                self.shown, self.port
             )),
         }
     }
@@ -138,5 +153,25 @@ impl Reward for HttpReward {
             });
             joined.flatten().collect()
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_show_an_address_without_its_password() {
+        for (url, shown) in [
+            ("http://me:secret@host:80/a@b?c#d", "http://host:80/a@b?c#d"),
+            ("https://me:se@cret@host", "https://host"),
+            ("http://host/score", "http://host/score"),
+            ("http://me:secret@", "http://"),
+        ] {
+            assert_eq!(without_password(url), shown);
+        }
+        let wrong = HttpReward::new("http://me:secret@host:80000/x", &ParseOptions::default());
+        let said = wrong.err().unwrap();
+        assert!(said.starts_with("http://host:80000/x is no address"), "{said}");
     }
 }
