@@ -159,7 +159,7 @@ impl Block {
         pass: &mut Pass,
     ) -> Result<Value> {
         let steered = self.post_mlp_norm.is_some() || pass.steers(layer, Site::PostMlp);
-        if !h.is_tracked() && pass.adapters.iter().all(|adapter| adapter.acts_last()) && !steered {
+        if !h.is_tracked() && pass.acts_last() && !steered {
             return Ok(Value::constant(known.out.clone()));
         }
         let mixed = match &known.attention {
@@ -349,6 +349,11 @@ impl Block {
 }
 
 impl Pass<'_> {
+    /// Whether nothing goes back through the lowest adapted block's matrices.
+    pub(super) fn acts_last(&self) -> bool {
+        self.adapters.iter().all(|adapter| adapter.acts_last())
+    }
+
     fn steers(&self, layer: usize, site: Site) -> bool {
         self.adapters.iter().any(|adapter| adapter.steers(layer, site))
     }

@@ -259,9 +259,7 @@ impl Part<'_> {
         let out = recorded.top.clone();
         recorded.top = below.clone().unwrap_or_else(|| out.clone());
         let of = (&recorded.segments[..], &self.pass.segments[..]);
-        // nothing goes back through the lowest block if its adapters act on what it puts out
-        let goes_back = layer > lowest || !self.pass.adapters.iter().all(|a| a.acts_last());
-        let attention = match goes_back {
+        let attention = match layer > lowest || !self.pass.acts_last() {
             true => policy.blocks[layer].known_attention(policy.engine(), layer, of)?,
             false => None,
         };

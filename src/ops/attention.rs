@@ -9,7 +9,7 @@ use tracing::trace_span;
 use super::attention_composed::{attend_cached, attend_packed};
 use super::engine::{Engine, composed, host};
 use super::kv_cache::{KvCache, SlotId};
-use super::rows::equal_bits;
+use super::rows::{equal_bits, same_bits};
 use super::tape::{Sink, Tape};
 use super::value::Value;
 use crate::Result;
@@ -31,9 +31,7 @@ pub struct Attended {
 impl Attended {
     /// Whether all numbers of both are the same to the bit.
     pub fn equals(&self, other: &Attended) -> Result<bool> {
-        let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
-        let lse = self.lse.len() == other.lse.len() && self.lse.iter().zip(&*other.lse).all(same);
-        Ok(lse && equal_bits(&self.out, &other.out)?)
+        Ok(same_bits(&self.lse, &other.lse) && equal_bits(&self.out, &other.out)?)
     }
 
     /// Some rows of both, the results in half the memory: they must be bf16 numbers, as they are at `medium`.

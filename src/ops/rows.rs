@@ -91,9 +91,13 @@ pub fn pick_rows_bf16(engine: &Engine, rows: &[&[bf16]], width: usize) -> Result
 
 /// Whether two tensors on the CPU hold the same numbers, to the bit.
 pub fn equal_bits(a: &Tensor, b: &Tensor) -> Result<bool> {
-    let (a, b) = (host(a)?, host(b)?);
-    let mut pairs = a.iter().zip(b.iter());
-    Ok(a.len() == b.len() && pairs.all(|(a, b)| a.to_bits() == b.to_bits()))
+    Ok(same_bits(&host(a)?, &host(b)?))
+}
+
+/// [`equal_bits`] of slices.
+pub(super) fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    let mut pairs = a.iter().zip(b);
+    a.len() == b.len() && pairs.all(|(a, b)| a.to_bits() == b.to_bits())
 }
 
 /// `index` [rows], repeated for every column of `of` [rows, D].
