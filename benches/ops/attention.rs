@@ -27,6 +27,7 @@ pub fn bench(benches: &mut Benches) {
     for sequences in [1, 16, 64] {
         of_new_tokens(benches, sequences, 512);
     }
+    of_samples(benches);
 }
 
 fn of_packed(benches: &mut Benches, sequences: usize, len: usize) {
@@ -68,6 +69,42 @@ fn of_new_tokens(benches: &mut Benches, sequences: usize, past: usize) {
         let bytes = 2 * sequences * (past + 1) * KV_WIDTH * dtype.bytes();
         measure(&mut benches.bytes, &name, bytes, || {
             forward_cached(&q, &segments, layer, &SHAPE, &mut out, None);
+        });
+    }
+}
+
+/// One query each of eight samples of eight prompts in all layers of SmolLM2-135M, whose pages are more than
+/// caches hold. Samples share the prompt's whole page.
+fn of_samples(benches: &mut Benches) {
+    let (layers, prompts, samples, past) = (30, 8, 8, 150);
+    for dtype in [PageDtype::F32, PageDtype::Bf16] {
+        let (kv_heads, head_dim) = (SHAPE.kv_heads, SHAPE.head_dim);
+        let shape = PageShape { layers, kv_heads, head_dim, dtype };
+        let (own, sequences) = (past / PAGE, prompts * samples);
+        let rows = noise(PAGE * KV_WIDTH);
+        let page = |_| {
+            let mut page = Page::new(shape);
+            (0..layers).for_each(|layer| page.write(shape, layer, 0, &rows, &rows));
+            page
+        };
+        let pages: Vec<_> = (0..prompts + sequences * own).map(page).collect();
+        let numbers = |i: usize| {
+            let first = prompts + i * own;
+            std::iter::once(i / samples).chain(first..first + own).map(|page| page as u32).collect()
+        };
+        let numbers: Vec<Vec<u32>> = (0..sequences).map(numbers).collect();
+        let segment = |(start, pages)| CachedSegment { start, len: 1, position0: past, pages };
+        let segments: Vec<_> =
+            numbers.iter().enumerate().map(|(i, pages)| segment((i, &pages[..]))).collect();
+        let (q, mut out) = (noise(sequences * WIDTH), vec![0.0; sequences * WIDTH]);
+        let name = format!("attention_cached/{prompts}x{samples}x{past}/{dtype:?}").to_lowercase();
+        let read = prompts * PAGE + sequences * (past + 1 - PAGE);
+        let bytes = 2 * layers * read * KV_WIDTH * dtype.bytes();
+        measure(&mut benches.bytes, &name, bytes, || {
+            for layer in 0..layers {
+                let layer = LayerPages { pages: &pages, shape, layer };
+                forward_cached(&q, &segments, layer, &SHAPE, &mut out, None);
+            }
         });
     }
 }

@@ -110,11 +110,21 @@ impl Form for f32 {
     }
 }
 
+/// Links of a block of pairs at most: every block more reads and writes the results once more, which costs
+/// more than what panels longer than the first-level cache do.
+#[cfg(target_arch = "x86_64")]
+const PAIR_LINKS: usize = 768;
+
 #[cfg(target_arch = "x86_64")]
 impl Form for Pair {
     type Row = PairRow;
     const ZERO_ROW: PairRow = PairRow::ZERO;
     const LINKS: usize = 2;
+    const MOST_LINKS: usize = PAIR_LINKS;
+
+    fn block_links(k: usize) -> usize {
+        k.div_ceil(k.div_ceil(PAIR_LINKS)).next_multiple_of(LANES)
+    }
 
     fn in_place(_: &[f32]) -> Option<&[Pair]> {
         None
