@@ -14,6 +14,7 @@ use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::lanes_math::exp;
 use super::parallel::{SharedMut, for_each_index};
+use super::prefetch::Lines;
 use super::product::{Old, Product};
 use super::slices::room;
 use std::ops::Range;
@@ -337,7 +338,7 @@ impl Backward<'_> {
                     b: &b[first * width..],
                     b_row: width,
                     b_vector: LANES,
-                    ahead: 0,
+                    fetch: &mut Lines::none(),
                     c: &mut c[key * width..],
                     c_row: width,
                     rows: KEY_STEP.min(KEYS - key),
@@ -375,7 +376,7 @@ impl Backward<'_> {
                 b: &b[cols.start..],
                 b_row: KEYS,
                 b_vector: LANES,
-                ahead: 0,
+                fetch: &mut Lines::none(),
                 c: &mut c[cols.start..],
                 c_row: KEYS,
                 rows: rows.len(),
@@ -399,7 +400,7 @@ impl Backward<'_> {
             b: &scratch.k[seen.start * width..],
             b_row: width,
             b_vector: LANES,
-            ahead: 0,
+            fetch: &mut Lines::none(),
             c: &mut scratch.dq[rows.start * width..],
             c_row: width,
             rows: rows.len(),

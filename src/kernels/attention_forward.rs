@@ -8,6 +8,7 @@ use super::dispatch::CpuLevel;
 use super::lanes::{Kernel, LANES, Simd};
 use super::lanes_math::{exp, tanh};
 use super::parallel::{SharedMut, for_each_index};
+use super::prefetch::Lines;
 use super::product::{Old, Product};
 use std::ops::Range;
 
@@ -204,7 +205,7 @@ impl<'a> Forward<'a> {
             b: &scratch.kt[cols.start..],
             b_row: KEYS,
             b_vector: LANES,
-            ahead: 0,
+            fetch: &mut Lines::none(),
             c: &mut scratch.scores[cols.start..],
             c_row: KEYS,
             rows: rows.len(),
@@ -225,7 +226,7 @@ impl<'a> Forward<'a> {
                 b: run.x,
                 b_row: run.stride,
                 b_vector: LANES,
-                ahead: 0,
+                fetch: &mut Lines::none(),
                 c: &mut scratch.sums[rows.start * width..],
                 c_row: width,
                 rows: rows.len(),

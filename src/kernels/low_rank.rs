@@ -9,6 +9,7 @@ use super::dots::Dots;
 use super::lanes::{Kernel, LANES, Simd};
 pub use super::low_rank_activation::Activation;
 use super::parallel::for_each;
+use super::prefetch::Lines;
 use super::product::{Old, Product};
 use super::row_sum::{RowSum, by_chain, by_chain_mut};
 
@@ -174,7 +175,7 @@ fn add_product(a: &[f32], w: &[f32], r: usize, y: &mut [f32]) {
         b: w,
         b_row: width,
         b_vector: LANES,
-        ahead: 0,
+        fetch: &mut Lines::none(),
         c: y,
         c_row: width,
         rows,
@@ -195,7 +196,7 @@ fn add_outer(a: &[f32], x: &[f32], r: usize, sum: &mut [f32]) {
         b: x,
         b_row: width,
         b_vector: LANES,
-        ahead: 0,
+        fetch: &mut Lines::none(),
         c: sum,
         c_row: width,
         rows: r,

@@ -6,7 +6,7 @@
 //! Every element is the bias (or zero) plus, in order, the sums over 256 k at a time, each of them
 //! one chain of fused multiply-adds in ascending k. Low-rank terms follow, each one chain over its rank
 //! that is added when it is finished, in `f32` at every precision.
-//! `medium` is a chain of pairs where the machine multiplies pairs faster than f32 (`matmul_dot`), or of
+//! `medium` is a chain of up to 768 k in pairs where the machine multiplies pairs faster than f32 (`matmul_dot`), or of
 //! exact sums of integers over up to 288 k where it multiplies those (`matmul_block_float`); where it multiplies
 //! tiles, `medium` and `high` are made of the sums of its instruction (`matmul_amx`). They then have bits of
 //! their own.

@@ -12,6 +12,7 @@ mod attention_forward;
 #[cfg(test)]
 mod attention_tests;
 mod attention_tile;
+mod attention_visits;
 pub mod dispatch;
 mod dots;
 pub mod glu;

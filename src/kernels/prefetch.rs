@@ -26,3 +26,39 @@ pub(crate) fn to_second(address: *const u8) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;
 }
+
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// Lines that lie together and are to come into the second-level cache, bit by bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lines {
+    at: usize,
+    end: usize,
+}
+
+impl Lines {
+    /// No lines.
+    pub(crate) fn none() -> Self {
+        Self { at: 0, end: 0 }
+    }
+
+    /// `count` lines from an address on, valid or not.
+    pub(crate) fn new(at: usize, count: usize) -> Self {
+        Self { at, end: at + count * LINE }
+    }
+
+    /// Whether some are left.
+    pub(crate) fn are_left(&self) -> bool {
+        self.at < self.end
+    }
+
+    /// Fetches the next `N` if some are left, beyond the last of them if these are fewer.
+    #[inline(always)]
+    pub(crate) fn some<const N: usize>(&mut self) {
+        if self.are_left() {
+            (0..N).for_each(|i| to_second(std::ptr::without_provenance(self.at + i * LINE)));
+            self.at += N * LINE;
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! Small products of matrices that lie as they are, without packing.
 
 use super::lanes::{Kernel, LANES, Simd};
-use super::prefetch;
+use super::prefetch::Lines;
 
 /// What becomes of the old number of an element.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -87,8 +87,8 @@ pub(crate) struct Product<'a, B = f32> {
     /// Distance of neighbouring vectors of columns of `b`: where its rows lie in one piece sixteen for each
     /// row that lies together.
     pub b_vector: usize,
-    /// How many bytes beyond `b` another matrix lies of which the same places are fetched; 0 = none.
-    pub ahead: usize,
+    /// What is fetched meanwhile, a line for each that is read of `b`; those that are left come back.
+    pub fetch: &'a mut Lines,
     /// The result, `[rows, c_row]`, of which `cols` columns are used.
     pub c: &'a mut [f32],
     /// Distance of the rows of `c`.
@@ -202,15 +202,12 @@ impl<B: Right> Product<'_, B> {
             let mut a = self.a.as_ptr().add(row * self.a_row);
             let mut b = self.b.as_ptr().add(col / LANES * self.b_vector);
             let mut right = [s.splat(0.0); C];
+            let mut fetch = *self.fetch;
             for left_over in (0..self.depth.div_ceil(B::TOGETHER)).rev() {
                 for j in 0..C {
                     right[j] = B::first(s, b.add(j * self.b_vector), n);
-                    if self.ahead != 0 {
-                        prefetch::to_second(
-                            b.add(j * self.b_vector).wrapping_byte_add(self.ahead).cast(),
-                        );
-                    }
                 }
+                fetch.some::<C>();
                 self.add::<S, R, C>(s, a, &right, &mut sums);
                 a = a.wrapping_add(self.a_step);
                 if B::TOGETHER == 2 && (left_over > 0 || self.depth.is_multiple_of(2)) {
@@ -222,6 +219,7 @@ impl<B: Right> Product<'_, B> {
                 }
                 b = b.wrapping_add(self.b_row);
             }
+            *self.fetch = fetch;
             for i in 0..R {
                 for j in 0..C {
                     if self.old == Old::Last {
@@ -304,7 +302,7 @@ mod tests {
                             b,
                             b_row,
                             b_vector: LANES,
-                            ahead: 0,
+                            fetch: &mut Lines::none(),
                             c: c_all,
                             c_row,
                             rows,
@@ -336,8 +334,8 @@ mod tests {
             for old in [Old::Drop, Old::First, Old::Last] {
                 let want = plain(&a, &wide, &c, depth, cols, old);
                 for level in [CpuLevel::Portable, CpuLevel::Avx2, CpuLevel::Avx512] {
-                    for ahead in [0, 1 << 40] {
-                        let mut c = c.clone();
+                    for lines in [0, 1, 1 << 20] {
+                        let (mut c, mut fetch) = (c.clone(), Lines::new(1 << 40, lines));
                         level.run(Product {
                             a: &a,
                             a_row: depth,
@@ -345,7 +343,7 @@ mod tests {
                             b: &b[..],
                             b_row: 2 * cols,
                             b_vector: 2 * LANES,
-                            ahead,
+                            fetch: &mut fetch,
                             c: &mut c,
                             c_row: cols,
                             rows,
@@ -354,6 +352,7 @@ mod tests {
                             old,
                         });
                         assert_eq!(c, want);
+                        assert_eq!(fetch.are_left(), lines == 1 << 20);
                     }
                 }
             }
