@@ -22,11 +22,12 @@ use super::matmul_amx::Chunk;
 use super::matmul_block_float::Integers;
 use super::matmul_cut::cut;
 use super::matmul_form::Form;
+use super::matmul_input::Input;
 use super::matmul_product::Product;
 #[cfg(target_arch = "x86_64")]
 use super::matmul_tile::Pair;
 pub(crate) use super::pack::Axis;
-use super::pack::{PackedMatrix, RowF32};
+use super::pack::{PackedMatrix, PairRow, RowF32};
 use super::parallel::{for_each_index, task_count};
 
 /// How products are computed; the names are PyTorch's.
@@ -98,6 +99,8 @@ pub(crate) const K_BLOCK: usize = 256;
 pub(crate) const K_SPAN: usize = 8 * K_BLOCK;
 /// Tasks for each thread: the fewer, the less is read twice; the more, the less a thread waits.
 const TASKS: usize = 4;
+/// Rows beyond which several tasks read the same panels.
+const SHARED_ROWS: usize = 512;
 /// Panels that an inner loop takes at once, at most.
 pub(crate) const MAX_PANELS: usize = 2;
 
@@ -233,17 +236,29 @@ fn compute<A: Form>(jobs: &[Product]) {
     let tasks = task_count(rows * links.len() * panels * LANES, TASKS);
     let tasks = cut((*rows, A::ROW_UNIT), panels, tasks);
     jobs.iter().for_each(A::prepare);
-    let mut input = Vec::new();
+    let copied = Input::<A>::is_copied(&jobs[0]);
+    // a task that needs no other's rows copies its own, which then are near
+    let own = copied && tasks.len() > 1 && tasks.iter().all(|(_, all)| all.len() == panels);
+    let mut input = Input::new();
     for k0 in links.clone().step_by(K_SPAN) {
         let k = k0..(k0 + K_SPAN).min(links.end);
-        jobs[0].copy_input(&k, &mut input);
-        for_each_index(tasks.len(), Scratch::new, |scratch, i| {
+        if copied && !own {
+            input.copy(&jobs[0], 0..*rows, &k, false);
+        }
+        let make = || (Scratch::new(), Input::new());
+        let shared = |job| if *rows > SHARED_ROWS { A::share(job, &k) } else { Vec::new() };
+        let shared: Vec<Vec<PairRow>> = jobs.iter().map(shared).collect();
+        for_each_index(tasks.len(), make, |(scratch, near), i| {
             let (rows, panels) = &tasks[i];
+            if own && !rows.is_empty() {
+                near.copy(&jobs[0], rows.clone(), &k, true);
+            }
+            let input = if own { near } else { &input };
             let mut before = 0;
-            for job in jobs {
+            for (job, shared) in jobs.iter().zip(&shared) {
                 let own = |panel: usize| panel.clamp(before, before + job.panels()) - before;
                 let panels = own(panels.start)..own(panels.end);
-                job.block::<A>(rows, &k, &panels, &input, scratch);
+                job.block::<A>(rows, &k, &panels, (input, shared), scratch);
                 before += job.panels();
             }
         });

@@ -11,17 +11,18 @@ use std::ops::Range;
 
 use super::amx_tiles::{A, B, C, ROW_BYTES, Shapes, TILE_ROWS, Tiles};
 use super::dispatch::CpuLevel;
-use super::lanes::{Kernel, LANES, Simd};
+use super::lanes::LANES;
 use super::matmul::Axis;
-use super::matmul_fill::{fill_pairs, fill_panel};
-use super::matmul_form::{Form, Panels, Step};
+use super::matmul_amx_fill::{Fill, fill_halves, fill_rounded, split_rows};
+use super::matmul_form::{Form, Panels, Shared, Step};
 use super::matmul_product::Product;
 use super::matmul_tile::Strip;
-use super::pack::{PackedMatrix, PairRow, RowF32, Storage};
+use super::pack::{PairRow, Storage, uninit_rows};
+use super::parallel::for_each;
 use super::prefetch;
 
 /// Links that one instruction multiplies.
-const CHUNK: usize = 32;
+pub(super) const CHUNK: usize = 32;
 /// Links of a block at most. The fewer blocks, the less often sums are read and written; the panels
 /// of a block stay in the first-level cache. An element adds chunk after chunk, wherever blocks end.
 const MOST_LINKS: usize = 640;
@@ -60,7 +61,15 @@ impl<const PARTS: usize> Form for Chunk<PARTS> {
     }
 
     fn copy(level: CpuLevel, x: &[f32], stride: usize, width: usize, into: &mut [Self]) {
-        level.run(SplitRows { x, stride, width, into });
+        split_rows(level, x, stride, width, into);
+    }
+
+    fn share(job: &Product, k: &Range<usize>) -> Vec<PairRow> {
+        match &job.w.storage {
+            _ if job.axis == Axis::Output => Vec::new(),
+            Storage::F32(_) if PARTS == 2 => fill_all::<2>(job, k, fill_halves),
+            _ => fill_all::<1>(job, k, fill_rounded),
+        }
     }
 
     fn step(job: &Product, step: Step<Self>) {
@@ -81,13 +90,19 @@ impl<const PARTS: usize> Form for Chunk<PARTS> {
     }
 }
 
-/// Writes links of a panel of the weight into tiles.
-type Fill = fn(CpuLevel, &PackedMatrix, Axis, usize, Range<usize>, &mut [PairRow]);
-
-/// Multiplies panels that `fill` writes into scratch in `W` parts.
+/// Multiplies panels that `fill` writes in `W` parts, into scratch or before, for all tasks.
 fn filled<const P: usize, const W: usize>(job: &Product, mut step: Step<Chunk<P>>, fill: Fill) {
-    let rows = step.kc.div_ceil(CHUNK) * W * CHUNK / 2;
+    // SAFETY: columns_of gives valid strips.
+    let tiles = |level, strip: &mut _| unsafe { multiply::<P, W>(level, strip) };
     let links = step.k0..step.k0 + step.kc;
+    if let Shared { panels: shared @ [_, ..], k } = step.shared {
+        let stride = tile_rows::<W>(k.len());
+        let start = step.panel * stride + tile_rows::<W>(step.k0 - k.start);
+        let panels = Panels { b: shared[start..].as_ptr(), stride, stored: true };
+        // SAFETY: from link k0 of its first panel on, all of the group has been filled.
+        return unsafe { job.columns_of(&step, panels, tiles) };
+    }
+    let rows = tile_rows::<W>(step.kc);
     let (panel, panels) = (step.panel, step.panels);
     let scratch = step.room().as_flattened_mut().as_flattened_mut();
     for (i, into) in scratch.chunks_mut(rows).take(panels).enumerate() {
@@ -95,90 +110,24 @@ fn filled<const P: usize, const W: usize>(job: &Product, mut step: Step<Chunk<P>
     }
     let b = step.scratch.as_flattened().as_flattened().as_ptr();
     let scratch = Panels { b, stride: rows, stored: false };
-    // SAFETY: columns_of gives valid strips.
-    let tiles = |level, strip: &mut _| unsafe { multiply::<P, W>(level, strip) };
     // SAFETY: the group's panels have just been filled.
     unsafe { job.columns_of(&step, scratch, tiles) }
 }
 
-/// The links `k` rounded, padded with zeros to whole tiles.
-fn fill_rounded(
-    level: CpuLevel,
-    w: &PackedMatrix,
-    axis: Axis,
-    panel: usize,
-    k: Range<usize>,
-    into: &mut [PairRow],
-) {
-    into[k.len().div_ceil(2)..].fill(PairRow::ZERO);
-    fill_pairs(level, w, axis, panel, k, into);
+/// Rows of the tiles of so many links in `W` parts.
+const fn tile_rows<const W: usize>(links: usize) -> usize {
+    links.div_ceil(CHUNK) * W * CHUNK / 2
 }
 
-/// As [`fill_rounded`], each tile followed by one of what rounding lost.
-fn fill_halves(
-    level: CpuLevel,
-    w: &PackedMatrix,
-    axis: Axis,
-    panel: usize,
-    k: Range<usize>,
-    into: &mut [PairRow],
-) {
-    for (k0, into) in k.clone().step_by(CHUNK).zip(into.as_chunks_mut().0) {
-        let mut rows = [RowF32([0.0; LANES]); CHUNK];
-        fill_panel(level, w, axis, panel, k0..k.end.min(k0 + CHUNK), &mut rows);
-        level.run(SplitPanel { rows, into });
-    }
-}
-
-/// Cuts the first `width` columns of rows of `x`, `stride` apart, into parts.
-struct SplitRows<'a, const PARTS: usize> {
-    x: &'a [f32],
-    stride: usize,
-    width: usize,
-    into: &'a mut [Chunk<PARTS>],
-}
-
-impl<const PARTS: usize> Kernel for SplitRows<'_, PARTS> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let stride = Chunk::<PARTS>::row_elements(self.width);
-        for (to, from) in self.into.chunks_mut(stride).zip(self.x.chunks(self.stride)) {
-            for (to, from) in to.iter_mut().zip(from[..self.width].chunks(CHUNK)) {
-                let (first, second) = from.split_at(from.len().min(LANES));
-                let mut rest = [s.load_part(first), s.load_part(second)];
-                for part in &mut to.0 {
-                    for (to, x) in part.as_chunks_mut().0.iter_mut().zip(&mut rest) {
-                        let half = s.round_bf16(*x);
-                        s.store_upper(to, half);
-                        *x = s.sub(*x, half);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Cuts a tile of a panel into its two halves, one after the other.
-struct SplitPanel<'a> {
-    rows: [RowF32; CHUNK],
-    into: &'a mut [PairRow; CHUNK],
-}
-
-impl Kernel for SplitPanel<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        for half in self.into.chunks_mut(CHUNK / 2) {
-            for (to, pair) in half.iter_mut().zip(self.rows.as_chunks_mut().0) {
-                let [even, odd] = pair.each_mut().map(|RowF32(x)| {
-                    let half = s.round_bf16(s.load(x));
-                    let lost = s.sub(s.load(x), half);
-                    s.store(x, lost);
-                    half
-                });
-                s.store_pairs(&mut to.0, even, odd);
-            }
-        }
-    }
+/// Fills all panels of a span of links in `W` parts, as [`filled`] reads them.
+fn fill_all<const W: usize>(job: &Product, k: &Range<usize>, fill: Fill) -> Vec<PairRow> {
+    let panel_rows = tile_rows::<W>(k.len());
+    // SAFETY: every row of every panel is written.
+    let mut rows = unsafe { uninit_rows(job.panels() * panel_rows) };
+    for_each(rows.chunks_mut(panel_rows).enumerate(), |(panel, into)| {
+        fill(job.level, job.w, job.axis, panel, k.clone(), into);
+    });
+    rows
 }
 
 /// Computes a strip of rows in `P` parts times panels in `W` parts, whose tiles lie one after the

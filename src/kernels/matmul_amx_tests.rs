@@ -242,3 +242,42 @@ fn a_strip_reads_its_rows_and_writes_its_results_only() {
         }
     }
 }
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn panels_made_for_all_tasks_are_those_that_each_task_makes() {
+    for (out, in_) in [(40, 33), (270, 72), (2090, 17)] {
+        for w in storages(out, in_) {
+            for precision in [Medium, High] {
+                let x = noise(3, 600 * out);
+                let few = &x[..600 / 4 * out];
+                let [all, part] =
+                    [&x, few].map(|x| run(Emulated, Axis::Input, x, &w, None, precision));
+                assert_eq!(bits(&all[..part.len()]), bits(&part), "[{out}, {in_}], {precision:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_are_cut_alike_with_and_without_an_instruction_for_it() {
+    fn check<const PARTS: usize>() {
+        for (rows, width) in [(1, 1), (3, 31), (2, 32), (5, 100), (4, 576)] {
+            let stride = width + 3;
+            let mut x = noise(9, rows * stride);
+            x.iter_mut().step_by(7).for_each(|x| *x *= 1e20);
+            let elements = rows * Chunk::<PARTS>::row_elements(width);
+            let [fast, plain] = [CpuLevel::detect(), CpuLevel::Portable].map(|level| {
+                let mut into = vec![Chunk([[0; 32]; PARTS]); elements];
+                Chunk::<PARTS>::copy(level, &x, stride, width, &mut into);
+                into.into_iter().map(|chunk| chunk.0).collect::<Vec<_>>()
+            });
+            assert_eq!(fast, plain, "[{rows}, {width}] in {PARTS} parts");
+        }
+    }
+    check::<1>();
+    check::<2>();
+}

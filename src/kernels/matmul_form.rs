@@ -34,6 +34,10 @@ pub(crate) trait Form: Copy + Send + Sync {
     }
     /// Prepares the weight of a product, before threads share the work.
     fn prepare(_job: &Product) {}
+    /// Links `k` of all panels, where many tasks would write them into their scratch.
+    fn share(_job: &Product, _k: &Range<usize>) -> Vec<PairRow> {
+        Vec::new()
+    }
     /// Elements from row to row of a copied block of `links`.
     fn row_elements(links: usize) -> usize {
         links.div_ceil(Self::LINKS)
@@ -168,6 +172,13 @@ pub(crate) struct Panels<B> {
     pub stored: bool,
 }
 
+/// What [`Form::share`] made of links `k`.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<'a> {
+    pub panels: &'a [PairRow],
+    pub k: &'a Range<usize>,
+}
+
 /// One block of k of a panel group, ready to multiply.
 pub(crate) struct Step<'a, A: Form> {
     /// Rows of the input and the result.
@@ -183,6 +194,8 @@ pub(crate) struct Step<'a, A: Form> {
     pub kc: usize,
     /// The panels and links of the next step, if there is one.
     pub next: Option<(Range<usize>, Range<usize>)>,
+    /// The panels that are ready for all tasks, if there are any.
+    pub shared: Shared<'a>,
     /// What is fetched for the next step meanwhile.
     pub fetch: Fetch,
     /// What [`Step::room`] gives.

@@ -9,21 +9,14 @@ use super::lanes::LANES;
 use super::low_rank_term::LowRankTerm;
 use super::matmul::{K_SPAN, Output, Scratch, Terms};
 use super::matmul_fetch::Fetch;
-use super::matmul_form::{Form, Panels, Step};
+use super::matmul_form::{Form, Panels, Shared, Step};
+use super::matmul_input::Input;
 use super::matmul_tile::{Strip, best_panels, multiply_f32};
-#[cfg(target_arch = "x86_64")]
-use super::pack::PairRow;
-use super::pack::{Axis, PackedMatrix, RowF32};
-use super::parallel::{SharedMut, for_each};
-use super::slices::room_of;
+use super::pack::{Axis, PackedMatrix, PairRow, RowF32};
+use super::parallel::SharedMut;
 
 /// Outputs that stay in the second-level cache while k advances.
 const NEAR_OUTPUTS: usize = 1 << 15;
-/// Rows that are a multiple of so many numbers apart begin in the same sets of a first-level cache and
-/// drive each other out of it, so that copies are read instead.
-const SAME_SETS: usize = 1024;
-/// Rows of a task that copies the input.
-const COPY_ROWS: usize = 32;
 /// Rows up to which `f32` products read a bf16 weight straight from its storage (unless tall strips widen it),
 /// and the input where it lies whatever the distance of its rows.
 pub(crate) const STREAM_ROWS: usize = 64;
@@ -44,7 +37,7 @@ pub(crate) struct Product<'a> {
     first_panel: usize,
     columns: usize,
     /// `[rows, links]`.
-    x: &'a [f32],
+    pub(super) x: &'a [f32],
     pub(crate) w: &'a PackedMatrix,
     /// The bias or zeros, padded to whole panels.
     start: Vec<f32>,
@@ -104,44 +97,13 @@ impl<'a> Product<'a> {
         self.columns.div_ceil(LANES)
     }
 
-    /// Copies a span of k of the input, one block of k after the other, unless it can be read where it lies:
-    /// the rows are few, or do not begin in the same sets.
-    pub(super) fn copy_input<A: Form>(&self, k: &Range<usize>, copied: &mut Vec<A>) {
-        let stride = self.links.len();
-        let apart = !stride.is_multiple_of(SAME_SETS);
-        if A::in_place(self.x).is_some() && (self.rows <= STREAM_ROWS || apart) {
-            return;
-        }
-        let links = A::block_links(self.k);
-        let (whole, rest) = (k.len() / links, A::row_elements(k.len() % links));
-        let elements = self.rows * (whole * A::row_elements(links) + rest);
-        if copied.len() != elements {
-            // SAFETY: every bit pattern is an element, and `A::copy` writes all that is read.
-            *copied = unsafe { room_of(elements) };
-        }
-        let blocks = copied.chunks_mut(self.rows * A::row_elements(links));
-        let parts = k.clone().step_by(links).zip(blocks).flat_map(|(k0, block)| {
-            let width = links.min(k.end - k0);
-            let parts = block.chunks_mut(COPY_ROWS * A::row_elements(width)).enumerate();
-            parts
-                .map(move |(i, into)| (i * COPY_ROWS * stride + k0 - self.links.start, width, into))
-        });
-        let copy = |(start, width, into): (usize, usize, &mut [A])| {
-            A::copy(self.level, &self.x[start..], stride, width, into);
-        };
-        match self.rows <= COPY_ROWS {
-            true => parts.for_each(copy),
-            false => for_each(parts, copy),
-        }
-    }
-
     /// Computes the columns of `panels` of `rows` over a span of k.
     pub(super) fn block<A: Form>(
         &self,
         rows: &Range<usize>,
         k: &Range<usize>,
         panels: &Range<usize>,
-        input: &[A],
+        (input, shared): (&Input<A>, &[PairRow]),
         scratch: &mut Scratch<A::Row>,
     ) {
         if rows.is_empty() {
@@ -155,7 +117,7 @@ impl<'a> Product<'a> {
         };
         for first in panels.clone().step_by(near) {
             let panels = first..(first + near).min(panels.end);
-            self.near_block::<A>(rows, k, &panels, input, scratch);
+            self.near_block::<A>(rows, k, &panels, (input, shared), scratch);
         }
     }
 
@@ -165,7 +127,7 @@ impl<'a> Product<'a> {
         rows: &Range<usize>,
         k: &Range<usize>,
         panels: &Range<usize>,
-        input: &[A],
+        (input, shared): (&Input<A>, &[PairRow]),
         scratch: &mut Scratch<A::Row>,
     ) {
         let group = best_panels(self.level, rows.len());
@@ -180,25 +142,17 @@ impl<'a> Product<'a> {
         };
         for k0 in k.clone().step_by(links) {
             let kc = links.min(k.end - k0);
-            let (a, lda) = match A::in_place(self.x) {
-                Some(x) if input.is_empty() => {
-                    let stride = self.links.len();
-                    (&x[rows.start * stride + k0 - self.links.start..], stride)
-                }
-                _ => {
-                    let lda = A::row_elements(kc);
-                    let block = (k0 - k.start) / links * A::row_elements(links);
-                    let start = block * self.rows + rows.start * lda;
-                    (&input[start..], lda)
-                }
-            };
-            let a = a.as_ptr();
+            let (a, lda) = input.at(self, rows, k, k0);
             for panel in panels.clone().step_by(group) {
                 let panels = group.min(panels.end - panel);
+                let shared = Shared { panels: shared, k };
                 let (next, fetch, all) = (next(panel, k0), Fetch::NONE, rows);
                 let (rows, scratch, packed) =
                     (rows.clone(), &mut scratch.panels, &mut scratch.low_rank);
-                A::step(self, Step { rows, a, lda, panel, panels, k0, kc, next, fetch, scratch });
+                A::step(
+                    self,
+                    Step { rows, a, lda, panel, panels, k0, kc, next, shared, fetch, scratch },
+                );
                 if k0 + kc == self.links.end {
                     for term in self.terms.low_rank {
                         self.add_low_rank(all, (panel, panels), term, packed);
@@ -227,6 +181,7 @@ impl<'a> Product<'a> {
             k0: self.k,
             kc: term.r,
             next: None,
+            shared: Shared { panels: &[], k: &(0..0) },
             fetch: Fetch::NONE,
             scratch: &mut Vec::new(),
         };

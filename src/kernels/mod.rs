@@ -30,6 +30,8 @@ pub mod low_rank_term;
 pub mod matmul;
 #[cfg(any(target_arch = "x86_64", test))]
 mod matmul_amx;
+#[cfg(any(target_arch = "x86_64", test))]
+mod matmul_amx_fill;
 #[cfg(target_arch = "x86_64")]
 mod matmul_block_float;
 mod matmul_cut;
@@ -38,6 +40,7 @@ mod matmul_dot;
 mod matmul_fetch;
 mod matmul_fill;
 mod matmul_form;
+mod matmul_input;
 mod matmul_product;
 pub mod matmul_rounded;
 #[cfg(target_arch = "x86_64")]
