@@ -99,7 +99,8 @@ pub(crate) const K_BLOCK: usize = 256;
 pub(crate) const K_SPAN: usize = 8 * K_BLOCK;
 /// Tasks for each thread: the fewer, the less is read twice; the more, the less a thread waits.
 const TASKS: usize = 4;
-/// Rows beyond which several tasks read the same panels.
+/// Rows beyond which panels are made for all tasks: of fewer rows, two tasks make them sooner where they read
+/// them.
 const SHARED_ROWS: usize = 512;
 /// Panels that an inner loop takes at once, at most.
 pub(crate) const MAX_PANELS: usize = 2;
@@ -238,11 +239,11 @@ fn compute<A: Form>(jobs: &[Product]) {
     jobs.iter().for_each(A::prepare);
     let copied = Input::<A>::is_copied(&jobs[0]);
     // a task that needs no other's rows copies its own, which then are near
-    let own = copied && tasks.len() > 1 && tasks.iter().all(|(_, all)| all.len() == panels);
+    let alone = copied && tasks.len() > 1 && tasks.iter().all(|(_, all)| all.len() == panels);
     let mut input = Input::new();
     for k0 in links.clone().step_by(K_SPAN) {
         let k = k0..(k0 + K_SPAN).min(links.end);
-        if copied && !own {
+        if copied && !alone {
             input.copy(&jobs[0], 0..*rows, &k, false);
         }
         let make = || (Scratch::new(), Input::new());
@@ -250,10 +251,10 @@ fn compute<A: Form>(jobs: &[Product]) {
         let shared: Vec<Vec<PairRow>> = jobs.iter().map(shared).collect();
         for_each_index(tasks.len(), make, |(scratch, near), i| {
             let (rows, panels) = &tasks[i];
-            if own && !rows.is_empty() {
+            if alone && !rows.is_empty() {
                 near.copy(&jobs[0], rows.clone(), &k, true);
             }
-            let input = if own { near } else { &input };
+            let input = if alone { near } else { &input };
             let mut before = 0;
             for (job, shared) in jobs.iter().zip(&shared) {
                 let own = |panel: usize| panel.clamp(before, before + job.panels()) - before;

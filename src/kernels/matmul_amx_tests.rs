@@ -271,9 +271,11 @@ fn rows_are_cut_alike_with_and_without_an_instruction_for_it() {
             x.iter_mut().step_by(7).for_each(|x| *x *= 1e20);
             let elements = rows * Chunk::<PARTS>::row_elements(width);
             let [fast, plain] = [CpuLevel::detect(), CpuLevel::Portable].map(|level| {
-                let mut into = vec![Chunk([[0; 32]; PARTS]); elements];
+                let mut into = vec![Chunk([[0xffff; 32]; PARTS]); elements];
                 Chunk::<PARTS>::copy(level, &x, stride, width, &mut into);
-                into.into_iter().map(|chunk| chunk.0).collect::<Vec<_>>()
+                let rows = into.chunks(Chunk::<PARTS>::row_elements(width));
+                let read = rows.flat_map(|row| &row[..width.div_ceil(32)]);
+                read.map(|chunk| chunk.0).collect::<Vec<_>>()
             });
             assert_eq!(fast, plain, "[{rows}, {width}] in {PARTS} parts");
         }

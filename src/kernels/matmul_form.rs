@@ -168,12 +168,13 @@ pub(crate) struct Panels<B> {
     pub b: *const B,
     /// Elements from panel to panel.
     pub stride: usize,
-    /// Whether they lie in the weight's storage, the next group's behind them, not in scratch.
+    /// Whether the next group's lie behind them: in the weight's storage or among shared panels, not in scratch.
     pub stored: bool,
 }
 
 /// What [`Form::share`] made of links `k`.
 #[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // only tiles share panels
 pub(crate) struct Shared<'a> {
     pub panels: &'a [PairRow],
     pub k: &'a Range<usize>,

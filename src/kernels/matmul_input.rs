@@ -54,7 +54,7 @@ impl<A: Form> Input<A> {
     /// Room for so many elements.
     fn make_room(&mut self, elements: usize) -> &mut [A] {
         let lines = (elements * size_of::<A>()).div_ceil(size_of::<Line>());
-        if self.room.len() < lines {
+        if self.room.len() < lines && lines <= KEPT_LINES {
             self.room = ROOM.take();
         }
         if self.room.len() < lines {
@@ -124,7 +124,8 @@ impl<A: Form> Input<A> {
         let block = (k0 - k.start) / links * A::row_elements(links);
         let start = block * self.rows.len() + (rows.start - self.rows.start) * lda;
         let elements: *const A = self.room.as_ptr().cast();
-        assert!(start < self.elements, "rows that have not been copied");
+        let inside = self.rows.start <= rows.start && rows.end <= self.rows.end;
+        assert!(inside && start < self.elements, "rows that have not been copied");
         // SAFETY: it is one of the elements that the room has.
         (unsafe { elements.add(start) }, lda)
     }

@@ -109,7 +109,7 @@ fn run_pairs(axis: Axis, x: &[f32], w: &PackedMatrix) -> Option<Vec<f32>> {
 
 #[test]
 fn rows_of_pairs_do_not_depend_on_the_batch_or_the_threads() {
-    for w in storages(192, 270).into_iter().chain(storages(33, 576)) {
+    for w in storages(192, 270).into_iter().chain(storages(33, 576)).chain(storages(8, 2090)) {
         for axis in [Axis::Output, Axis::Input] {
             let (k, columns) = sides(axis, &w);
             let x = noise(3, 2048 * k);
@@ -241,7 +241,15 @@ fn products_agree_with_f64() {
 #[test]
 fn products_of_pairs_are_those_of_rounded_operands() {
     let round = |x: &[f32]| x.iter().map(|&x| bf16::from_f32(x).to_f32()).collect::<Vec<_>>();
-    for (m, out, in_) in [(9, 50, 600), (5, 49, 31), (3, 17, 513), (1, 1, 1), (20, 33, 18)] {
+    for (m, out, in_) in [
+        (9, 50, 600),
+        (5, 49, 31),
+        (3, 17, 513),
+        (1, 1, 1),
+        (20, 33, 18),
+        (3, 40, 2090),
+        (3, 2090, 40),
+    ] {
         for w in storages(out, in_) {
             let plain = round(&w.unpack());
             for axis in [Axis::Output, Axis::Input] {

@@ -9,7 +9,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::lanes::LANES;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", test))]
 use super::slices::room_of;
 
 /// One input feature of a panel: its weights to sixteen output features.
@@ -281,7 +281,7 @@ fn ask_for_huge_pages<T>(start: *const T, len: usize) {
 ///
 /// # Safety
 /// Nobody reads what he has not written.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", test))]
 pub(crate) unsafe fn uninit_rows(len: usize) -> Vec<PairRow> {
     // SAFETY: every bit pattern is a row, and the caller's promise.
     let rows: Vec<PairRow> = unsafe { room_of(len) };
